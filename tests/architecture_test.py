@@ -1,0 +1,124 @@
+"""Who may import whom, and how files are called."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "keras_geolora"
+
+# Each module and what it may import of the package; a folder stands for all
+# that is in it. Imports point one way, from the bottom of this table up.
+MAY_IMPORT = {
+    "integrator": [],  # sees arrays only: no layer, no variable
+    "transport": ["integrator"],
+    "layers.adapter": [],
+    "layers": ["layers"],  # a model loads and predicts without an optimizer
+    "optimizer": ["integrator", "transport", "layers.adapter"],
+    "targeting": ["layers"],
+    "conversion": ["layers", "targeting"],
+    "report": ["layers", "targeting", "conversion"],
+    "adapter_file": ["layers", "targeting", "conversion"],
+    "export": ["layers", "targeting", "conversion", "adapter_file"],
+    "callbacks": ["layers", "optimizer", "report"],
+    "": [""],  # the package itself gathers the public names
+}
+
+# What anybody may import of other packages.
+EXTERNAL = {"keras", "numpy", "safetensors"}
+# What one module may import beyond that: its reason to exist.
+EXTERNAL_OF = {"report": {"matplotlib"}}
+
+
+def module_name(path):
+    """The name below the package, "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path):
+    """Full names of all that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the import in full"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def within(name, folders):
+    return any(
+        folder == "" or name == folder or name.startswith(f"{folder}.")
+        for folder in folders
+    )
+
+
+def internal_imports(path):
+    """Modules of the package that a file imports."""
+    for name in imports(path):
+        if name.split(".")[0] == PACKAGE.name:
+            name = name.partition(".")[2]
+            while name not in MODULES:  # a name inside a module
+                name = name.rpartition(".")[0]
+            yield name
+
+
+def row(name):
+    """The row of MAY_IMPORT that holds for a module: the most specific."""
+    rows = [key for key in MAY_IMPORT if key and within(name, [key])]
+    return max(rows, key=len, default="" if name == "" else None)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_module_has_its_place(name):
+    assert row(name) is not None, (
+        f"Add '{name}' to MAY_IMPORT: what may it know of the package?"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_inside_the_package_point_one_way(name):
+    allowed = MAY_IMPORT[row(name)]
+    for imported in internal_imports(MODULES[name]):
+        assert within(imported, allowed), f"'{name}' may not know '{imported}'"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_public_and_backend_neutral_packages_are_imported(name):
+    allowed = EXTERNAL | EXTERNAL_OF.get(name, set())
+    for imported in imports(MODULES[name]):
+        top = imported.split(".")[0]
+        assert not within(imported, ["keras.src"]), f"'{imported}' is private"
+        assert (
+            top in allowed | sys.stdlib_module_names or top == PACKAGE.name
+        ), f"'{name}' imports '{imported}'"
+
+
+def test_the_integrator_is_made_of_keras_operations_only():
+    if "integrator" in MODULES:
+        for imported in imports(MODULES["integrator"]):
+            top = imported.split(".")[0]
+            assert within(imported, ["keras.ops"]) or (
+                top in sys.stdlib_module_names
+            ), imported
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends():
+    names = {name.rpartition(".")[2] for name in MODULES}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_every_test_file_is_found_by_pytest():
+    for path in (ROOT / "tests").rglob("*.py"):
+        defined = ast.walk(ast.parse(path.read_text("utf-8")))
+        has_tests = any(
+            isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+            for node in defined
+        )
+        assert not has_tests or path.name.endswith("_test.py"), path
