@@ -1,0 +1,267 @@
+"""The adapter: three factors, and the only formula that applies them."""
+
+import keras
+from keras import ops
+
+
+class Factor:
+    """Marks a variable as one factor of an adapter.
+
+    Keras calls a variable's constraint at the end of every optimizer step.
+    The factors of an adapter live on a manifold, and their gradients are
+    those of the geometric step, so only an optimizer that says so with
+    `Factor.GeometricStep` may move them: any other is refused.
+    """
+
+    _open_steps = 0
+
+    def __init__(self, adapter, role):
+        self.adapter = adapter
+        self.role = role
+
+    def __call__(self, variable):
+        if not Factor._open_steps:
+            raise RuntimeError(
+                "The factors of an adapter live on a manifold that an "
+                "ordinary optimizer would leave. Wrap the optimizer: "
+                "`model.compile(optimizer=keras_geolora.GeoLoRA("
+                "keras.optimizers.AdamW(3e-4)), ...)`. "
+                f"Received an optimizer other than GeoLoRA that moves "
+                f"variable '{variable.path}'."
+            )
+        return variable
+
+    class GeometricStep:
+        """Context in which factors may be moved."""
+
+        def __enter__(self):
+            Factor._open_steps += 1
+
+        def __exit__(self, *exception):
+            Factor._open_steps -= 1
+
+
+class Orthonormal(keras.initializers.Initializer):
+    """Random orthonormal columns, followed by columns of zeros."""
+
+    def __init__(self, rank, seed=None):
+        self.rank = rank
+        self.orthogonal = keras.initializers.Orthogonal(seed=seed)
+
+    def __call__(self, shape, dtype=None):
+        dim, max_rank = shape
+        basis = self.orthogonal((dim, self.rank), dtype)
+        padding = ops.zeros((dim, max_rank - self.rank), dtype)
+        return ops.concatenate([basis, padding], axis=1)
+
+
+@keras.saving.register_keras_serializable(package="keras_geolora")
+class LowRankAdapter(keras.layers.Layer):
+    """A low-rank update of a frozen linear map.
+
+    Holds `delta = U @ S @ V.T` with orthonormal bases `U` and `V` and a
+    diagonal core `S`, and computes `scale * x @ delta` without forming
+    `delta`. A fresh adapter has `S = 0`, so it adds exactly nothing.
+
+    The factors have `max_rank` columns, of which the first `rank` are in use
+    and the others zero: the rank can change in training without a change of
+    shape. The factors are float32 whatever the dtype policy; the products
+    are computed in the compute dtype.
+
+    **Gradients are those of the geometric step.** With `G` the gradient with
+    respect to `delta`, backpropagation delivers `G @ V` for `U`, `U.T @ G @ V`
+    for `S` and `G.T @ U` for `V`: the gradients for `K = U S`, `S` and
+    `L = V S.T`. They are exact also where `S` is zero, and `G` is never
+    formed. Train the factors with `keras_geolora.GeoLoRA`; another optimizer
+    is refused.
+
+    Args:
+        input_dim: Int, rows of the kernel.
+        output_dim: Int, columns of the kernel.
+        rank: Int in [1, max_rank], the rank at the start.
+        max_rank: Int, the largest rank, at most
+            `min(input_dim, output_dim)`. Defaults to `2 * rank`, clipped to
+            that bound.
+        min_rank: Int in [1, rank], the smallest rank. Defaults to 1.
+        scale: Float, constant strength of the update. It does not depend on
+            the rank, so that a rank that changes does not change the output.
+            Defaults to 1.
+        dropout: Float in [0, 1), share of the inputs of the update that is
+            dropped in training. Defaults to 0.
+        seed: Int or `None`, for the bases and the dropout.
+
+    Input shape:
+        `(..., input_dim)`.
+
+    Output shape:
+        `(..., output_dim)`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_geolora import LowRankAdapter
+
+    adapter = LowRankAdapter(16, 8, rank=2)
+    adapter(np.ones((3, 16))).shape  # (3, 8), all zero: S = 0
+    assert adapter.rank == 2 and adapter.max_rank == 4
+    ```
+
+    References:
+        Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
+    """
+
+    def __init__(
+        self,
+        input_dim,
+        output_dim,
+        rank,
+        max_rank=None,
+        min_rank=1,
+        scale=1.0,
+        dropout=0.0,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        largest = min(input_dim, output_dim)
+        check_rank("rank", rank, 1, largest)
+        if max_rank is None:
+            max_rank = min(2 * rank, largest)
+        check_rank("max_rank", max_rank, rank, largest)
+        check_rank("min_rank", min_rank, 1, rank)
+        if not 0 <= dropout < 1:
+            raise ValueError(
+                "`dropout` is the share of inputs that the adapter drops in "
+                f"training, so it must lie in [0, 1). Received: "
+                f"dropout={dropout}"
+            )
+        self.input_dim = input_dim
+        self.output_dim = output_dim
+        self.initial_rank = rank
+        self.max_rank = max_rank
+        self.min_rank = min_rank
+        self.scale = float(scale)
+        self.seed = seed
+        self.dropout = keras.layers.Dropout(
+            dropout, seed=seed, dtype=self.dtype_policy
+        )
+        self.build()
+
+    def build(self, input_shape=None):
+        if self.built:
+            return
+        seeds = [self.seed, None if self.seed is None else self.seed + 1]
+        self.U = self._add_factor("U", self.input_dim, seeds[0])
+        self.S = self.add_weight(
+            name="S",
+            shape=(self.max_rank, self.max_rank),
+            initializer="zeros",
+            dtype="float32",
+            autocast=False,
+            constraint=Factor(self, "S"),
+        )
+        self.V = self._add_factor("V", self.output_dim, seeds[1])
+        self.built = True
+
+    def _add_factor(self, role, dim, seed):
+        return self.add_weight(
+            name=role,
+            shape=(dim, self.max_rank),
+            initializer=Orthonormal(self.initial_rank, seed),
+            dtype="float32",
+            autocast=False,
+            constraint=Factor(self, role),
+        )
+
+    def call(self, inputs, training=None):
+        x = self.dropout(inputs, training=training)
+        shape = ops.shape(x)
+        x = ops.reshape(x, (-1, self.input_dim))
+        y = low_rank_product(
+            x, self.U.value, self.S.value, self.V.value, self.scale
+        )
+        return ops.reshape(y, (*shape[:-1], self.output_dim))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.output_dim)
+
+    def delta(self):
+        """Returns `scale * U @ S @ V.T`, float32, `(input_dim, output_dim)`."""
+        K = ops.matmul(self.U, self.S * self.scale)
+        return ops.matmul(K, ops.transpose(self.V))
+
+    @property
+    def rank(self):
+        """Int, the number of columns in use."""
+        basis = ops.convert_to_numpy(self.U)
+        return int((basis != 0).any(axis=0).sum())
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "input_dim": self.input_dim,
+            "output_dim": self.output_dim,
+            "rank": self.initial_rank,
+            "max_rank": self.max_rank,
+            "min_rank": self.min_rank,
+            "scale": self.scale,
+            "dropout": self.dropout.rate,
+            "seed": self.seed,
+        }
+
+
+def check_rank(name, value, smallest, largest):
+    """Refuses what is no rank between `smallest` and `largest`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"`{name}` counts columns, so it must be an integer. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        )
+    if not smallest <= value <= largest:
+        raise ValueError(
+            f"`{name}` must lie in [{smallest}, {largest}]: no rank is below "
+            "1 or above the smaller side of the kernel, and "
+            f"min_rank <= rank <= max_rank. Received: {name}={value}"
+        )
+
+
+def low_rank_product(x, U, S, V, scale):
+    """Computes `scale * x @ U @ S @ V.T`, with the geometric gradients.
+
+    Args:
+        x: Tensor of shape `(batch, input_dim)`.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+
+    Returns:
+        Tensor of shape `(batch, output_dim)` and of the dtype of `x`. Its
+        gradients are exact for `x`, and those for `K = U S`, `S` and
+        `L = V S.T` in the places of `U`, `S` and `V`.
+    """
+
+    @ops.custom_gradient
+    def product(x, U, S, V):
+        dtype = x.dtype
+        U_x, V_x = ops.cast(U, dtype), ops.cast(V, dtype)
+        S_x = ops.cast(S * scale, dtype)
+        xU = ops.matmul(x, U_x)
+
+        def gradients(*args, upstream=None):
+            g = args[0] if upstream is None else upstream
+            gV = ops.matmul(g, V_x)
+            grad_x = ops.matmul(
+                ops.matmul(gV, ops.transpose(S_x)), ops.transpose(U_x)
+            )
+            grad_K = ops.cast(ops.matmul(ops.transpose(x), gV), U.dtype)
+            grad_L = ops.cast(ops.matmul(ops.transpose(g), xU), U.dtype)
+            grad_K, grad_L = grad_K * scale, grad_L * scale
+            grad_S = ops.matmul(ops.transpose(U), grad_K)
+            return grad_x, grad_K, grad_S, grad_L
+
+        y = ops.matmul(ops.matmul(xU, S_x), ops.transpose(V_x))
+        return y, gradients
+
+    return product(x, U, S, V)

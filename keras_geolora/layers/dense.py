@@ -1,0 +1,92 @@
+"""Dense layer with a low-rank adapter."""
+
+import keras
+from keras import ops
+
+from keras_geolora.layers.adapted import AdaptedLayer
+
+
+@keras.saving.register_keras_serializable(package="keras_geolora")
+class GeoLoRADense(AdaptedLayer, keras.layers.Dense):
+    """`keras.layers.Dense` with a frozen kernel and a low-rank update.
+
+    Computes `activation(x @ kernel + scale * x @ U @ S @ V.T + bias)`, where
+    only `U`, `S` and `V` are trained (and the bias on request), by an
+    optimizer wrapped in `keras_geolora.GeoLoRA`, which also finds the rank.
+    Without a `rank` it is `keras.layers.Dense`.
+
+    Args:
+        units: Int, the size of the output.
+        rank: Int or `None`, the rank at the start. `None`, the default, means
+            no adapter.
+        max_rank: Int or `None`, the largest rank. Defaults to `2 * rank`,
+            clipped to the smaller side of the kernel.
+        min_rank: Int or `None`, the smallest rank. Defaults to 1.
+        scale: Float or `None`, constant strength of the update. Defaults
+            to 1.
+        dropout: Float in [0, 1) or `None`, dropout on the inputs of the
+            update. Defaults to 0.
+        train_bias: Bool, whether the bias of an adapted layer trains too.
+            Defaults to `False`.
+        seed: Int or `None`, for the random bases and the dropout.
+        **kwargs: As `keras.layers.Dense`.
+
+    Input shape:
+        `(batch, ..., input_dim)`.
+
+    Output shape:
+        `(batch, ..., units)`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_geolora import GeoLoRADense
+
+    layer = GeoLoRADense(4, rank=2)
+    layer(np.ones((1, 8)))
+    assert layer.rank == 2
+    assert [v.name for v in layer.trainable_variables] == ["U", "S", "V"]
+    ```
+    """
+
+    plain_class = keras.layers.Dense
+
+    def __init__(
+        self,
+        units,
+        *args,
+        rank=None,
+        max_rank=None,
+        min_rank=None,
+        scale=None,
+        dropout=None,
+        train_bias=False,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(units, *args, **kwargs)
+        self._init_adapter(
+            rank=rank,
+            max_rank=max_rank,
+            min_rank=min_rank,
+            scale=scale,
+            dropout=dropout,
+            train_bias=train_bias,
+            seed=seed,
+        )
+
+    @property
+    def kernel_matrix_shape(self):
+        """`(input_dim, output_dim)` of the kernel."""
+        return tuple(self.kernel.shape)
+
+    def matrix_to_kernel(self, matrix):
+        """Brings a matrix into the kernel's shape: the same, here."""
+        return matrix
+
+    def _kernel_product(self, inputs):
+        return ops.matmul(inputs, self.kernel)
+
+    def _adapter_product(self, inputs, training):
+        return self.adapter(inputs, training=training)

@@ -1,0 +1,372 @@
+"""GeoLoRA: the geometric step around any Keras optimizer."""
+
+import keras
+from keras import ops
+
+from keras_geolora import integrator
+from keras_geolora.integrator import Point, Unknowns
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.transport import find_slots, slot_rules, transport
+
+ROLES = ("U", "S", "V")
+
+
+@keras.saving.register_keras_serializable(package="keras_geolora")
+class GeoLoRA(keras.optimizers.Optimizer):
+    """Trains low-rank adapters on their manifold and finds their ranks.
+
+    Wraps any Keras optimizer. Every step writes the factors of an adapter,
+    `U @ S @ V.T`, in the coordinates `K = U S`, `S` and `L = V S.T`, lets the
+    inner optimizer update these with its own rule, and returns to the
+    manifold by a small singular value decomposition: new directions join the
+    bases, negligible ones are cut, and the slots of the inner optimizer move
+    along. Variables that belong to no adapter get the inner optimizer's step
+    unchanged, bit for bit.
+
+    Options of the step, such as `learning_rate`, `weight_decay`, `clipnorm`
+    or `gradient_accumulation_steps`, are set on the inner optimizer.
+
+    Args:
+        inner_optimizer: A new `keras.optimizers.Optimizer`, or its name.
+            SGD, Adam, AdamW, Nadam, Adamax, RMSprop, Lion, Adagrad, Adadelta,
+            Adafactor, Lamb and Muon work; see `register_slot_rules` for
+            others.
+        tolerance: Float in [0, 1), the share of the norm of `S` that a cut
+            may discard. Larger means lower ranks. Defaults to 0.1.
+        cut_interval: Int, number of steps between two cuts. In between the
+            rank only grows, which gives slow directions time. Defaults
+            to 20.
+        name: String or `None`.
+
+    Raises:
+        ValueError: If an option is out of range, belongs on the inner
+            optimizer, or the inner optimizer cannot follow moving bases.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    from keras_geolora import GeoLoRA, GeoLoRADense
+
+    model = keras.Sequential([keras.Input((8,)), GeoLoRADense(4, rank=2)])
+    model.compile(optimizer=GeoLoRA(keras.optimizers.AdamW(3e-4)), loss="mse")
+    model.fit(np.ones((32, 8)), np.ones((32, 4)), verbose=0)
+    ```
+
+    References:
+        Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
+    """
+
+    def __init__(
+        self,
+        inner_optimizer,
+        tolerance=0.1,
+        cut_interval=20,
+        name=None,
+        **kwargs,
+    ):
+        if kwargs:
+            option = next(iter(kwargs))
+            raise ValueError(
+                f"`{option}` is an option of the inner optimizer: write "
+                f"`GeoLoRA(keras.optimizers.AdamW(..., {option}=...))`. "
+                f"Received: {option}={kwargs[option]!r}"
+            )
+        if not 0 <= tolerance < 1:
+            raise ValueError(
+                "`tolerance` is the share of the norm that truncation may "
+                "discard, so it must lie in [0, 1). "
+                f"Received: tolerance={tolerance}. A usual choice is 0.1."
+            )
+        if not isinstance(cut_interval, int) or cut_interval < 1:
+            raise ValueError(
+                "`cut_interval` counts the steps between two cuts, so it "
+                "must be an integer of at least 1. "
+                f"Received: cut_interval={cut_interval!r}"
+            )
+        inner_optimizer = keras.optimizers.get(inner_optimizer)
+        slot_rules(inner_optimizer)
+        if inner_optimizer.built:
+            raise ValueError(
+                "GeoLoRA needs a new inner optimizer, because slots of "
+                "earlier training do not follow its steps. "
+                f"Received: '{inner_optimizer.name}', which is built"
+            )
+        if inner_optimizer.use_ema:
+            raise ValueError(
+                "The average of factors is not a factor of the average. "
+                "Create the inner optimizer without `use_ema`. "
+                "Received: use_ema=True"
+            )
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.tolerance = tolerance
+        self.cut_interval = cut_interval
+
+    def build(self, variables):
+        """Creates the state of both optimizers.
+
+        Args:
+            variables: List of the variables to train. Of an adapter either
+                all three factors or none are in it.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        self.skipped_steps = self.add_variable(
+            shape=(), dtype="int32", name="skipped_steps"
+        )
+        self.inner_optimizer.build(variables)
+        super().build(variables)
+        self._groups = Untracked(
+            AdapterGroup.collect(variables, self.inner_optimizer)
+        )
+
+    @property
+    def variables(self):
+        """List of the variables of both optimizers."""
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self):
+        """The learning rate of the inner optimizer."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        """Number of updates so far, as the inner optimizer counts them."""
+        return self.inner_optimizer.iterations
+
+    def scale_loss(self, loss):
+        """Scales the loss as the inner optimizer does."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        """Does what the inner optimizer does at the end of training."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def apply(self, grads, trainable_variables=None):
+        """Takes one step.
+
+        Args:
+            grads: List of gradients, as `keras.optimizers.Optimizer.apply`.
+            trainable_variables: List of the variables, or `None` for those
+                that the optimizer was built on.
+        """
+        if trainable_variables is None:
+            trainable_variables = self._trainable_variables
+        trainable_variables = list(trainable_variables)
+        if not self.built:
+            self.build(trainable_variables)
+        moving = {
+            id(v)
+            for g, v in zip(grads, trainable_variables, strict=True)
+            if g is not None
+        }
+        groups = [g.restricted_to(moving) for g in self._groups.content]
+        steps = [GroupStep(group) for group in groups if group.adapters]
+        updates_before = ops.cast(self.iterations, "int32") + 0
+        for step in steps:
+            step.lift()
+        with Factor.GeometricStep():
+            self.inner_optimizer.apply(grads, trainable_variables)
+
+        updates = ops.cast(self.iterations, "int32")
+        tolerance = ops.where(
+            ops.equal(updates % self.cut_interval, 0), self.tolerance, 0.0
+        )
+        # Between two updates of gradient accumulation nothing moves.
+        updated = updates > updates_before
+        finite = [step.retract(tolerance, updated) for step in steps]
+        if finite:
+            finite = ops.all(ops.concatenate(finite))
+            self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
+
+    def get_config(self):
+        """Returns the configuration, the inner optimizer's included."""
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(
+                self.inner_optimizer
+            ),
+            "tolerance": self.tolerance,
+            "cut_interval": self.cut_interval,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Creates the optimizer from its configuration."""
+        config = dict(config)
+        inner_optimizer = keras.saving.deserialize_keras_object(
+            config.pop("inner_optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner_optimizer, **config)
+
+
+class Untracked:
+    """Holds what Keras must not track, because others own the variables."""
+
+    def __init__(self, content):
+        self.content = content
+
+
+class AdapterGroup:
+    """Adapters of equal shape, whose arrays are stacked for the step.
+
+    Attributes:
+        adapters: List of the adapters.
+        factors: `Point` of lists of variables, one for each adapter.
+        slots: List of `(kind, Unknowns of lists of variables)`.
+    """
+
+    def __init__(self, adapters, factors, slots):
+        self.adapters = adapters
+        self.factors = factors
+        self.slots = slots
+        self.min_rank = [[adapter.min_rank] for adapter in adapters]
+
+    @classmethod
+    def collect(cls, variables, inner_optimizer):
+        """Finds the adapters behind variables and groups them by shape."""
+        rules = slot_rules(inner_optimizer)
+        found_slots = find_slots(inner_optimizer, variables)
+        indices, adapters = {}, {}
+        for index, variable in enumerate(variables):
+            factor = variable.constraint
+            if isinstance(factor, Factor):
+                adapters[id(factor.adapter)] = factor.adapter
+                indices.setdefault(id(factor.adapter), {})[factor.role] = index
+
+        by_shape = {}
+        for key, adapter in adapters.items():
+            if set(indices[key]) != set(ROLES):
+                raise ValueError(
+                    "An adapter trains with all its factors U, S and V, or "
+                    "with none: set `trainable` on the adapter, not on its "
+                    "variables. Received: "
+                    f"{sorted(indices[key])} of adapter '{adapter.path}'"
+                )
+            shape = (adapter.input_dim, adapter.output_dim, adapter.max_rank)
+            by_shape.setdefault(shape, []).append((adapter, indices[key]))
+
+        def select(kind, source, members):
+            return kind(*([source[at[r]] for _, at in members] for r in ROLES))
+
+        return [
+            cls(
+                [adapter for adapter, _ in members],
+                select(Point, variables, members),
+                [
+                    (rules[name], select(Unknowns, slots, members))
+                    for name, slots in found_slots.items()
+                    if slots[members[0][1]["U"]] is not None
+                ],
+            )
+            for members in by_shape.values()
+        ]
+
+    def restricted_to(self, variables):
+        """Returns the part of the group whose factors are in a set of ids."""
+        inside = [
+            all(id(v) in variables for v in factors)
+            for factors in zip(*self.factors, strict=True)
+        ]
+        if all(inside):
+            return self
+
+        def some(values):
+            return [v for v, keep in zip(values, inside, strict=True) if keep]
+
+        return AdapterGroup(
+            some(self.adapters),
+            Point(*map(some, self.factors)),
+            [(k, Unknowns(*map(some, slots))) for k, slots in self.slots],
+        )
+
+
+class GroupStep:
+    """One step of one group: remembers the state before, moves it after."""
+
+    def __init__(self, group):
+        self.group = group
+        self.point = read(group.factors)
+        self.slots = [read(slots) for _, slots in group.slots]
+        self.lifted = integrator.lift(self.point)
+
+    def lift(self):
+        """Puts the variables into the coordinates of the inner optimizer."""
+        write(self.group.factors, self.lifted)
+
+    def retract(self, tolerance, updated):
+        """Returns to the manifold and moves the slots along.
+
+        Args:
+            tolerance: Scalar, share of the norm that may be cut.
+            updated: Bool scalar, whether the inner optimizer took a step.
+
+        Returns:
+            Bool array `(number of adapters,)`, whose steps were finite. The
+            others keep their factors and slots.
+        """
+        unknowns = Unknowns(*read(self.group.factors))
+        slots = [read(slots) for _, slots in self.group.slots]
+        finite = all_finite(unknowns)
+        for new in slots:
+            finite = ops.logical_and(finite, all_finite(new))
+        unknowns = choose(finite, unknowns, self.lifted)
+        point, rotation = integrator.retract(
+            self.point,
+            unknowns,
+            tolerance,
+            ops.convert_to_tensor(self.group.min_rank, dtype="int32"),
+        )
+        moved = ops.logical_and(finite, updated)
+        write(self.group.factors, choose(moved, point, self.point))
+        for (kind, variables), old, new in zip(
+            self.group.slots, self.slots, slots, strict=True
+        ):
+            new = choose(finite, new, old)
+            carried = transport(kind, new, self.point, rotation)
+            write(variables, choose(moved, carried, new))
+        return finite
+
+
+def read(variables):
+    """Stacks lists of variables, three for three factors, to arrays."""
+    return type(variables)(
+        *(
+            ops.stack([ops.stop_gradient(v.value) for v in vs])
+            for vs in variables
+        )
+    )
+
+
+def write(variables, arrays):
+    """Assigns stacked arrays to lists of variables."""
+    for vs, array in zip(variables, arrays, strict=True):
+        for i, variable in enumerate(vs):
+            variable.assign(array[i])
+
+
+def all_finite(arrays):
+    """Says of every adapter whether all its numbers are finite."""
+    finite = [
+        ops.all(ops.isfinite(x), axis=tuple(range(1, len(x.shape))))
+        for x in arrays
+    ]
+    return ops.logical_and(ops.logical_and(*finite[:2]), finite[2])
+
+
+def choose(mask, these, those):
+    """Takes `these` arrays of the adapters in `mask` and `those` of others."""
+    return type(these)(
+        *(
+            ops.where(ops.reshape(mask, (-1, *[1] * (len(x.shape) - 1))), x, y)
+            for x, y in zip(these, those, strict=True)
+        )
+    )

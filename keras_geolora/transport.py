@@ -1,0 +1,279 @@
+"""How the slots of the inner optimizer follow the moving bases.
+
+The columns of `U` and `V` change at every step, so a moment buffer that
+stays put refers to directions that no longer exist. What happens to a slot
+depends on what it means. That is data: a table by optimizer class, open to
+others through `register_slot_rules`.
+
+| kind          | the slot                       | how it moves               |
+| ------------- | ------------------------------ | -------------------------- |
+| `"linear"`    | adds up gradients or steps     | rotates with the bases     |
+| `"quadratic"` | adds up their squares or sizes | mean over the rank axis    |
+| `"row"`       | one number per row             | stays: no basis is in it   |
+| `"column"`    | one number per column          | mean over the rank axis    |
+
+A mean over the rank axis counts the columns in use only. It makes the second
+moment the same in every basis; squaring the rotation instead would lose
+energy for new directions and make their steps too large.
+"""
+
+import keras
+from keras import ops
+
+from keras_geolora.integrator import T, Unknowns, active_columns
+
+_RULES = {}
+_REFUSALS = {}
+
+
+def register_slot_rules(optimizer_class, rules):
+    """Tells how the slots of an optimizer follow the moving bases.
+
+    `GeoLoRA` needs to know what every slot of its inner optimizer means. The
+    optimizers of Keras are registered; for your own, name the attribute that
+    holds each list of slots (one per variable, in the order of `build`) and
+    its kind.
+
+    Args:
+        optimizer_class: Subclass of `keras.optimizers.Optimizer`. The rules
+            hold for its subclasses too, unless they have rules of their own.
+        rules: Dict from attribute name to one of
+
+            - `"linear"`: adds up gradients or steps, as a momentum does.
+              It rotates with the bases.
+            - `"quadratic"`: adds up squares or absolute values, as Adam's
+              velocity does. It is averaged over the rank axis.
+            - `"row"`: one value per row of the variable. It stays.
+            - `"column"`: one value per column. It is averaged.
+
+    Raises:
+        TypeError: If `optimizer_class` is no optimizer class.
+        ValueError: If a kind is unknown.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_geolora
+
+    class SignDescent(keras.optimizers.Optimizer):
+        def build(self, variables):
+            super().build(variables)
+            self.averages = self.add_optimizer_variables(variables, "average")
+
+        def update_step(self, gradient, variable, learning_rate):
+            m = self.averages[self._get_variable_index(variable)]
+            self.assign(m, 0.9 * m + 0.1 * gradient)
+            self.assign_sub(variable, learning_rate * keras.ops.sign(m))
+
+    keras_geolora.register_slot_rules(SignDescent, {"averages": "linear"})
+    optimizer = keras_geolora.GeoLoRA(SignDescent(1e-3))
+    ```
+    """
+    if not (
+        isinstance(optimizer_class, type)
+        and issubclass(optimizer_class, keras.optimizers.Optimizer)
+    ):
+        raise TypeError(
+            "`optimizer_class` must be a subclass of "
+            "`keras.optimizers.Optimizer`. "
+            f"Received: optimizer_class={optimizer_class!r}"
+        )
+    for attribute, kind in rules.items():
+        if kind not in _MOVES:
+            raise ValueError(
+                f"A slot is of one of the kinds {sorted(_MOVES)}. "
+                f"Received: {attribute}={kind!r}"
+            )
+    _RULES[optimizer_class] = dict(rules)
+    _REFUSALS.pop(optimizer_class, None)
+
+
+def slot_rules(optimizer):
+    """Returns the rules of an optimizer, or refuses it with a reason."""
+    for cls in type(optimizer).__mro__:
+        if cls in _REFUSALS:
+            raise ValueError(
+                f"{_REFUSALS[cls]} Write `GeoLoRA(keras.optimizers.AdamW("
+                "...))` instead. Received: "
+                f"inner_optimizer={type(optimizer).__name__}"
+            )
+        if cls in _RULES:
+            return _RULES[cls]
+    raise ValueError(
+        "GeoLoRA must know how the slots of its inner optimizer follow the "
+        "moving bases. Tell it once, for example with "
+        "`keras_geolora.register_slot_rules("
+        f"{type(optimizer).__name__}, {{'momentums': 'linear'}})`. "
+        f"Received: inner_optimizer={type(optimizer).__name__}, which has "
+        "no rules"
+    )
+
+
+def find_slots(optimizer, variables):
+    """Finds the slots of a built optimizer for every variable.
+
+    Args:
+        optimizer: The built inner optimizer.
+        variables: The list of variables it was built on.
+
+    Returns:
+        Dict from attribute name to the list of slots, for the attributes
+        that this optimizer uses with its present options.
+    """
+    rules = slot_rules(optimizer)
+    slots = {name: getattr(optimizer, name, None) or [] for name in rules}
+    slots = {name: found for name, found in slots.items() if found}
+    known = {id(slot) for found in slots.values() for slot in found}
+    known |= {id(v) for v in getattr(optimizer, "_accumulated_gradients", [])}
+    unknown = [
+        v.path
+        for v in optimizer.variables
+        if len(v.shape) and id(v) not in known
+    ]
+    if unknown:
+        raise ValueError(
+            "Every slot of the inner optimizer needs a rule, see "
+            "`keras_geolora.register_slot_rules`. "
+            f"Received: inner_optimizer={type(optimizer).__name__} with "
+            f"rules {rules}, which say nothing of {unknown[:3]}"
+        )
+    return slots
+
+
+def transport(kind, slots, point, rotation):
+    """Moves the slots of one kind into new bases.
+
+    Args:
+        kind: `"linear"`, `"quadratic"`, `"row"` or `"column"`.
+        slots: `Unknowns` of arrays, the slots of `K`, `S` and `L`.
+        point: `Point` before the step.
+        rotation: `Rotation` of the step.
+
+    Returns:
+        `Unknowns` of the same shapes.
+    """
+    return _MOVES[kind](slots, point, rotation)
+
+
+def _rotate(slots, point, rotation):
+    K, S, L = slots
+    A, B = rotation
+    return Unknowns(
+        ops.matmul(K, B),
+        ops.matmul(T(A), ops.matmul(S, B)),
+        ops.matmul(L, A),
+    )
+
+
+def _average(slots, point, rotation):
+    K, S, L = slots
+    in_U, in_V = active_columns(point.U), active_columns(point.V)
+    return Unknowns(
+        mean_of_active(K, in_V[..., None, :]),
+        mean_of_active(
+            T(mean_of_active(T(S), in_U[..., None, :])), in_V[..., None, :]
+        ),
+        mean_of_active(L, in_U[..., None, :]),
+    )
+
+
+def _average_columns(slots, point, rotation):
+    K, S, L = slots
+    in_U, in_V = active_columns(point.U), active_columns(point.V)
+    return Unknowns(
+        mean_of_active(K, in_V),
+        mean_of_active(S, in_V),
+        mean_of_active(L, in_U),
+    )
+
+
+def _stay(slots, point, rotation):
+    return slots
+
+
+def mean_of_active(x, active):
+    """Replaces the entries of the last axis by the mean of the active ones."""
+    weights = ops.cast(active, x.dtype)
+    total = ops.sum(x * weights, axis=-1, keepdims=True)
+    number = ops.sum(weights, axis=-1, keepdims=True)
+    return ops.broadcast_to(total / ops.maximum(number, 1.0), ops.shape(x))
+
+
+_MOVES = {
+    "linear": _rotate,
+    "quadratic": _average,
+    "row": _stay,
+    "column": _average_columns,
+}
+
+
+def _refuse(name, reason):
+    """Refuses an optimizer, where this version of Keras has it."""
+    optimizer_class = getattr(keras.optimizers, name, None)
+    if optimizer_class is not None:
+        _REFUSALS[optimizer_class] = reason
+
+
+register_slot_rules(keras.optimizers.SGD, {"momentums": "linear"})
+register_slot_rules(
+    keras.optimizers.Adam,  # AdamW too
+    {
+        "_momentums": "linear",
+        "_velocities": "quadratic",
+        "_velocity_hats": "quadratic",
+    },
+)
+register_slot_rules(
+    keras.optimizers.Nadam, {"_momentums": "linear", "_velocities": "quadratic"}
+)
+register_slot_rules(
+    keras.optimizers.Adamax, {"_m": "linear", "_u": "quadratic"}
+)
+register_slot_rules(
+    keras.optimizers.RMSprop,
+    {
+        "_velocities": "quadratic",
+        "_momentums": "linear",
+        "_average_gradients": "linear",
+    },
+)
+register_slot_rules(keras.optimizers.Lion, {"_momentums": "linear"})
+register_slot_rules(keras.optimizers.Adagrad, {"_accumulators": "quadratic"})
+register_slot_rules(
+    keras.optimizers.Adadelta,
+    {
+        "_accumulated_grads": "quadratic",
+        "_accumulated_delta_vars": "quadratic",
+    },
+)
+register_slot_rules(
+    keras.optimizers.Adafactor, {"_r": "row", "_c": "column", "_v": "quadratic"}
+)
+register_slot_rules(
+    keras.optimizers.Lamb,
+    {"_momentums": "linear", "_velocities": "quadratic"},
+)
+register_slot_rules(
+    keras.optimizers.Muon,
+    {"momentums": "linear", "adam_velocities": "quadratic"},
+)
+_refuse(
+    "Ftrl",
+    "Ftrl computes a variable anew from the sum of all its gradients, which "
+    "says nothing once the bases have moved.",
+)
+_refuse(
+    "ScheduleFreeAdamW",
+    "ScheduleFreeAdamW keeps a second copy of every variable; the copies of "
+    "three factors are not the factors of a copy.",
+)
+_refuse(
+    "LossScaleOptimizer",
+    "Loss scaling goes around the geometric step: "
+    "`LossScaleOptimizer(GeoLoRA(...))`.",
+)
+_refuse(
+    "MultiOptimizer",
+    "The three factors of an adapter are moved by one optimizer.",
+)

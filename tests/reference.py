@@ -1,0 +1,59 @@
+"""One GeoLoRA step in float64 NumPy, as dull as possible: the oracle.
+
+No buffers, no batches, no masks: matrices have exactly `rank` columns, and
+everything that the library does in a clever way is done here by the book.
+"""
+
+import numpy as np
+
+
+def tangent_projection(U, V, Z):
+    """Orthogonal projection of `Z` on the tangent space at `U S V.T`."""
+    return U @ (U.T @ Z) + (Z @ V) @ V.T - U @ (U.T @ Z @ V) @ V.T
+
+
+def new_directions(basis, X):
+    """Orthonormal basis of what the columns of `X` add to `basis`."""
+    residual = X - basis @ (basis.T @ X)
+    residual = residual - basis @ (basis.T @ residual)
+    u, sigma, _ = np.linalg.svd(residual, full_matrices=False)
+    u = u[:, sigma > 1e-13 * np.linalg.norm(X)]
+    u = u - basis @ (basis.T @ u)
+    return np.linalg.qr(u)[0]
+
+
+def truncated_rank(sigma, tolerance, min_rank, max_rank):
+    """Smallest rank whose tail holds at most `tolerance` of the norm."""
+    for rank in range(len(sigma) + 1):
+        tail = np.linalg.norm(sigma[rank:])
+        if tail <= tolerance * np.linalg.norm(sigma):
+            break
+    return max(min_rank, min(rank, max_rank, len(sigma)))
+
+
+def retract(U, V, K, S, L, tolerance=0.0, min_rank=1, max_rank=10**9):
+    """Returns `U, S, V` of the step from unknowns `K`, `S`, `L`."""
+    U_tilde, V_tilde = new_directions(U, K), new_directions(V, L)
+    corner = np.zeros((U_tilde.shape[1], V_tilde.shape[1]))
+    S_hat = np.block([[S, L.T @ V_tilde], [U_tilde.T @ K, corner]])
+    P, sigma, Qt = np.linalg.svd(S_hat)
+    rank = truncated_rank(sigma, tolerance, min_rank, max_rank)
+    return (
+        np.hstack([U, U_tilde]) @ P[:, :rank],
+        np.diag(sigma[:rank]),
+        np.hstack([V, V_tilde]) @ Qt[:rank].T,
+    )
+
+
+def sgd_step(U, S, V, G, lr, **truncation):
+    """One step of plain gradient descent on the manifold."""
+    K = U @ S - lr * (G @ V)
+    L = V @ S.T - lr * (G.T @ U)
+    return retract(U, V, K, S - lr * (U.T @ G @ V), L, **truncation)
+
+
+def random_factors(rng, input_dim, output_dim, sigma):
+    """Random bases with the given singular values."""
+    U = np.linalg.qr(rng.normal(size=(input_dim, len(sigma))))[0]
+    V = np.linalg.qr(rng.normal(size=(output_dim, len(sigma))))[0]
+    return U, np.diag(np.asarray(sigma, "float64")), V
