@@ -35,22 +35,17 @@ nox.options.reuse_venv = "yes"
 @nox.session(venv_backend="none")
 def example(session):
     """Fine-tune a real model: `nox -s example -- [sentiment|images]`."""
-    parser = argparse.ArgumentParser(prog="nox -s example --")
-    parser.add_argument(
-        "name", nargs="?", choices=EXAMPLES, default="sentiment"
-    )
-    backend, args, rest = parse(session, parser)
+    backend, rest = parse(session)
+    name = rest.pop(0) if rest and rest[0] in EXAMPLES else EXAMPLES[0]
     install(session)
-    script = f"examples/{args.name}.py"
+    script = f"examples/{name}.py"
     run_python(session, backend or BACKENDS[0], script, *rest)
 
 
 @nox.session(venv_backend="none")
 def tests(session):
     """Run the tests, every backend in a process of its own."""
-    backend, _, rest = parse(
-        session, argparse.ArgumentParser("nox -s tests --")
-    )
+    backend, rest = parse(session)
     install(session)
     failed = []
     for name in [backend] if backend else BACKENDS:
@@ -78,15 +73,17 @@ def docs(session):
     session.run("mkdocs", "build", "--strict")
 
 
-def parse(session, parser):
-    """Returns the chosen backend or None, our arguments and all others."""
+def parse(session):
+    """Returns the chosen backend or None, and all other arguments."""
+    # What is not ours, `-h` too, belongs to the script or to pytest.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
         default=os.environ.get("KERAS_BACKEND"),
     )
     args, rest = parser.parse_known_args(session.posargs)
-    return args.backend, args, rest
+    return args.backend, rest
 
 
 def install(session):
