@@ -187,7 +187,7 @@ def orthonormalize(basis):
     return 1.5 * basis - 0.5 * ops.matmul(basis, gram)
 
 
-def retract(point, unknowns, tolerance, min_rank):
+def retract(point, unknowns, tolerance, min_rank, max_change=None):
     """Returns to the manifold, with the best approximation of lower rank.
 
     The bases are augmented by the directions that the K- and L-step found,
@@ -206,6 +206,8 @@ def retract(point, unknowns, tolerance, min_rank):
         unknowns: `Unknowns` after the inner step. Must be finite.
         tolerance: Scalar in [0, 1), share of the norm that may be cut.
         min_rank: Int array of shape `(..., 1)`.
+        max_change: Array of shape `(..., 1, 1)` or `None`. A step whose
+            Frobenius norm is larger is shortened to it, in its direction.
 
     Returns:
         Tuple `(point, rotation)`. Where `S_hat` is zero nothing is known
@@ -224,6 +226,13 @@ def retract(point, unknowns, tolerance, min_rank):
         ],
         axis=-2,
     )
+    if max_change is not None:
+        r = max_rank
+        S_before = ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
+        change = S_hat - S_before
+        length = norm(change, axis=(-2, -1))
+        share = ops.where(length > max_change, divide(max_change, length), 1.0)
+        S_hat = S_before + share * change
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
     P, sigma, Qt = ops.svd(divide(S_hat, size), full_matrices=False)
     rank = truncated_rank(sigma, tolerance, min_rank, max_rank)

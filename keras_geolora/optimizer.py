@@ -36,6 +36,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
         cut_interval: Int, number of steps between two cuts. In between the
             rank only grows, which gives slow directions time. Defaults
             to 20.
+        max_update_ratio: Float, `None` or `"auto"`: the largest change of a
+            layer in one step, relative to the Frobenius norm of its kernel.
+            Longer steps are shortened, in their direction, which makes
+            training tolerant of large learning rates. `None` means no bound.
+            `"auto"`, the default, means 0.002, and no bound around `SGD`,
+            whose step is in proportion to the gradient. Layers with a kernel
+            of zeros have no bound.
         name: String or `None`.
 
     Raises:
@@ -63,6 +70,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         inner_optimizer,
         tolerance=0.1,
         cut_interval=20,
+        max_update_ratio="auto",
         name=None,
         **kwargs,
     ):
@@ -85,6 +93,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 "must be an integer of at least 1. "
                 f"Received: cut_interval={cut_interval!r}"
             )
+        check_update_ratio(max_update_ratio)
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         slot_rules(inner_optimizer)
         if inner_optimizer.built:
@@ -103,6 +112,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.inner_optimizer = inner_optimizer
         self.tolerance = tolerance
         self.cut_interval = cut_interval
+        self.max_update_ratio = max_update_ratio
 
     def build(self, variables):
         """Creates the state of both optimizers.
@@ -119,8 +129,32 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         self.inner_optimizer.build(variables)
         super().build(variables)
-        self._groups = Untracked(
-            AdapterGroup.collect(variables, self.inner_optimizer)
+        groups = AdapterGroup.collect(variables, self.inner_optimizer)
+        for group in groups:
+            group.max_change = self._add_max_change(group)
+        self._groups = Untracked(groups)
+
+    def _add_max_change(self, group):
+        """Adds a variable with the bounds of the steps of a group."""
+        ratio = self.max_update_ratio
+        if ratio == "auto":
+            proportional = isinstance(
+                self.inner_optimizer, keras.optimizers.SGD
+            )
+            ratio = None if proportional else 0.002
+        if ratio is None:
+            return None
+
+        def bounds(shape, dtype=None):
+            norms = [adapter.kernel_norm() for adapter in group.adapters]
+            norms = ops.cast(ops.stack(norms), dtype)
+            return ops.where(norms > 0, ratio * norms, float("inf"))
+
+        return self.add_variable(
+            shape=(len(group.adapters),),
+            initializer=bounds,
+            dtype="float32",
+            name="max_change",
         )
 
     @property
@@ -196,6 +230,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             ),
             "tolerance": self.tolerance,
             "cut_interval": self.cut_interval,
+            "max_update_ratio": self.max_update_ratio,
         }
 
     @classmethod
@@ -229,6 +264,7 @@ class AdapterGroup:
         self.factors = factors
         self.slots = slots
         self.min_rank = [[adapter.min_rank] for adapter in adapters]
+        self.max_change = None
 
     @classmethod
     def collect(cls, variables, inner_optimizer):
@@ -270,6 +306,12 @@ class AdapterGroup:
             for members in by_shape.values()
         ]
 
+    def bounds(self):
+        """Returns the bounds of the steps, `(adapters, 1, 1)`, or `None`."""
+        if self.max_change is None:
+            return None
+        return ops.reshape(self.max_change, (-1, 1, 1))
+
     def restricted_to(self, variables):
         """Returns the part of the group whose factors are in a set of ids."""
         inside = [
@@ -282,11 +324,15 @@ class AdapterGroup:
         def some(values):
             return [v for v, keep in zip(values, inside, strict=True) if keep]
 
-        return AdapterGroup(
+        group = AdapterGroup(
             some(self.adapters),
             Point(*map(some, self.factors)),
             [(k, Unknowns(*map(some, slots))) for k, slots in self.slots],
         )
+        if self.max_change is not None:
+            rows = [i for i, keep in enumerate(inside) if keep]
+            group.max_change = ops.take(self.max_change, rows, axis=0)
+        return group
 
 
 class GroupStep:
@@ -324,6 +370,7 @@ class GroupStep:
             unknowns,
             tolerance,
             ops.convert_to_tensor(self.group.min_rank, dtype="int32"),
+            self.group.bounds(),
         )
         moved = ops.logical_and(finite, updated)
         write(self.group.factors, choose(moved, point, self.point))
@@ -370,3 +417,15 @@ def choose(mask, these, those):
             for x, y in zip(these, those, strict=True)
         )
     )
+
+
+def check_update_ratio(ratio):
+    """Refuses what is no bound on the change of a layer."""
+    if ratio is None or ratio == "auto":
+        return
+    if not isinstance(ratio, (int, float)) or not ratio > 0:
+        raise ValueError(
+            "`max_update_ratio` bounds the change of a layer in one step, "
+            "relative to its kernel, so it must be positive, `None` or "
+            f"'auto'. Received: max_update_ratio={ratio!r}"
+        )

@@ -109,10 +109,15 @@ class AdaptedLayer:
         self.adapter_options = options
         self.adapter = adapter
         self._tracker.lock()
+        adapter.kernel_norm = self._kernel_norm
         self._trainable_before = TrainableFlags(self.kernel, self.bias)
         self.kernel.trainable = False
         if self.bias is not None:
             self.bias.trainable = self.train_bias
+
+    def _kernel_norm(self):
+        kernel = ops.cast(self.kernel, "float32")
+        return ops.sqrt(ops.sum(ops.square(kernel)))
 
     def merge(self):
         """Adds the update to the kernel and turns back into the Keras layer.

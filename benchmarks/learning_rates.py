@@ -1,0 +1,283 @@
+"""Accuracy over a band of learning rates: GeoLoRA and LoRA on real tasks.
+
+    python benchmarks/learning_rates.py run --task trec --method geolora
+    python benchmarks/learning_rates.py run --task trec --method lora
+    python benchmarks/learning_rates.py table
+
+A pretrained MiniLM learns to classify movie sentences by sentiment, or TREC
+questions by topic: 1,600 examples, 2 epochs, batch 32, AdamW at a constant
+rate, all linear layers of the backbone adapted. Every run adds one line to
+`benchmarks/results/learning_rates.jsonl`; `table` prints a Markdown table.
+LoRA is plain `x @ A @ B` on the same matrices, with Keras' initializers and
+`scale=1`, of the rank that gives it as many trainable parameters as the
+buffers of GeoLoRA have. `--second`, `--first`, `--interval`, `--ratio` change
+the method, to compare candidates.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "learning_rates.jsonl"
+LENGTH = {"movies": 32, "trec": 16}
+TRAIN, VALIDATION, BATCH, EPOCHS = 1600, 1000, 32, 2
+RANK, MAX_RANK = 8, 16
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--task", choices=sorted(LENGTH), required=True)
+    run.add_argument("--method", choices=["geolora", "lora"], required=True)
+    run.add_argument(
+        "--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    )
+    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument("--interval", type=int, default=20)
+    run.add_argument("--ratio", type=float, default=None, help="0: no bound")
+    run.add_argument("--moments", choices=["rotated", "untouched"])
+    run.add_argument("--tag", help="name of the rows, the method if not given")
+    run.add_argument("--backend", default="tensorflow")
+    run.add_argument("--threads", type=int, default=0)
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "table":
+        print_table()
+    else:
+        os.environ["KERAS_BACKEND"] = args.backend
+        measure(args)
+
+
+def measure(args):
+    """Trains once for every seed and learning rate."""
+    if args.threads and args.backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(args.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    import keras
+    import numpy as np
+
+    import keras_geolora
+
+    if args.moments == "untouched":
+        use_untouched_slots()
+    x, y = load(args.task)
+    model = build(args.method, int(y.max()) + 1)
+    initial = model.get_weights()
+    inner = keras.optimizers.AdamW(1e-3)
+    if args.method == "lora":
+        optimizer = inner
+    else:
+        ratio = "auto" if args.ratio is None else args.ratio or None
+        optimizer = keras_geolora.GeoLoRA(
+            inner, cut_interval=args.interval, max_update_ratio=ratio
+        )
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    state = None
+    for seed in args.seeds:
+        order = np.random.default_rng(100 + seed).permutation(len(y))
+        train, held_out = order[:TRAIN], order[-VALIDATION:]
+        for rate in args.rates:
+            # One compilation serves all runs: everything starts anew.
+            keras.utils.set_random_seed(seed)
+            model.set_weights(initial)
+            draw_weights(model, seed)
+            if state is not None:
+                for variable, value in zip(
+                    optimizer.variables, state, strict=True
+                ):
+                    variable.assign(value)
+            elif optimizer.built is False:
+                optimizer.build(model.trainable_variables)
+                state = [
+                    keras.ops.convert_to_numpy(v) for v in optimizer.variables
+                ]
+            optimizer.learning_rate = rate
+            start = time.perf_counter()
+            history = model.fit(
+                {name: column[train] for name, column in x.items()},
+                y[train],
+                batch_size=BATCH,
+                epochs=EPOCHS,
+                verbose=0,
+            )
+            seconds = time.perf_counter() - start
+            logits = model.predict(
+                {name: column[held_out] for name, column in x.items()},
+                batch_size=125,
+                verbose=0,
+            )
+            ranks, parameters = size_of_adapters(model)
+            row = {
+                "tag": args.tag or args.method,
+                "task": args.task,
+                "rate": rate,
+                "seed": seed,
+                "accuracy": float((logits.argmax(-1) == y[held_out]).mean()),
+                "finite": bool(np.isfinite(logits).all()),
+                "loss": history.history["loss"],
+                "mean_rank": float(np.mean(ranks)),
+                "parameters": parameters,
+                "seconds": round(seconds, 1),
+                "backend": args.backend,
+                "keras": keras.__version__,
+            }
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def load(task):
+    """Returns token ids, masks and segment ids of a task, and labels."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import assets
+    import keras_hub
+    import numpy as np
+
+    read = {"movies": assets.movie_sentences, "trec": assets.trec_questions}
+    texts, labels = read[task]()[:2]
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
+        str(assets.minilm_folder()), sequence_length=LENGTH[task]
+    )
+    x = {
+        name: np.asarray(column).astype("int32")
+        for name, column in preprocessor(list(texts)).items()
+    }
+    return x, np.asarray(labels)
+
+
+def build(method, num_classes):
+    """Returns an adapted MiniLM classifier that takes tokens."""
+    import assets
+    import keras
+    import keras_hub
+
+    model = keras_hub.models.BertTextClassifier.from_preset(
+        str(assets.minilm_folder()), num_classes=num_classes, preprocessor=None
+    )
+    model.enable_geolora(rank=RANK, max_rank=MAX_RANK, seed=0)
+    if method == "geolora":
+        return model
+    from keras_geolora.targeting import adapted_layers
+
+    class LoRA(keras.layers.Layer):
+        def __init__(self, input_dim, output_dim, **kwargs):
+            super().__init__(**kwargs)
+            self.dims = input_dim, output_dim
+            self.A = self.add_weight(
+                shape=(input_dim, MAX_RANK), initializer="he_uniform", name="A"
+            )
+            self.B = self.add_weight(
+                shape=(MAX_RANK, output_dim), initializer="zeros", name="B"
+            )
+            self.built = True
+
+        def call(self, inputs, training=None):
+            shape = keras.ops.shape(inputs)
+            x = keras.ops.reshape(inputs, (-1, self.dims[0]))
+            y = keras.ops.matmul(keras.ops.matmul(x, self.A), self.B)
+            return keras.ops.reshape(y, (*shape[:-1], self.dims[1]))
+
+        def compute_output_shape(self, input_shape):
+            return (*input_shape[:-1], self.dims[1])
+
+    for layer in adapted_layers(model).values():
+        adapter = LoRA(*layer.kernel_matrix_shape, name="lora")
+        layer._layers.remove(layer.adapter)
+        del layer.adapter
+        layer._tracker.unlock()
+        layer.adapter = adapter
+        layer._tracker.lock()
+    model.__class__ = model.plain_class  # its `compile` asks for a GeoLoRA
+    return model
+
+
+def draw_weights(model, seed):
+    """Draws the random weights of adapters and head from a seed."""
+    import keras
+
+    from keras_geolora.layers.adapter import Factor, Orthonormal
+
+    for index, weight in enumerate(model.trainable_weights):
+        own_seed = 1000 * seed + index
+        if isinstance(weight.constraint, Factor):
+            if weight.constraint.role == "S":
+                continue
+            draw = Orthonormal(RANK, seed=own_seed)
+        elif weight.name == "A":
+            draw = keras.initializers.HeUniform(seed=own_seed)
+        elif weight.name == "kernel":
+            draw = keras.initializers.TruncatedNormal(0.0, 0.02, own_seed)
+        else:
+            continue
+        weight.assign(draw(weight.shape, "float32"))
+
+
+def size_of_adapters(model):
+    """Returns the ranks of all adapters and their parameters at them."""
+    from keras_geolora.targeting import adapted_layers
+
+    layers = adapted_layers(model).values()
+    ranks = [getattr(layer.adapter, "rank", MAX_RANK) for layer in layers]
+    sides = [sum(layer.kernel_matrix_shape) for layer in layers]
+    return ranks, sum(r * s for r, s in zip(ranks, sides, strict=True))
+
+
+def use_untouched_slots():
+    """Leaves the slots of the inner optimizer where they are, to compare."""
+    from keras_geolora import transport
+
+    for kind in ("linear", "quadratic"):
+        transport._MOVES[kind] = transport._MOVES["row"]
+
+
+def print_table():
+    """Prints mean accuracy (spread over seeds), rank and parameters."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    for task in sorted({row["task"] for row in rows}):
+        mine = [row for row in rows if row["task"] == task]
+        rates = sorted({row["rate"] for row in mine})
+        print(f"\n**{task}**, held-out accuracy\n")
+        print("| method | " + " | ".join(f"{r:.0e}" for r in rates) + " |")
+        print("|---" * (len(rates) + 1) + "|")
+        for tag in dict.fromkeys(row["tag"] for row in mine):
+            cells = []
+            for rate in rates:
+                found = [
+                    r for r in mine if r["tag"] == tag and r["rate"] == rate
+                ]
+                cells.append(cell(found))
+            print(f"| {tag} | " + " | ".join(cells) + " |")
+
+
+def cell(rows):
+    """One cell: mean, spread, number of seeds, parameters at the ranks."""
+    if not rows:
+        return "-"
+    accuracy = [row["accuracy"] for row in rows]
+    mean = sum(accuracy) / len(accuracy)
+    spread = (max(accuracy) - min(accuracy)) / 2
+    parameters = sum(row["parameters"] for row in rows) / len(rows)
+    lost = sum(not row["finite"] for row in rows)
+    text = f"{mean:.3f}"
+    if len(rows) > 1:
+        text += f" ± {spread:.3f}"
+    text += f" ({parameters / 1e3:.0f} k)"
+    return text + (f", {lost} lost" if lost else "")
+
+
+if __name__ == "__main__":
+    main()
