@@ -57,3 +57,49 @@ def random_factors(rng, input_dim, output_dim, sigma):
     U = np.linalg.qr(rng.normal(size=(input_dim, len(sigma))))[0]
     V = np.linalg.qr(rng.normal(size=(output_dim, len(sigma))))[0]
     return U, np.diag(np.asarray(sigma, "float64")), V
+
+
+class Adam:
+    """Adam on the manifold: moments that follow the bases, by the book.
+
+    The first moment rotates with the bases. The second moment is averaged
+    over the rank axis, so that it says the same in every basis.
+    """
+
+    def __init__(self, U, S, V, lr, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+        self.U, self.S, self.V = U, S, V
+        self.lr, self.epsilon = lr, epsilon
+        self.beta_1, self.beta_2 = beta_1, beta_2
+        self.steps = 0
+        self.m = [np.zeros_like(x) for x in (U, S, V)]
+        self.v = [np.zeros_like(x) for x in (U, S, V)]
+
+    def step(self, G, **truncation):
+        """Moves by the gradient `G` of the full matrix."""
+        U, S, V = self.U, self.S, self.V
+        self.steps += 1
+        gradients = G @ V, U.T @ G @ V, G.T @ U
+        K, S_new, L = (
+            x - self.update(i, g)
+            for i, (x, g) in enumerate(
+                zip((U @ S, S, V @ S.T), gradients, strict=True)
+            )
+        )
+        self.U, self.S, self.V = retract(U, V, K, S_new, L, **truncation)
+        A, B = U.T @ self.U, V.T @ self.V
+        m_K, m_S, m_L = self.m
+        self.m = [m_K @ B, A.T @ m_S @ B, m_L @ A]
+        v_K, v_S, v_L = self.v
+        ones = np.ones((1, len(self.S)))
+        self.v = [
+            v_K.mean(axis=1, keepdims=True) @ ones,
+            v_S.mean() * ones.T @ ones,
+            v_L.mean(axis=1, keepdims=True) @ ones,
+        ]
+
+    def update(self, i, g):
+        self.m[i] = self.beta_1 * self.m[i] + (1 - self.beta_1) * g
+        self.v[i] = self.beta_2 * self.v[i] + (1 - self.beta_2) * g * g
+        m = self.m[i] / (1 - self.beta_1**self.steps)
+        correction = np.sqrt(1 - self.beta_2**self.steps)
+        return self.lr * m * correction / (np.sqrt(self.v[i]) + self.epsilon)

@@ -1,0 +1,288 @@
+"""The slots of the inner optimizers follow the bases."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+
+from keras_geolora import LowRankAdapter
+from keras_geolora.integrator import Point, Rotation, Unknowns
+from keras_geolora.transport import (
+    find_slots,
+    mean_of_active,
+    register_slot_rules,
+    slot_rules,
+    transport,
+)
+
+MAX_RANK = 5
+SIDES = 12, 8
+
+
+def pad(basis):
+    return np.pad(basis, ((0, 0), (0, MAX_RANK - basis.shape[1])))
+
+
+def random_point(seed, sigma):
+    """A point in buffers of `MAX_RANK` columns, float32, batch of one."""
+    rng = np.random.default_rng(seed)
+    U, S, V = reference.random_factors(rng, *SIDES, sigma)
+    S = np.pad(S, (0, MAX_RANK - len(sigma)))
+    return batch(Point(pad(U), S, pad(V)))
+
+
+def batch(arrays):
+    return type(arrays)(*(x[None].astype("float32") for x in arrays))
+
+
+def unbatch(arrays):
+    return [keras.ops.convert_to_numpy(x)[0] for x in arrays]
+
+
+def rotation_between(old, new):
+    return Rotation(
+        old.U.swapaxes(-1, -2) @ new.U, old.V.swapaxes(-1, -2) @ new.V
+    )
+
+
+def tensors(arrays):
+    return type(arrays)(*map(keras.ops.convert_to_tensor, arrays))
+
+
+def transported(kind, slots, old, new):
+    rotation = rotation_between(old, new)
+    return transport(kind, *map(tensors, (slots, old, rotation)))
+
+
+def move(kind, slots, old, new):
+    return unbatch(transported(kind, slots, old, new))
+
+
+def coordinates(M, point):
+    """The slots of a tangent vector `M`: `M V`, `U.T M V`, `M.T U`."""
+    U, V = point.U[0], point.V[0]
+    return Unknowns(M @ V, U.T @ M @ V, M.T @ U)
+
+
+def rotated(point, seed):
+    """The same column spaces in other bases."""
+    rng = np.random.default_rng(seed)
+    bases = []
+    for basis in (point.U[0], point.V[0]):
+        rank = int((basis != 0).any(axis=0).sum())
+        Q = np.linalg.qr(rng.normal(size=(rank, rank)))[0]
+        bases.append(pad(basis[:, :rank] @ Q))
+    return batch(Point(bases[0], point.S[0], bases[1]))
+
+
+def random_slots(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [(SIDES[0], MAX_RANK), (MAX_RANK,) * 2, (SIDES[1], MAX_RANK)]
+    return batch(Unknowns(*(rng.uniform(1, 2, shape) for shape in shapes)))
+
+
+def test_a_moment_is_the_same_matrix_in_rotated_bases():
+    old = random_point(0, [3.0, 2.0, 1.0])
+    new = rotated(old, 1)
+    M = np.random.default_rng(2).normal(size=SIDES)
+    moved = move("linear", batch(coordinates(M, old)), old, new)
+    for x, y in zip(moved, coordinates(M, new), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_a_moment_in_a_new_direction_starts_with_what_the_old_knew():
+    old, new = random_point(0, [3.0, 2.0]), random_point(1, [3.0, 2.0, 1.0])
+    M = np.random.default_rng(2).normal(size=SIDES)
+    U, V = old.U[0].astype("float64"), old.V[0].astype("float64")
+    known = Unknowns(M @ V @ V.T, U @ U.T @ M @ V @ V.T, U @ U.T @ M)
+    U, V = new.U[0], new.V[0]
+    expected = known.K @ V, U.T @ known.S @ V, known.L.T @ U
+    moved = move("linear", batch(coordinates(M, old)), old, new)
+    for x, y in zip(moved, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_a_moment_of_unused_columns_is_zero():
+    old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
+    K, S, L = move("linear", random_slots(2), old, new)
+    assert not K[:, 2:].any() and not L[:, 2:].any()
+    assert not S[2:].any() and not S[:, 2:].any()
+    assert K[:, :2].all() and L[:, :2].all() and S[:2, :2].all()
+
+
+def test_a_second_moment_becomes_the_mean_over_the_columns_in_use():
+    old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
+    slots = random_slots(2)
+    K, S, L = unbatch(slots)
+    moved = move("quadratic", slots, old, new)
+    expected = [
+        np.repeat(K[:, :3].mean(axis=1, keepdims=True), MAX_RANK, axis=1),
+        np.full((MAX_RANK, MAX_RANK), S[:3, :3].mean()),
+        np.repeat(L[:, :3].mean(axis=1, keepdims=True), MAX_RANK, axis=1),
+    ]
+    for x, y in zip(moved, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_sides_of_different_rank_are_averaged_over_their_own_columns():
+    # U with three columns and V with two: the K-slot has those of V.
+    wide, narrow = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
+    old = Point(wide.U, wide.S, narrow.V)
+    slots = random_slots(2)
+    K, S, L = unbatch(slots)
+    moved = move("quadratic", slots, old, old)
+    np.testing.assert_allclose(moved[0][:, 0], K[:, :2].mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(moved[1], S[:3, :2].mean(), rtol=1e-5)
+    np.testing.assert_allclose(moved[2][:, 0], L[:, :3].mean(axis=1), rtol=1e-5)
+
+
+def test_a_second_moment_does_not_depend_on_the_order_of_columns():
+    old = random_point(0, [3.0, 2.0, 1.0])
+    slots = random_slots(2)
+    order = [2, 0, 1, 3, 4]
+    K, S, L = unbatch(slots)
+    shuffled = Unknowns(K[:, order], S[order][:, order], L[:, order])
+    these = move("quadratic", slots, old, old)
+    those = move("quadratic", batch(shuffled), old, old)
+    for x, y in zip(these, those, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_a_second_moment_is_moved_once():
+    old = random_point(0, [3.0, 2.0, 1.0])
+    once = move("quadratic", random_slots(2), old, old)
+    twice = move("quadratic", batch(Unknowns(*once)), old, old)
+    for x, y in zip(once, twice, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_one_number_per_row_stays():
+    old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
+    rows = Unknowns(*(x[..., 0] for x in random_slots(2)))
+    for x, y in zip(move("row", rows, old, new), unbatch(rows), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_one_number_per_column_becomes_their_mean():
+    old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
+    columns = Unknowns(*(x[:, 0] for x in random_slots(2)))
+    moved = move("column", columns, old, new)
+    for x, y in zip(moved, unbatch(columns), strict=True):
+        np.testing.assert_allclose(x, np.full(MAX_RANK, y[:3].mean()), 1e-5)
+
+
+def test_the_mean_of_no_column_is_zero():
+    x, active = keras.ops.ones((1, 4)), keras.ops.zeros((1, 4), "bool")
+    mean = keras.ops.convert_to_numpy(mean_of_active(x, active))
+    np.testing.assert_array_equal(mean, np.zeros((1, 4)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "row", "column"])
+def test_every_adapter_of_a_batch_moves_on_its_own(kind):
+    olds = [random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])]
+    news = [random_point(2, [3.0, 2.0]), random_point(3, [3.0, 2.0, 1.0, 0.5])]
+    slots = [random_slots(4), random_slots(5)]
+    if kind in ("row", "column"):
+        slots = [Unknowns(*(x[:, 0] for x in s)) for s in slots]
+
+    def stack(pair):
+        return type(pair[0])(
+            *(np.concatenate(arrays) for arrays in zip(*pair, strict=True))
+        )
+
+    old, new = stack(olds), stack(news)
+    together = transported(kind, stack(slots), old, new)
+    for i in range(2):
+        alone = move(kind, slots[i], olds[i], news[i])
+        for x, y in zip(together, alone, strict=True):
+            x = keras.ops.convert_to_numpy(x)[i]
+            np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+# Rules.
+
+WITH_ALL_SLOTS = {
+    "SGD": {"momentum": 0.9},
+    "Adam": {"amsgrad": True},
+    "AdamW": {"amsgrad": True},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "Muon": {"exclude_layers": ["S"]},
+}
+WITH_RULES = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Nadam",
+    "Adamax",
+    "RMSprop",
+    "Lion",
+    "Adagrad",
+    "Adadelta",
+    "Adafactor",
+    "Lamb",
+    "Muon",
+]
+REFUSED = ["Ftrl", "LossScaleOptimizer", "MultiOptimizer", "ScheduleFreeAdamW"]
+
+
+def test_every_optimizer_of_keras_has_rules_or_is_refused():
+    classes = {
+        name
+        for name, value in vars(keras.optimizers).items()
+        if isinstance(value, type)
+        and issubclass(value, keras.optimizers.Optimizer)
+    }
+    assert classes - {"Optimizer"} <= {*WITH_RULES, *REFUSED}
+
+
+@pytest.mark.parametrize("name", WITH_RULES)
+def test_every_rule_names_slots_that_the_optimizer_has(name):
+    optimizer_class = getattr(keras.optimizers, name)
+    optimizer = optimizer_class(**WITH_ALL_SLOTS.get(name, {}))
+    adapter = LowRankAdapter(12, 8, rank=2)
+    variables = [adapter.U, adapter.S, adapter.V]
+    optimizer.build(variables)
+    slots = find_slots(optimizer, variables)
+    assert set(slots) == set(slot_rules(optimizer))
+    assert all(len(found) == 3 for found in slots.values())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}], ids=["plain", "momentum"]
+)
+def test_slots_that_an_option_switches_off_are_not_there(options):
+    optimizer = keras.optimizers.SGD(**options)
+    adapter = LowRankAdapter(12, 8, rank=2)
+    variables = [adapter.U, adapter.S, adapter.V]
+    optimizer.build(variables)
+    assert len(find_slots(optimizer, variables)) == len(options)
+
+
+def test_rules_hold_for_subclasses_until_they_have_their_own():
+    class Child(keras.optimizers.SGD):
+        pass
+
+    assert slot_rules(Child(0.1)) == {"momentums": "linear"}
+    register_slot_rules(Child, {"momentums": "quadratic"})
+    assert slot_rules(Child(0.1)) == {"momentums": "quadratic"}
+    assert slot_rules(keras.optimizers.SGD()) == {"momentums": "linear"}
+
+
+def test_rules_of_ones_own_lift_a_refusal_of_the_parent():
+    class Child(keras.optimizers.Ftrl):
+        pass
+
+    with pytest.raises(ValueError, match="Received: inner_optimizer=Child"):
+        slot_rules(Child())
+    register_slot_rules(Child, {"_accumulators": "quadratic"})
+    assert slot_rules(Child()) == {"_accumulators": "quadratic"}
+
+
+def test_changing_the_registered_dict_later_changes_nothing():
+    class Child(keras.optimizers.SGD):
+        pass
+
+    rules = {"momentums": "quadratic"}
+    register_slot_rules(Child, rules)
+    rules["momentums"] = "linear"
+    assert slot_rules(Child(0.1)) == {"momentums": "quadratic"}
