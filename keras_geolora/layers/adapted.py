@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_geolora.layers.adapter import LowRankAdapter
+from keras_geolora.layers.adapter import LowRankAdapter, check_rank
 
 
 class TrainableFlags:
@@ -87,8 +87,12 @@ class AdaptedLayer:
                 "`rank=8`. Received: rank=None, "
                 f"{dict(options, train_bias=train_bias)}"
             )
+        if rank is not None:
+            check_rank("rank", rank, 1, float("inf"))
         self.train_bias = train_bias
-        self.adapter_options = rank and {"rank": rank, **options}
+        self.adapter_options = (
+            None if rank is None else {"rank": rank, **options}
+        )
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -222,7 +222,7 @@ def check_rank(name, value, smallest, largest):
         raise ValueError(
             f"`{name}` must lie in [{smallest}, {largest}]: no rank is below "
             "1 or above the smaller side of the kernel, and "
-            f"min_rank <= rank <= max_rank. Received: {name}={value}"
+            f"`min_rank <= rank <= max_rank`. Received: {name}={value}"
         )
 
 

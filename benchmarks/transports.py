@@ -1,0 +1,216 @@
+"""Which transport of the slots, and how often to cut: the oracle.
+
+    python benchmarks/transports.py
+
+Matrix regression in float64 NumPy, where the right answer is known:
+`y = x @ W` with `W` of shape 96 x 64, rank 6 and condition 10, inputs of
+condition 10, 400 steps of batch 64, buffers of 16, tolerance 0.02. Prints
+Markdown tables of the relative error of `W` at the end, the median of three
+seeds. The geometric step is the reference of the test suite.
+
+Candidates for the first moment: `untouched`, `rotated` with the bases, or
+`projected` on the new tangent space. For the second: `untouched`, `squared`
+(by the squares of the rotation) or `averaged` over the rank axis.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import reference
+
+INPUT_DIM, OUTPUT_DIM, TRUE_RANK, MAX_RANK = 96, 64, 6, 16
+STEPS, BATCH, SEEDS = 400, 64, (0, 1, 2)
+
+
+def rotated(m, old, new):
+    """`m_K B`, `A.T m_S B` and `m_L A`."""
+    (U, V), (U1, V1) = old, new
+    A, B = U.T @ U1, V.T @ V1
+    return [m[0] @ B, A.T @ m[1] @ B, m[2] @ A]
+
+
+def projected(m, old, new):
+    """The moment as a tangent vector, projected on the new tangent space."""
+    (U, V), (U1, V1) = old, new
+    M = m[0] @ V.T + U @ m[2].T - U @ m[1] @ V.T
+    return [M @ V1, U1.T @ M @ V1, M.T @ U1]
+
+
+def squared(v, old, new):
+    """As `rotated`, with the squares of the rotations."""
+    (U, V), (U1, V1) = old, new
+    A, B = (U.T @ U1) ** 2, (V.T @ V1) ** 2
+    return [v[0] @ B, A.T @ v[1] @ B, v[2] @ A]
+
+
+def averaged(v, old, new):
+    """The mean over the rank axis."""
+    ones = np.ones((1, new[0].shape[1]))
+    return [
+        v[0].mean(axis=1, keepdims=True) @ ones,
+        v[1].mean() * ones.T @ ones,
+        v[2].mean(axis=1, keepdims=True) @ ones,
+    ]
+
+
+def untouched(slots, old, new):
+    """The slot stays, cut or padded with zeros to the new rank."""
+    rank = new[0].shape[1]
+    shapes = [new[0].shape, (rank, rank), new[1].shape]
+    moved = []
+    for slot, shape in zip(slots, shapes, strict=True):
+        rows, columns = (
+            min(a, b) for a, b in zip(slot.shape, shape, strict=True)
+        )
+        padded = np.zeros(shape)
+        padded[:rows, :columns] = slot[:rows, :columns]
+        moved.append(padded)
+    return moved
+
+
+def train(inner, rate, first, second, seed, interval=1, tolerance=0.02):
+    """Returns the relative error and the rank at the end."""
+    rng = np.random.default_rng(seed)
+    sigma = np.geomspace(1, 0.1, TRUE_RANK)
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, sigma)
+    target = U @ S @ V.T
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, [0.0] * 4)
+    m, v = ([np.zeros_like(x) for x in (U, S, V)] for _ in range(2))
+    for step in range(1, STEPS + 1):
+        x = rng.normal(size=(BATCH, INPUT_DIM))
+        x *= np.sqrt(np.geomspace(1, 0.1, INPUT_DIM))
+        G = x.T @ (x @ (U @ S @ V.T - target)) / BATCH
+        gradients = G @ V, U.T @ G @ V, G.T @ U
+        unknowns = []
+        for i, (value, g) in enumerate(
+            zip((U @ S, S, V @ S.T), gradients, strict=True)
+        ):
+            if inner == "sgd":
+                update = g
+            elif inner == "momentum":
+                update = m[i] = 0.9 * m[i] + g
+            else:
+                m[i] = 0.9 * m[i] + 0.1 * g
+                v[i] = 0.999 * v[i] + 0.001 * g * g
+                correction = np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+                update = correction * m[i] / (np.sqrt(v[i]) + 1e-7)
+            unknowns.append(value - rate * update)
+        if not all(np.isfinite(x).all() for x in unknowns):
+            return np.inf, 0
+        U1, S, V1 = reference.retract(
+            U,
+            V,
+            *unknowns,
+            tolerance=tolerance if step % interval == 0 else 1e-9,
+            max_rank=MAX_RANK,
+        )
+        m = first(m, (U, V), (U1, V1))
+        v = second(v, (U, V), (U1, V1))
+        U, V = U1, V1
+    error = np.linalg.norm(U @ S @ V.T - target) / np.linalg.norm(target)
+    return error, len(S)
+
+
+def lora(inner, rate, seed):
+    """The same by LoRA of rank 16: `A` random, `B` zero, no geometry."""
+    rng = np.random.default_rng(seed)
+    sigma = np.geomspace(1, 0.1, TRUE_RANK)
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, sigma)
+    target = U @ S @ V.T
+    factors = [
+        rng.uniform(-1, 1, (INPUT_DIM, MAX_RANK)) * np.sqrt(6 / INPUT_DIM),
+        np.zeros((MAX_RANK, OUTPUT_DIM)),
+    ]
+    m, v = ([np.zeros_like(f) for f in factors] for _ in range(2))
+    for step in range(1, STEPS + 1):
+        x = rng.normal(size=(BATCH, INPUT_DIM))
+        x *= np.sqrt(np.geomspace(1, 0.1, INPUT_DIM))
+        A, B = factors
+        G = x.T @ (x @ (A @ B - target)) / BATCH
+        for i, g in enumerate((G @ B.T, A.T @ G)):
+            if inner == "sgd":
+                update = g
+            elif inner == "momentum":
+                update = m[i] = 0.9 * m[i] + g
+            else:
+                m[i] = 0.9 * m[i] + 0.1 * g
+                v[i] = 0.999 * v[i] + 0.001 * g * g
+                correction = np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+                update = correction * m[i] / (np.sqrt(v[i]) + 1e-7)
+            factors[i] = factors[i] - rate * update
+    A, B = factors
+    return np.linalg.norm(A @ B - target) / np.linalg.norm(target)
+
+
+def median(function):
+    """Runs a function of a seed for all seeds; formats the median."""
+    with np.errstate(all="ignore"):
+        results = [function(seed) for seed in SEEDS]
+    if isinstance(results[0], tuple):
+        errors, ranks = zip(*results, strict=True)
+        return f"{np.median(errors):.0e} ({', '.join(map(str, ranks))})"
+    return f"{np.median(results):.0e}"
+
+
+def main():
+    """Prints both tables."""
+    candidates = {
+        "untouched": (untouched, untouched),
+        "rotated, second untouched": (rotated, untouched),
+        "rotated, second squared": (rotated, squared),
+        "rotated, second averaged": (rotated, averaged),
+        "projected, second averaged": (projected, averaged),
+    }
+    settings = [
+        ("sgd", 0.2),
+        ("momentum", 0.01),
+        ("momentum", 0.03),
+        ("adam", 1e-3),
+        ("adam", 3e-3),
+        ("adam", 1e-2),
+    ]
+    print("Transport, cut at every step: error (ranks of the three seeds)\n")
+    print("| inner, rate | " + " | ".join([*candidates, "LoRA"]) + " |")
+    print("|---" * (len(candidates) + 2) + "|")
+    for inner, rate in settings:
+        cells = [
+            median(lambda seed, c=c: train(inner, rate, *c, seed))  # noqa: B023
+            for c in candidates.values()
+        ]
+        cells.append(median(lambda seed: lora(inner, rate, seed)))  # noqa: B023
+        print(f"| {inner} {rate:g} | " + " | ".join(cells) + " |", flush=True)
+
+    intervals = (1, 5, 20, 100)
+    print("\nInterval between cuts, Adam, rotated and averaged\n")
+    print("| rate, tolerance | " + " | ".join(map(str, intervals)) + " |")
+    print("|---" * (len(intervals) + 1) + "|")
+    for rate, tolerance in [
+        (1e-3, 0.02),
+        (1e-3, 0.1),
+        (3e-3, 0.1),
+        (1e-2, 0.1),
+    ]:
+        cells = [
+            median(
+                lambda seed, i=i: train(
+                    "adam",
+                    rate,
+                    rotated,
+                    averaged,
+                    seed,
+                    i,
+                    tolerance,  # noqa: B023
+                )
+            )
+            for i in intervals
+        ]
+        print(
+            f"| {rate:g}, {tolerance} | " + " | ".join(cells) + " |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

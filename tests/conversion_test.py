@@ -1,0 +1,297 @@
+"""Whole models: adapting, refusing, merging."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_geolora
+from keras_geolora import GeoLoRA, GeoLoRADense, GeoLoRAEinsumDense
+from keras_geolora.targeting import adapted_layers
+
+
+def random(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def functional():
+    inputs = keras.Input((8,))
+    x = keras.layers.Dense(12, activation="relu", name="hidden")(inputs)
+    x = keras.layers.EinsumDense("ab,bc->ac", 12, bias_axes="c", name="mix")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(12, name="hidden"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = [keras.layers.Dense(8), keras.layers.Dense(8)]
+        self.head = keras.layers.Dense(3, name="head")
+
+    def call(self, x):
+        for block in self.blocks:
+            x = x + ops.relu(block(x))
+        return self.head(x)
+
+
+def subclassed():
+    model = Subclassed()
+    model(np.zeros((1, 8), "float32"))
+    return model
+
+
+def nested():
+    return keras.Sequential(
+        [keras.Input((8,)), functional(), keras.layers.Dense(3, name="top")]
+    )
+
+
+def shared():
+    inputs = keras.Input((8,))
+    layer = keras.layers.Dense(8, name="shared")
+    outputs = keras.layers.Dense(3, name="head")(layer(layer(inputs)))
+    return keras.Model(inputs, outputs)
+
+
+MODELS = [functional, sequential, subclassed, nested, shared]
+
+
+def train(model, optimizer="sgd", epochs=2):
+    model.compile(optimizer=GeoLoRA(optimizer), loss="mse")
+    return model.fit(
+        random((32, 8)), random((32, 3), 1), epochs=epochs, verbose=0
+    )
+
+
+@pytest.mark.parametrize("create", MODELS)
+def test_a_fresh_adapter_leaves_predictions_bit_identical(create):
+    model, x = create(), random((5, 8))
+    before = model.predict(x, verbose=0)
+    assert model.enable_geolora(rank=2, seed=0) is model
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+
+
+@pytest.mark.parametrize("create", MODELS)
+def test_merging_keeps_predictions_and_restores_the_model(create):
+    model, x = create(), random((5, 8))
+    kind, names = type(model), [v.path for v in model.variables]
+    trained = [v.path for v in model.trainable_variables]
+    before = model.predict(x, verbose=0)
+    model.enable_geolora(rank=2, seed=0)
+    assert isinstance(model, kind)
+    train(model)
+    adapted = model.predict(x, verbose=0)
+    assert np.abs(adapted - before).max() > 1e-4
+    model.merge_geolora()
+    merged = model.predict(x, verbose=0)
+    error = np.linalg.norm(merged - adapted) / np.linalg.norm(adapted)
+    assert error < 1e-5
+    assert type(model) is kind
+    assert [v.path for v in model.variables] == names
+    assert [v.path for v in model.trainable_variables] == trained
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("create", MODELS)
+def test_only_the_factors_move(create):
+    model = create()
+    model.enable_geolora(rank=2, seed=0)
+    frozen = [v for v in model.non_trainable_variables if "seed" not in v.name]
+    before = [ops.convert_to_numpy(v) for v in frozen]
+    train(model)
+    assert {v.name for v in model.trainable_variables} == {"U", "S", "V"}
+    for variable, value in zip(frozen, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+
+
+def test_a_shared_layer_is_adapted_once():
+    model = shared()
+    model.enable_geolora(rank=2)
+    assert list(adapted_layers(model)) == ["shared", "head"]
+
+
+def test_layers_stay_what_they_are():
+    model = functional()
+    model.enable_geolora(rank=2)
+    hidden, mix = model.get_layer("hidden"), model.get_layer("mix")
+    assert type(hidden) is GeoLoRADense
+    assert isinstance(hidden, keras.layers.Dense)
+    assert type(mix) is GeoLoRAEinsumDense
+    assert hidden.is_adapted and hidden.rank == 2
+    assert tuple(hidden.delta().shape) == tuple(hidden.kernel.shape)
+
+
+def test_what_is_excluded_trains_as_it_is():
+    model = functional()
+    model.enable_geolora(rank=2, exclude="head")
+    head = model.get_layer("head")
+    assert type(head) is keras.layers.Dense
+    assert len(head.trainable_variables) == 2
+    assert not model.get_layer("hidden").bias.trainable
+
+
+def test_biases_train_on_request():
+    model = functional()
+    model.enable_geolora(rank=2, train_bias=True)
+    assert model.get_layer("mix").bias.trainable
+    assert not model.get_layer("mix").kernel.trainable
+
+
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        ("hidden", ["hidden"]),
+        ("h.*", ["hidden", "head"]),
+        (keras.layers.EinsumDense, ["mix"]),
+        (["mix", "head"], ["mix", "head"]),
+        (lambda path, layer: layer.bias.shape[0] == 3, ["head"]),
+        ("all-linear", ["hidden", "mix", "head"]),
+    ],
+)
+def test_targets_name_layers_in_many_ways(targets, expected):
+    model = functional()
+    model.enable_geolora(rank=2, targets=targets)
+    assert list(adapted_layers(model)) == expected
+
+
+def test_a_target_that_matches_nothing_lists_what_could():
+    model = functional()
+    with pytest.raises(ValueError, match=r"targets='attn'") as error:
+        model.enable_geolora(targets="attn")
+    assert "'hidden', 'mix', 'head' (3 in all)" in str(error.value)
+    assert len(model.trainable_variables) == 6
+
+
+@pytest.mark.parametrize(
+    "rank, error",
+    [(0, ValueError), (-2, ValueError), (4, ValueError), (1.5, TypeError)],
+)
+def test_a_wrong_rank_is_refused_and_nothing_changes(rank, error):
+    model, x = functional(), random((5, 8))
+    before = model.predict(x, verbose=0)
+    with pytest.raises(error, match=f"rank={rank}"):
+        model.enable_geolora(rank=rank)
+    assert not adapted_layers(model)
+    assert len(model.trainable_variables) == 6
+    assert all(layer.trainable for layer in model.layers)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    model.enable_geolora(rank=3)
+
+
+def test_a_model_is_adapted_once():
+    model = functional()
+    model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="with 3 adapted layers"):
+        model.enable_geolora(rank=2)
+
+
+def test_a_model_that_is_not_built_is_refused():
+    with pytest.raises(ValueError, match="is not built"):
+        Subclassed().enable_geolora(rank=2)
+
+
+def test_only_models_are_adapted_and_merged():
+    for function in (keras_geolora.enable_geolora, keras_geolora.merge_geolora):
+        with pytest.raises(TypeError, match="model='bert'"):
+            function("bert")
+
+
+@pytest.mark.parametrize("name", ["merge_geolora", "geolora_summary"])
+def test_without_adapters_there_is_nothing_to_do(name):
+    with pytest.raises(ValueError, match="without an adapted layer"):
+        getattr(functional(), name)()
+
+
+def test_a_non_finite_update_is_not_merged():
+    model = functional()
+    model.enable_geolora(rank=2)
+    kernels = [ops.convert_to_numpy(x.kernel) for x in model.layers[1:]]
+    model.get_layer("mix").adapter.S.assign(np.full((4, 4), np.nan))
+    with pytest.raises(ValueError, match="of layer 'mix'"):
+        model.merge_geolora()
+    for layer, kernel in zip(model.layers[1:], kernels, strict=True):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(layer.kernel), kernel
+        )
+
+
+def test_ordinary_optimizers_are_refused_with_the_line_to_write():
+    model = functional()
+    model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="GeoLoRA(.*)optimizer='adam'"):
+        model.compile(optimizer="adam", loss="mse")
+
+
+def test_a_model_can_be_evaluated_without_geolora():
+    model = functional()
+    model.enable_geolora(rank=2)
+    model.compile(loss="mse")
+    assert model.evaluate(random((4, 8)), random((4, 3)), verbose=0) > 0
+    with pytest.raises(ValueError, match="Adapters are trained by GeoLoRA"):
+        model.fit(random((4, 8)), random((4, 3)), verbose=0)
+
+
+def test_adapting_after_predicting_does_not_serve_the_old_graph():
+    model, x = functional(), random((5, 8))
+    before = model.predict(x, verbose=0)
+    model.enable_geolora(rank=2)
+    train(model)
+    trained = model.predict(x, verbose=0)
+    assert np.abs(trained - before).max() > 1e-4
+
+
+def test_equal_seeds_give_equal_adapters():
+    deltas = []
+    for _ in range(2):
+        keras.utils.set_random_seed(0)  # `fit` shuffles
+        model = functional()
+        model.set_weights([random(w.shape, 2) for w in model.weights])
+        model.enable_geolora(rank=2, seed=5)
+        train(model, epochs=1)
+        deltas.append(
+            [
+                ops.convert_to_numpy(layer.delta())
+                for layer in adapted_layers(model).values()
+            ]
+        )
+    for first, second in zip(*deltas, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_the_logs_hold_mean_rank_and_skipped_steps():
+    model = functional()
+    model.enable_geolora(rank=2)
+    history = train(model, epochs=2).history
+    ranks = [layer.rank for layer in adapted_layers(model).values()]
+    assert history["mean_rank"][-1] == np.mean(ranks)
+    assert history["skipped_steps"] == [0, 0]
+
+
+def test_the_summary_shows_what_was_found(capsys):
+    model = functional()
+    model.enable_geolora(rank=2)
+    train(model)
+    rows = model.geolora_summary()
+    assert [row["path"] for row in rows] == ["hidden", "mix", "head"]
+    for row, layer in zip(rows, model.layers[1:], strict=True):
+        assert row["rank"] == layer.rank
+        sigma = np.linalg.svd(
+            ops.convert_to_numpy(layer.delta()), compute_uv=False
+        )
+        np.testing.assert_allclose(
+            row["singular_values"], sigma[: layer.rank], atol=1e-5
+        )
+        assert row["orthogonality_error"] < 1e-5
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("hidden") and "8x12" in line for line in lines)
+    assert lines[-1].startswith("3 adapters, mean rank")

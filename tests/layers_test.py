@@ -1,0 +1,233 @@
+"""The adapter and the layers that carry it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_geolora import GeoLoRADense, GeoLoRAEinsumDense, LowRankAdapter
+from keras_geolora.layers.einsum_dense import MatrixView
+
+# Every kind of equation that Keras and KerasHub use: inputs' shape,
+# equation, output_shape, bias axes, and the kernel as a matrix.
+EINSUMS = [
+    ((2, 3, 8), "abc,cde->abde", (None, 2, 4), "de", (8, 8)),  # query
+    ((2, 3, 2, 4), "abcd,cde->abe", (None, 6), "e", (8, 6)),  # attention out
+    ((2, 3, 8), "abc,cd->abd", (None, 5), None, (8, 5)),
+    ((2, 3, 8), "...x,xy->...y", 5, "y", (8, 5)),
+    ((2, 8), "...x,xy->...y", 5, None, (8, 5)),
+    ((2, 3, 8), "bqm,muh->bquh", (None, 2, 4), None, (8, 8)),
+    ((2, 3, 2, 4), "bquh,uhm->bqm", (None, 6), None, (8, 6)),
+    ((2, 3, 8), "btd,ndh->btnh", (None, 2, 4), None, (8, 8)),  # Gemma query
+    ((2, 3, 2, 4), "btnh,nhd->btd", (None, 6), None, (8, 6)),
+    ((2, 3, 4), "abc,bd->acd", (4, 5), None, (3, 5)),  # over time
+    ((2, 8, 3), "ab...,bc->ac...", (5,), None, (8, 5)),
+]
+
+
+def random(shape, seed=0, dtype="float32"):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def move(layer, seed=1):
+    """Gives the adapter some update, as training would."""
+    sigma = np.zeros(layer.adapter.max_rank)
+    rank = layer.rank
+    sigma[:rank] = np.linspace(1.0, 0.5, rank)
+    layer.adapter.S.assign(np.diag(sigma))
+
+
+def pair(equation, output_shape, bias_axes):
+    """A layer with an adapter and the same Keras layer without."""
+    arguments = {"bias_axes": bias_axes, "activation": "tanh"}
+    adapted = GeoLoRAEinsumDense(
+        equation, output_shape, rank=2, scale=0.5, seed=3, **arguments
+    )
+    return adapted, keras.layers.EinsumDense(
+        equation, output_shape, **arguments
+    )
+
+
+@pytest.mark.parametrize("shape, equation, output, bias, matrix", EINSUMS)
+def test_einsum_adds_the_update_to_the_kernel(
+    shape, equation, output, bias, matrix
+):
+    adapted, plain = pair(equation, output, bias)
+    x = random(shape)
+    fresh = adapted(x)
+    plain(x)
+    plain.kernel.assign(adapted.kernel)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(fresh), ops.convert_to_numpy(plain(x))
+    )
+    assert adapted.kernel_matrix_shape == matrix
+    move(adapted)
+    plain.kernel.assign(adapted.kernel + adapted.delta())
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(adapted(x)),
+        ops.convert_to_numpy(plain(x)),
+        atol=2e-6,
+    )
+
+
+@pytest.mark.parametrize("shape, equation, output, bias, matrix", EINSUMS)
+def test_rank_of_an_einsum_means_rank(shape, equation, output, bias, matrix):
+    layer, _ = pair(equation, output, bias)
+    layer(random(shape))
+    move(layer)
+    view = MatrixView(equation, layer.kernel.shape)
+    order = [view.kernel.index(axis) for axis in view.contracted + view.kept]
+    delta = ops.convert_to_numpy(layer.delta()).transpose(order)
+    assert np.linalg.matrix_rank(delta.reshape(matrix)) == 2
+
+
+def test_an_equation_with_a_batch_of_kernels_is_refused():
+    layer = GeoLoRAEinsumDense("abc,bcd->abd", (3, 5), rank=2)
+    with pytest.raises(ValueError, match="equation='abc,bcd->abd'"):
+        layer(random((2, 3, 8)))
+
+
+def test_dense_adds_the_update_to_the_kernel():
+    layer = GeoLoRADense(5, activation="relu", rank=2, scale=2.0, seed=0)
+    x = random((2, 3, 8))
+    layer(x)
+    move(layer)
+    kernel = ops.convert_to_numpy(layer.kernel + layer.delta())
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer(x)), np.maximum(x @ kernel, 0), atol=2e-6
+    )
+
+
+def test_without_a_rank_it_is_the_keras_layer():
+    ours, theirs = GeoLoRADense(5), keras.layers.Dense(5)
+    x = random((2, 8))
+    ours(x), theirs(x)
+    theirs.set_weights(ours.get_weights())
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(ours(x)), ops.convert_to_numpy(theirs(x))
+    )
+    assert not ours.is_adapted
+    assert set(ours.get_config()) == set(theirs.get_config())
+    assert len(ours.trainable_variables) == 2
+
+
+def test_the_factors_alone_train():
+    layer = GeoLoRADense(5, rank=2)
+    layer.build((None, 8))
+    adapter = layer.adapter
+    assert [id(v) for v in layer.trainable_variables] == [
+        id(v) for v in (adapter.U, adapter.S, adapter.V)
+    ]
+
+
+def test_the_bias_trains_on_request():
+    layer = GeoLoRADense(5, rank=2, train_bias=True)
+    layer.build((None, 8))
+    assert {v.name for v in layer.trainable_variables} == {
+        "U",
+        "S",
+        "V",
+        "bias",
+    }
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_factors_are_float32_under_mixed_precision(policy):
+    layer = GeoLoRADense(5, rank=2, dtype=policy, seed=0)
+    x = random((4, 8))
+    y = layer(x)
+    assert keras.backend.standardize_dtype(y.dtype) == policy[6:]
+    assert {v.dtype for v in layer.trainable_variables} == {"float32"}
+    move(layer)
+    exact = x @ ops.convert_to_numpy(layer.kernel + layer.delta())
+    found = ops.convert_to_numpy(ops.cast(layer(x), "float32"))
+    np.testing.assert_allclose(found, exact, atol=0.1)
+
+
+def test_dropout_acts_in_training_only():
+    adapter = LowRankAdapter(64, 5, rank=2, dropout=0.5, seed=0)
+    adapter.S.assign(np.diag([1.0, 1.0, 0.0, 0.0]))
+    x = random((4, 64))
+    calm = ops.convert_to_numpy(adapter(x, training=False))
+    dropped = ops.convert_to_numpy(adapter(x, training=True))
+    exact = x @ ops.convert_to_numpy(adapter.delta())
+    np.testing.assert_allclose(calm, exact, atol=2e-6)
+    assert np.abs(dropped - exact).max() > 0.1
+
+
+def test_config_round_trip_rebuilds_the_layer():
+    layer = GeoLoRADense(
+        5, rank=2, max_rank=3, scale=0.5, dropout=0.1, train_bias=True, seed=1
+    )
+    layer.build((None, 8))
+    twin = GeoLoRADense.from_config(layer.get_config())
+    twin.build((None, 8))
+    twin.set_weights(layer.get_weights())
+    x = random((2, 8))
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(twin(x)), ops.convert_to_numpy(layer(x))
+    )
+    assert twin.adapter.max_rank == 3 and twin.adapter.scale == 0.5
+
+
+def test_merging_a_layer_gives_back_the_keras_layer():
+    layer = GeoLoRADense(5, rank=2, seed=0)
+    x = random((2, 8))
+    layer(x)
+    move(layer)
+    adapted = ops.convert_to_numpy(layer(x))
+    layer.merge()
+    assert type(layer) is keras.layers.Dense
+    assert [v.name for v in layer.variables] == ["kernel", "bias"]
+    assert len(layer.trainable_variables) == 2
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer(x)), adapted, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, error, received",
+    [
+        ({"rank": 0}, ValueError, "rank=0"),
+        ({"rank": -1}, ValueError, "rank=-1"),
+        ({"rank": 9}, ValueError, "rank=9"),
+        ({"rank": 2.5}, TypeError, "rank=2.5"),
+        ({"rank": True}, TypeError, "rank=True"),
+        ({"rank": "8"}, TypeError, "rank='8'"),
+        ({"rank": 4, "max_rank": 3}, ValueError, "max_rank=3"),
+        ({"rank": 4, "max_rank": 6}, ValueError, "max_rank=6"),
+        ({"rank": 2, "min_rank": 3}, ValueError, "min_rank=3"),
+        ({"rank": 2, "dropout": 1.0}, ValueError, "dropout=1.0"),
+    ],
+)
+def test_wrong_options_are_refused(arguments, error, received):
+    with pytest.raises(error, match=received):
+        GeoLoRADense(5, **arguments).build((None, 8))
+
+
+def test_options_without_a_rank_are_refused():
+    with pytest.raises(ValueError, match="rank=None, {'max_rank': 8"):
+        GeoLoRADense(5, max_rank=8)
+
+
+def test_a_layer_without_adapter_has_no_rank_and_no_update():
+    layer = GeoLoRADense(5, name="plain")
+    layer.build((None, 8))
+    for ask in (lambda: layer.rank, layer.delta, layer.merge):
+        with pytest.raises(ValueError, match="layer 'plain' without an ad"):
+            ask()
+
+
+def test_only_the_plain_class_can_be_adapted():
+    embedding = keras.layers.Embedding(4, 3)
+    with pytest.raises(TypeError, match="of type Embedding"):
+        GeoLoRADense.adapt(embedding, rank=2)
+
+
+def test_a_layer_with_keras_lora_is_refused():
+    layer = keras.layers.Dense(5, name="lora")
+    layer.build((None, 8))
+    layer.enable_lora(2)
+    with pytest.raises(ValueError, match="'lora' with lora_enabled=True"):
+        GeoLoRADense.adapt(layer, rank=2)
+    assert type(layer) is keras.layers.Dense
