@@ -15,6 +15,7 @@ Candidates for the first moment: `untouched`, `rotated` with the bases, or
 
 import pathlib
 import sys
+from functools import partial
 
 import numpy as np
 
@@ -177,10 +178,10 @@ def main():
     print("|---" * (len(candidates) + 2) + "|")
     for inner, rate in settings:
         cells = [
-            median(lambda seed, c=c: train(inner, rate, *c, seed))  # noqa: B023
-            for c in candidates.values()
+            median(partial(train, inner, rate, *moves))
+            for moves in candidates.values()
         ]
-        cells.append(median(lambda seed: lora(inner, rate, seed)))  # noqa: B023
+        cells.append(median(partial(lora, inner, rate)))
         print(f"| {inner} {rate:g} | " + " | ".join(cells) + " |", flush=True)
 
     intervals = (1, 5, 20, 100)
@@ -193,18 +194,9 @@ def main():
         (3e-3, 0.1),
         (1e-2, 0.1),
     ]:
+        adam = partial(train, "adam", rate, rotated, averaged)
         cells = [
-            median(
-                lambda seed, i=i: train(
-                    "adam",
-                    rate,
-                    rotated,
-                    averaged,
-                    seed,
-                    i,
-                    tolerance,  # noqa: B023
-                )
-            )
+            median(partial(adam, interval=i, tolerance=tolerance))
             for i in intervals
         ]
         print(

@@ -261,7 +261,14 @@ class Frozen:
 
 
 def forget_traces(model):
-    """Drops compiled functions: they hold the layers as they were."""
+    """Drops what was remembered of the layers as they were.
+
+    Compiled functions hold the old computation, and torch's modules a list of
+    the old parameters.
+    """
+    for part in [model, *(layer for _, layer in walk(model))]:
+        if hasattr(part, "_torch_params"):
+            part._track_variables()
     for name in ("train_function", "test_function", "predict_function"):
         if hasattr(model, name):
             setattr(model, name, None)

@@ -6,7 +6,13 @@ from keras import ops
 from keras_geolora import integrator
 from keras_geolora.integrator import Point, Unknowns
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.transport import find_slots, slot_rules, transport
+from keras_geolora.transport import (
+    find_slots,
+    gradient_accumulators,
+    has_factored_moments,
+    slot_rules,
+    transport,
+)
 
 ROLES = ("U", "S", "V")
 
@@ -40,7 +46,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             layer in one step, relative to the Frobenius norm of its kernel.
             Longer steps are shortened, in their direction, which makes
             training tolerant of large learning rates. `None` means no bound.
-            `"auto"`, the default, means 0.002, and no bound around `SGD`,
+            `"auto"`, the default, means 0.001, and no bound around `SGD`,
             whose step is in proportion to the gradient. Layers with a kernel
             of zeros have no bound.
         name: String or `None`.
@@ -48,6 +54,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
     Raises:
         ValueError: If an option is out of range, belongs on the inner
             optimizer, or the inner optimizer cannot follow moving bases.
+
+    An adapter whose step is not finite keeps its factors and slots;
+    `skipped_steps` counts the steps in which that happened to any. (Steps
+    that a `LossScaleOptimizer` around this one drops as a whole do not reach
+    it and are not counted.)
 
     Example:
 
@@ -81,13 +92,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 f"`GeoLoRA(keras.optimizers.AdamW(..., {option}=...))`. "
                 f"Received: {option}={kwargs[option]!r}"
             )
-        if not 0 <= tolerance < 1:
+        if not (is_number(tolerance, (int, float)) and 0 <= tolerance < 1):
             raise ValueError(
                 "`tolerance` is the share of the norm that truncation may "
                 "discard, so it must lie in [0, 1). "
                 f"Received: tolerance={tolerance}. A usual choice is 0.1."
             )
-        if not isinstance(cut_interval, int) or cut_interval < 1:
+        if not is_number(cut_interval, int) or cut_interval < 1:
             raise ValueError(
                 "`cut_interval` counts the steps between two cuts, so it "
                 "must be an integer of at least 1. "
@@ -101,12 +112,6 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 "GeoLoRA needs a new inner optimizer, because slots of "
                 "earlier training do not follow its steps. "
                 f"Received: '{inner_optimizer.name}', which is built"
-            )
-        if inner_optimizer.use_ema:
-            raise ValueError(
-                "The average of factors is not a factor of the average. "
-                "Create the inner optimizer without `use_ema`. "
-                "Received: use_ema=True"
             )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
@@ -141,13 +146,14 @@ class GeoLoRA(keras.optimizers.Optimizer):
             proportional = isinstance(
                 self.inner_optimizer, keras.optimizers.SGD
             )
-            ratio = None if proportional else 0.002
+            ratio = None if proportional else 0.001
         if ratio is None:
             return None
 
         def bounds(shape, dtype=None):
-            norms = [adapter.kernel_norm() for adapter in group.adapters]
-            norms = ops.cast(ops.stack(norms), dtype)
+            # The bound is for `scale * U S V.T`, the step moves `U S V.T`.
+            norms = [a.kernel_norm() / abs(a.scale) for a in group.adapters]
+            norms = ops.convert_to_tensor(norms, dtype)
             return ops.where(norms > 0, ratio * norms, float("inf"))
 
         return self.add_variable(
@@ -180,6 +186,22 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """Scales the loss as the inner optimizer does."""
         return self.inner_optimizer.scale_loss(loss)
 
+    @property
+    def loss_scale_factor(self):
+        """The loss scale of the inner optimizer."""
+        inner_optimizer = getattr(self, "inner_optimizer", None)
+        return getattr(inner_optimizer, "loss_scale_factor", None)
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor):
+        # Keras sets it before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = factor
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Excludes variables from the weight decay of the inner optimizer."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
     def finalize_variable_values(self, var_list):
         """Does what the inner optimizer does at the end of training."""
         self.inner_optimizer.finalize_variable_values(var_list)
@@ -193,22 +215,34 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 that the optimizer was built on.
         """
         if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    "Without variables the optimizer must already be built: "
+                    "call `optimizer.build(trainable_variables)` before, or "
+                    "write `optimizer.apply(grads, trainable_variables)`. "
+                    "Received: trainable_variables=None"
+                )
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
         if not self.built:
             self.build(trainable_variables)
-        moving = {
-            id(v)
-            for g, v in zip(grads, trainable_variables, strict=True)
-            if g is not None
-        }
+        pairs = zip(grads, trainable_variables, strict=True)
+        moving = {id(v) for g, v in pairs if g is not None}
         groups = [g.restricted_to(moving) for g in self._groups.content]
         steps = [GroupStep(group) for group in groups if group.adapters]
         updates_before = ops.cast(self.iterations, "int32") + 0
-        for step in steps:
-            step.lift()
-        with Factor.GeometricStep():
-            self.inner_optimizer.apply(grads, trainable_variables)
+        if has_factored_moments(self.inner_optimizer):
+            for step in steps:
+                grads = step.fill_padding(grads, trainable_variables)
+        try:
+            for step in steps:
+                step.lift()
+            with Factor.GeometricStep():
+                self.inner_optimizer.apply(grads, trainable_variables)
+        except Exception:
+            for step in steps:
+                step.undo()
+            raise
 
         updates = ops.cast(self.iterations, "int32")
         tolerance = ops.where(
@@ -220,6 +254,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if finite:
             finite = ops.all(ops.concatenate(finite))
             self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
+        for step in steps:
+            step.clear_gradients()
 
     def get_config(self):
         """Returns the configuration, the inner optimizer's included."""
@@ -257,12 +293,15 @@ class AdapterGroup:
         adapters: List of the adapters.
         factors: `Point` of lists of variables, one for each adapter.
         slots: List of `(kind, Unknowns of lists of variables)`.
+        accumulators: List of none or one `Unknowns` of lists of variables,
+            the sums of gradients between two updates.
     """
 
-    def __init__(self, adapters, factors, slots):
+    def __init__(self, adapters, factors, slots, accumulators):
         self.adapters = adapters
         self.factors = factors
         self.slots = slots
+        self.accumulators = accumulators
         self.min_rank = [[adapter.min_rank] for adapter in adapters]
         self.max_change = None
 
@@ -270,7 +309,7 @@ class AdapterGroup:
     def collect(cls, variables, inner_optimizer):
         """Finds the adapters behind variables and groups them by shape."""
         rules = slot_rules(inner_optimizer)
-        found_slots = find_slots(inner_optimizer, variables)
+        sums = gradient_accumulators(inner_optimizer)
         indices, adapters = {}, {}
         for index, variable in enumerate(variables):
             factor = variable.constraint
@@ -278,6 +317,9 @@ class AdapterGroup:
                 adapters[id(factor.adapter)] = factor.adapter
                 indices.setdefault(id(factor.adapter), {})[factor.role] = index
 
+        if not adapters:
+            return []
+        found_slots = find_slots(inner_optimizer, variables)
         by_shape = {}
         for key, adapter in adapters.items():
             if set(indices[key]) != set(ROLES):
@@ -302,6 +344,7 @@ class AdapterGroup:
                     for name, slots in found_slots.items()
                     if slots[members[0][1]["U"]] is not None
                 ],
+                [select(Unknowns, sums, members)] if sums else [],
             )
             for members in by_shape.values()
         ]
@@ -314,10 +357,15 @@ class AdapterGroup:
 
     def restricted_to(self, variables):
         """Returns the part of the group whose factors are in a set of ids."""
-        inside = [
-            all(id(v) in variables for v in factors)
-            for factors in zip(*self.factors, strict=True)
-        ]
+        inside = []
+        for factors in zip(*self.factors, strict=True):
+            found = [v.path for v in factors if id(v) in variables]
+            if len(found) not in (0, len(ROLES)):
+                raise ValueError(
+                    "The three factors of an adapter move together. "
+                    f"Received: gradients for {found} only"
+                )
+            inside.append(bool(found))
         if all(inside):
             return self
 
@@ -328,6 +376,7 @@ class AdapterGroup:
             some(self.adapters),
             Point(*map(some, self.factors)),
             [(k, Unknowns(*map(some, slots))) for k, slots in self.slots],
+            [Unknowns(*map(some, sums)) for sums in self.accumulators],
         )
         if self.max_change is not None:
             rows = [i for i, keep in enumerate(inside) if keep]
@@ -343,10 +392,53 @@ class GroupStep:
         self.point = read(group.factors)
         self.slots = [read(slots) for _, slots in group.slots]
         self.lifted = integrator.lift(self.point)
+        columns = integrator.active_columns(self.point.U)[..., None, :]
+        square = ops.logical_and(columns, integrator.T(columns))
+        self.active = Unknowns(columns, square, columns)
 
     def lift(self):
         """Puts the variables into the coordinates of the inner optimizer."""
         write(self.group.factors, self.lifted)
+
+    def fill_padding(self, grads, variables):
+        """Puts the mean size of a gradient where it is zero for lack of rank.
+
+        Moments of rows times moments of columns underflow to zero in the
+        padding, and zero by zero is no step. What the inner optimizer does
+        with the padding is thrown away after its step.
+
+        Args:
+            grads: List of gradients.
+            variables: List of their variables.
+
+        Returns:
+            List of gradients.
+        """
+        filled = list(grads)
+        place = {id(v): i for i, v in enumerate(variables)}
+        for vs, active in zip(self.group.factors, self.active, strict=True):
+            for i, variable in enumerate(vs):
+                g = grads[place[id(variable)]]
+                used = ops.broadcast_to(active[i], ops.shape(g))
+                used = ops.sum(ops.cast(used, g.dtype))
+                mean = ops.sum(ops.abs(g)) / used
+                filled[place[id(variable)]] = ops.where(active[i], g, mean)
+        return filled
+
+    def clear_gradients(self):
+        """Clears the gradients that torch keeps with the factors.
+
+        A model that was built before a part of it was adapted does not know
+        the factors, so its `zero_grad` would let gradients add up.
+        """
+        for variables in self.group.factors:
+            for variable in variables:
+                if getattr(variable.value, "grad", None) is not None:
+                    variable.value.grad = None
+
+    def undo(self):
+        """Puts the factors back as they were before the step."""
+        write(self.group.factors, self.point)
 
     def retract(self, tolerance, updated):
         """Returns to the manifold and moves the slots along.
@@ -359,7 +451,15 @@ class GroupStep:
             Bool array `(number of adapters,)`, whose steps were finite. The
             others keep their factors and slots.
         """
-        unknowns = Unknowns(*read(self.group.factors))
+        # An optimizer may do what it likes with the padding.
+        unknowns = Unknowns(
+            *(
+                ops.where(active, x, 0.0)
+                for active, x in zip(
+                    self.active, read(self.group.factors), strict=True
+                )
+            )
+        )
         slots = [read(slots) for _, slots in self.group.slots]
         finite = all_finite(unknowns)
         for new in slots:
@@ -380,6 +480,11 @@ class GroupStep:
             new = choose(finite, new, old)
             carried = transport(kind, new, self.point, rotation)
             write(variables, choose(moved, carried, new))
+        spoilt = ops.logical_and(ops.logical_not(finite), updated)
+        for variables in self.group.accumulators:
+            sums = read(variables)
+            zeros = Unknowns(*map(ops.zeros_like, sums))
+            write(variables, choose(spoilt, zeros, sums))
         return finite
 
 
@@ -423,9 +528,14 @@ def check_update_ratio(ratio):
     """Refuses what is no bound on the change of a layer."""
     if ratio is None or ratio == "auto":
         return
-    if not isinstance(ratio, (int, float)) or not ratio > 0:
+    if not is_number(ratio, (int, float)) or not ratio > 0:
         raise ValueError(
             "`max_update_ratio` bounds the change of a layer in one step, "
             "relative to its kernel, so it must be positive, `None` or "
             f"'auto'. Received: max_update_ratio={ratio!r}"
         )
+
+
+def is_number(value, kinds):
+    """Says whether a value is a number of some kinds, and no bool."""
+    return isinstance(value, kinds) and not isinstance(value, bool)

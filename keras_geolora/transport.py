@@ -9,7 +9,7 @@ others through `register_slot_rules`.
 | ------------- | ------------------------------ | -------------------------- |
 | `"linear"`    | adds up gradients or steps     | rotates with the bases     |
 | `"quadratic"` | adds up their squares or sizes | mean over the rank axis    |
-| `"row"`       | one number per row             | stays: no basis is in it   |
+| `"row"`       | one number per row             | stays, but for `S`: mean   |
 | `"column"`    | one number per column          | mean over the rank axis    |
 
 A mean over the rank axis counts the columns in use only. It makes the second
@@ -43,7 +43,8 @@ def register_slot_rules(optimizer_class, rules):
               It rotates with the bases.
             - `"quadratic"`: adds up squares or absolute values, as Adam's
               velocity does. It is averaged over the rank axis.
-            - `"row"`: one value per row of the variable. It stays.
+            - `"row"`: one value per row of the variable. It stays, except
+              for `S`, where rows are an axis of the rank too.
             - `"column"`: one value per column. It is averaged.
 
     Raises:
@@ -91,6 +92,7 @@ def register_slot_rules(optimizer_class, rules):
 
 def slot_rules(optimizer):
     """Returns the rules of an optimizer, or refuses it with a reason."""
+    check_options(optimizer)
     for cls in type(optimizer).__mro__:
         if cls in _REFUSALS:
             raise ValueError(
@@ -110,6 +112,15 @@ def slot_rules(optimizer):
     )
 
 
+def check_options(optimizer):
+    """Refuses options of an optimizer that do not go with adapters."""
+    if optimizer.use_ema:
+        raise ValueError(
+            "The average of factors is not a factor of the average. Create "
+            "the inner optimizer without `use_ema`. Received: use_ema=True"
+        )
+
+
 def find_slots(optimizer, variables):
     """Finds the slots of a built optimizer for every variable.
 
@@ -122,10 +133,16 @@ def find_slots(optimizer, variables):
         that this optimizer uses with its present options.
     """
     rules = slot_rules(optimizer)
+    if getattr(optimizer, "centered", False):
+        raise ValueError(
+            "Centered RMSprop subtracts a squared mean, which depends on the "
+            "basis, from a second moment, which must not. Write "
+            "`RMSprop(..., centered=False)`. Received: centered=True"
+        )
     slots = {name: getattr(optimizer, name, None) or [] for name in rules}
     slots = {name: found for name, found in slots.items() if found}
     known = {id(slot) for found in slots.values() for slot in found}
-    known |= {id(v) for v in getattr(optimizer, "_accumulated_gradients", [])}
+    known |= {id(v) for v in gradient_accumulators(optimizer)}
     unknown = [
         v.path
         for v in optimizer.variables
@@ -139,6 +156,16 @@ def find_slots(optimizer, variables):
             f"rules {rules}, which say nothing of {unknown[:3]}"
         )
     return slots
+
+
+def has_factored_moments(optimizer):
+    """Says whether an optimizer multiplies moments of rows and columns."""
+    return "column" in slot_rules(optimizer).values()
+
+
+def gradient_accumulators(optimizer):
+    """Returns the sums of gradients between two updates, if there are any."""
+    return getattr(optimizer, "_accumulated_gradients", [])
 
 
 def transport(kind, slots, point, rotation):
@@ -188,8 +215,9 @@ def _average_columns(slots, point, rotation):
     )
 
 
-def _stay(slots, point, rotation):
-    return slots
+def _keep_rows(slots, point, rotation):
+    K, S, L = slots
+    return Unknowns(K, mean_of_active(S, active_columns(point.U)), L)
 
 
 def mean_of_active(x, active):
@@ -203,7 +231,7 @@ def mean_of_active(x, active):
 _MOVES = {
     "linear": _rotate,
     "quadratic": _average,
-    "row": _stay,
+    "row": _keep_rows,
     "column": _average_columns,
 }
 
@@ -235,7 +263,6 @@ register_slot_rules(
     {
         "_velocities": "quadratic",
         "_momentums": "linear",
-        "_average_gradients": "linear",
     },
 )
 register_slot_rules(keras.optimizers.Lion, {"_momentums": "linear"})

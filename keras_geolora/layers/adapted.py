@@ -1,8 +1,31 @@
 """What every layer with an adapter shares."""
 
+import contextlib
+
+import keras
 from keras import ops
 
 from keras_geolora.layers.adapter import LowRankAdapter, check_rank
+
+
+class KernelNorm:
+    """The Frobenius norm of a kernel, as a number wherever that is possible.
+
+    Inside a compiled function a variable has no value to read; the norm is
+    then the one at the time the adapter was added.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.known = None
+        self.known = self()
+
+    def __call__(self):
+        norm = ops.norm(ops.cast(self.kernel, "float32"))
+        try:
+            return float(ops.convert_to_numpy(norm))
+        except (NotImplementedError, TypeError):
+            return self.known
 
 
 class TrainableFlags:
@@ -51,7 +74,11 @@ class AdaptedLayer:
         layer.__class__ = cls
         try:
             layer.train_bias = train_bias
-            layer._add_adapter(options)
+            with contextlib.ExitStack() as scopes:
+                # Variables get the paths that building the layer would give.
+                for name in layer.path.split("/"):
+                    scopes.enter_context(keras.name_scope(name))
+                layer._add_adapter(options)
         except Exception:
             layer.__class__ = plain
             raise
@@ -113,15 +140,11 @@ class AdaptedLayer:
         self.adapter_options = options
         self.adapter = adapter
         self._tracker.lock()
-        adapter.kernel_norm = self._kernel_norm
+        adapter.kernel_norm = KernelNorm(self.kernel)
         self._trainable_before = TrainableFlags(self.kernel, self.bias)
         self.kernel.trainable = False
         if self.bias is not None:
             self.bias.trainable = self.train_bias
-
-    def _kernel_norm(self):
-        kernel = ops.cast(self.kernel, "float32")
-        return ops.sqrt(ops.sum(ops.square(kernel)))
 
     def merge(self):
         """Adds the update to the kernel and turns back into the Keras layer.
