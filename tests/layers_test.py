@@ -144,6 +144,21 @@ def test_factors_are_float32_under_mixed_precision(policy):
     np.testing.assert_allclose(found, exact, atol=0.1)
 
 
+@pytest.mark.parametrize("shape, equation, output, bias, matrix", EINSUMS)
+def test_training_and_inference_compute_the_same(
+    shape, equation, output, bias, matrix
+):
+    layer, _ = pair(equation, output, bias)
+    x = random(shape)
+    layer(x)
+    move(layer)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer(x, training=True)),
+        ops.convert_to_numpy(layer(x, training=False)),
+        atol=2e-6,
+    )
+
+
 def test_dropout_acts_in_training_only():
     adapter = LowRankAdapter(64, 5, rank=2, dropout=0.5, seed=0)
     adapter.S.assign(np.diag([1.0, 1.0, 0.0, 0.0]))

@@ -159,7 +159,8 @@ def test_a_second_moment_is_moved_once():
 def test_one_number_per_row_stays_where_no_row_is_an_axis_of_the_rank():
     old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
     rows = Unknowns(*(x[..., 0] for x in random_slots(2)))
-    moved, before = move("row", rows, old, new), unbatch(rows)
+    moved = Unknowns(*move("row", rows, old, new))
+    before = Unknowns(*unbatch(rows))
     np.testing.assert_array_equal(moved.K, before.K)
     np.testing.assert_array_equal(moved.L, before.L)
     mean = np.full(MAX_RANK, before.S[:3].mean())

@@ -21,7 +21,8 @@ class KernelNorm:
         self.known = self()
 
     def __call__(self):
-        norm = ops.norm(ops.cast(self.kernel, "float32"))
+        kernel = ops.cast(self.kernel, "float32")
+        norm = ops.sqrt(ops.sum(ops.square(kernel)))
         try:
             return float(ops.convert_to_numpy(norm))
         except (NotImplementedError, TypeError):
@@ -195,8 +196,14 @@ class AdaptedLayer:
     def call(self, inputs, training=None):
         if not self.is_adapted:
             return super().call(inputs, training=training)
-        x = self._kernel_product(inputs)
-        x = ops.add(x, self._adapter_product(inputs, training))
+        if training or self.compute_dtype != "float32":
+            x = self._kernel_product(inputs, self.kernel)
+            x = ops.add(x, self._adapter_product(inputs, training))
+        else:
+            # The operations of the Keras layer, so that a compiler fuses
+            # them as it does there: a fresh adapter changes no bit.
+            kernel = ops.add(self.kernel, self.delta())
+            x = self._kernel_product(inputs, kernel)
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:

@@ -85,8 +85,8 @@ class GeoLoRADense(AdaptedLayer, keras.layers.Dense):
         """Brings a matrix into the kernel's shape: the same, here."""
         return matrix
 
-    def _kernel_product(self, inputs):
-        return ops.matmul(inputs, self.kernel)
+    def _kernel_product(self, inputs, kernel):
+        return ops.matmul(inputs, kernel)
 
     def _adapter_product(self, inputs, training):
         return self.adapter(inputs, training=training)

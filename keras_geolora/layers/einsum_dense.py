@@ -94,8 +94,8 @@ class GeoLoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
         """Brings a (contracted x kept) matrix into the kernel's shape."""
         return self._view.matrix_to_kernel(matrix)
 
-    def _kernel_product(self, inputs):
-        return ops.einsum(self.equation, inputs, self.kernel)
+    def _kernel_product(self, inputs, kernel):
+        return ops.einsum(self.equation, inputs, kernel)
 
     def _adapter_product(self, inputs, training):
         view = self._view
