@@ -1,5 +1,7 @@
 """The adapter: three factors, and the only formula that applies them."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -136,6 +138,11 @@ class LowRankAdapter(keras.layers.Layer):
                 "`dropout` is the share of inputs that the adapter drops in "
                 f"training, so it must lie in [0, 1). Received: "
                 f"dropout={dropout}"
+            )
+        if not (math.isfinite(scale) and scale != 0):
+            raise ValueError(
+                "`scale` multiplies the update, so it must be finite and not "
+                f"zero. Received: scale={scale}. The default is 1."
             )
         self.input_dim = input_dim
         self.output_dim = output_dim
