@@ -177,6 +177,18 @@ def count(mask):
     return ops.sum(ops.cast(mask, "int32"), axis=-1, keepdims=True)
 
 
+def in_turn(x, earlier):
+    """Returns `x`, but not before `earlier` has been computed.
+
+    On CPU, jaxlib computes a batch of decompositions on the threads that run
+    the program, and waits for them there: as many decompositions at a time as
+    there are threads wait for each other for ever (seen with jaxlib 0.10.2 on
+    two cores). So one waits for the other.
+    """
+    spoilt = ops.cast(ops.any(ops.isnan(earlier)), x.dtype)
+    return x + 1e-30 * spoilt  # zero, but no compiler knows
+
+
 def orthonormalize(basis):
     """One Newton-Schulz pass: keeps rounding errors from adding up.
 
@@ -216,7 +228,8 @@ def retract(point, unknowns, tolerance, min_rank, max_change=None):
     U, S, V = point
     K, S_new, L = unknowns
     max_rank = S.shape[-1]
-    U_tilde, V_tilde = new_directions(U, K), new_directions(V, L)
+    U_tilde = new_directions(U, K)
+    V_tilde = new_directions(V, in_turn(L, U_tilde))
     S_hat = ops.concatenate(
         [
             ops.concatenate([S_new, ops.matmul(T(L), V_tilde)], axis=-1),

@@ -250,7 +250,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         # Between two updates of gradient accumulation nothing moves.
         updated = updates > updates_before
-        finite = [step.retract(tolerance, updated) for step in steps]
+        finite, previous = [], None
+        for step in steps:
+            finite.append(step.retract(tolerance, updated, previous))
+            previous = step
         if finite:
             finite = ops.all(ops.concatenate(finite))
             self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
@@ -440,12 +443,13 @@ class GroupStep:
         """Puts the factors back as they were before the step."""
         write(self.group.factors, self.point)
 
-    def retract(self, tolerance, updated):
+    def retract(self, tolerance, updated, previous=None):
         """Returns to the manifold and moves the slots along.
 
         Args:
             tolerance: Scalar, share of the norm that may be cut.
             updated: Bool scalar, whether the inner optimizer took a step.
+            previous: The `GroupStep` that has to be computed before, if any.
 
         Returns:
             Bool array `(number of adapters,)`, whose steps were finite. The
@@ -465,7 +469,10 @@ class GroupStep:
         for new in slots:
             finite = ops.logical_and(finite, all_finite(new))
         unknowns = choose(finite, unknowns, self.lifted)
-        point, rotation = integrator.retract(
+        if previous is not None:
+            K = integrator.in_turn(unknowns.K, previous.moved.S)
+            unknowns = unknowns._replace(K=K)
+        self.moved, rotation = integrator.retract(
             self.point,
             unknowns,
             tolerance,
@@ -473,7 +480,7 @@ class GroupStep:
             self.group.bounds(),
         )
         moved = ops.logical_and(finite, updated)
-        write(self.group.factors, choose(moved, point, self.point))
+        write(self.group.factors, choose(moved, self.moved, self.point))
         for (kind, variables), old, new in zip(
             self.group.slots, self.slots, slots, strict=True
         ):
