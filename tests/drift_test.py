@@ -27,7 +27,6 @@ def test_bases_stay_orthonormal_for_10000_random_steps():
     model.compile(
         optimizer=GeoLoRA("sgd"),
         loss=[random_gradients(size) for size in sizes],
-        jit_compile=False,
     )
     x = rng.normal(size=(STEPS, 12)).astype("float32")
     y = rng.normal(size=(STEPS, 9)).astype("float32")
