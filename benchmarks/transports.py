@@ -72,6 +72,22 @@ def untouched(slots, old, new):
     return moved
 
 
+def direction(inner, gradient, m, v, i, step):
+    """What an inner optimizer subtracts, for a learning rate of one.
+
+    Updates the moments `m[i]` and `v[i]` of the unknown `i`.
+    """
+    if inner == "sgd":
+        return gradient
+    if inner == "momentum":
+        m[i] = 0.9 * m[i] + gradient
+        return m[i]
+    m[i] = 0.9 * m[i] + 0.1 * gradient
+    v[i] = 0.999 * v[i] + 0.001 * gradient * gradient
+    correction = np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+    return correction * m[i] / (np.sqrt(v[i]) + 1e-7)
+
+
 def train(inner, rate, first, second, seed, interval=1, tolerance=0.02):
     """Returns the relative error and the rank at the end."""
     rng = np.random.default_rng(seed)
@@ -89,16 +105,7 @@ def train(inner, rate, first, second, seed, interval=1, tolerance=0.02):
         for i, (value, g) in enumerate(
             zip((U @ S, S, V @ S.T), gradients, strict=True)
         ):
-            if inner == "sgd":
-                update = g
-            elif inner == "momentum":
-                update = m[i] = 0.9 * m[i] + g
-            else:
-                m[i] = 0.9 * m[i] + 0.1 * g
-                v[i] = 0.999 * v[i] + 0.001 * g * g
-                correction = np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-                update = correction * m[i] / (np.sqrt(v[i]) + 1e-7)
-            unknowns.append(value - rate * update)
+            unknowns.append(value - rate * direction(inner, g, m, v, i, step))
         if not all(np.isfinite(x).all() for x in unknowns):
             return np.inf, 0
         U1, S, V1 = reference.retract(
@@ -132,15 +139,7 @@ def lora(inner, rate, seed):
         A, B = factors
         G = x.T @ (x @ (A @ B - target)) / BATCH
         for i, g in enumerate((G @ B.T, A.T @ G)):
-            if inner == "sgd":
-                update = g
-            elif inner == "momentum":
-                update = m[i] = 0.9 * m[i] + g
-            else:
-                m[i] = 0.9 * m[i] + 0.1 * g
-                v[i] = 0.999 * v[i] + 0.001 * g * g
-                correction = np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-                update = correction * m[i] / (np.sqrt(v[i]) + 1e-7)
+            update = direction(inner, g, m, v, i, step)
             factors[i] = factors[i] - rate * update
     A, B = factors
     return np.linalg.norm(A @ B - target) / np.linalg.norm(target)
