@@ -56,7 +56,7 @@ def main(args):
     logits = keras.layers.Dense(10, name="logits")(x)
     classifier = keras.Model(grey, logits)
 
-    classifier.enable_geolora(rank=8, exclude="logits")
+    classifier.enable_geolora(rank=8, modules_to_save="logits")
     classifier.compile(
         optimizer=GeoLoRA(keras.optimizers.AdamW(args.learning_rate)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -3,11 +3,28 @@
 import keras
 
 from keras_geolora import callbacks
-from keras_geolora.conversion import enable_geolora, merge_geolora
+from keras_geolora.conversion import (
+    enable_geolora,
+    merge_geolora,
+    remove_geolora,
+    unmerge_geolora,
+)
 from keras_geolora.layers import (
+    GeoLoRAConv1D,
+    GeoLoRAConv2D,
+    GeoLoRAConv3D,
     GeoLoRADense,
     GeoLoRAEinsumDense,
+    GeoLoRAEmbedding,
+    GeoLoRAReversibleEmbedding,
     LowRankAdapter,
+)
+from keras_geolora.lifecycle import (
+    activate_geolora,
+    combine_geolora,
+    delete_geolora,
+    geolora_adapters,
+    geolora_disabled,
 )
 from keras_geolora.optimizer import GeoLoRA
 from keras_geolora.report import geolora_summary
@@ -17,17 +34,40 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GeoLoRA",
+    "GeoLoRAConv1D",
+    "GeoLoRAConv2D",
+    "GeoLoRAConv3D",
     "GeoLoRADense",
     "GeoLoRAEinsumDense",
+    "GeoLoRAEmbedding",
+    "GeoLoRAReversibleEmbedding",
     "LowRankAdapter",
+    "activate_geolora",
     "callbacks",
+    "combine_geolora",
+    "delete_geolora",
     "enable_geolora",
+    "geolora_adapters",
+    "geolora_disabled",
     "geolora_summary",
     "merge_geolora",
     "register_slot_rules",
+    "remove_geolora",
+    "unmerge_geolora",
 ]
 
 # Every `keras.Model`, KerasHub's included, gets these as methods.
-keras.Model.enable_geolora = enable_geolora
-keras.Model.merge_geolora = merge_geolora
-keras.Model.geolora_summary = geolora_summary
+for method in (
+    enable_geolora,
+    merge_geolora,
+    unmerge_geolora,
+    remove_geolora,
+    geolora_disabled,
+    geolora_adapters,
+    activate_geolora,
+    delete_geolora,
+    combine_geolora,
+    geolora_summary,
+):
+    setattr(keras.Model, method.__name__, method)
+del method

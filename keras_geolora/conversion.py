@@ -1,16 +1,20 @@
 """Adapts whole models in place, and turns them back."""
 
 import functools
+import hashlib
 
 import keras
+from keras import ops
 
+from keras_geolora.adaptation import Adaptation, value_of
 from keras_geolora.callbacks import RankLogger
+from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.optimizer import GeoLoRA
 from keras_geolora.targeting import (
-    ADAPTED_CLASSES,
+    Layers,
+    adapted_class,
     adapted_layers,
-    find_targets,
-    matches,
+    carriers,
     walk,
 )
 
@@ -23,21 +27,29 @@ def enable_geolora(
     min_rank=1,
     targets="all-linear",
     exclude=None,
+    rank_pattern=None,
+    modules_to_save=None,
     scale=1.0,
     dropout=0.0,
     train_bias=False,
     seed=None,
+    name=DEFAULT,
 ):
     """Adapts a model in place: freezes it and adds low-rank adapters.
 
     Every matched layer keeps its place, its kernel and its bias, and becomes
-    a `GeoLoRADense` or `GeoLoRAEinsumDense`. Outputs stay bit-identical until
-    training moves the adapters. On a KerasHub task, that is a model with a
-    `backbone`, only the backbone is frozen and adapted: the head trains as it
-    is. Elsewhere what `exclude` names trains as it is.
+    a `GeoLoRADense`, `GeoLoRAEinsumDense`, `GeoLoRAEmbedding` or
+    `GeoLoRAConv2D` and so on. Outputs stay bit-identical until training moves
+    the adapters. On a KerasHub task, that is a model with a `backbone`, only
+    the backbone is frozen and adapted: the head trains as it is.
 
     Also a method of every `keras.Model`: `model.enable_geolora(rank=8)`.
     Compile the model afterwards, with the optimizer wrapped in `GeoLoRA`.
+
+    Patterns, here and below, are a layer's name, its path (names joined by
+    `/`), a regular expression for the whole path, a layer class, a callable
+    `(path, layer) -> bool`, or a list of these. A pattern that means a layer
+    with layers inside means all of them; one that means nothing is refused.
 
     Args:
         model: Built `keras.Model`.
@@ -47,12 +59,18 @@ def enable_geolora(
             Defaults to `2 * rank`, clipped to the smaller side of each
             kernel.
         min_rank: Int, the smallest rank. Defaults to 1.
-        targets: Which layers: `"all-linear"` (the default: every `Dense` and
-            `EinsumDense`), a layer's name, its path (names joined by `/`), a
-            regular expression for the whole path, a layer class, a callable
-            `(path, layer) -> bool`, or a list of these.
-        exclude: As `targets`: which layers not to adapt, and not to freeze
-            either, nor anything inside them. Defaults to `None`.
+        targets: Patterns, or one of the words `"all-linear"` (the default:
+            every `Dense` and `EinsumDense`), `"attention"` (those inside a
+            layer whose class is called so) and `"all"` (embeddings and
+            convolutions as well). Layers of a kind that cannot carry an
+            adapter are passed over, and refused if nothing else is meant.
+        exclude: Patterns of layers not to adapt; they stay frozen. Defaults
+            to `None`.
+        rank_pattern: Dict from pattern to rank, where it differs from
+            `rank`; the first pattern that matches counts. Defaults to `None`.
+        modules_to_save: Patterns of layers that train as they are, such as
+            heads and norms, and that belong to the adapter. Defaults to
+            `None`.
         scale: Float, constant strength of the updates. Defaults to 1.
         dropout: Float in [0, 1), dropout on the inputs of the updates.
             Defaults to 0.
@@ -60,14 +78,17 @@ def enable_geolora(
             Defaults to `False`.
         seed: Int or `None`. An int makes the random bases repeatable; they
             differ between layers.
+        name: String, the name of the adapter. A model that is adapted takes
+            another adapter under another name, which becomes the active one.
+            Defaults to `"default"`.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: If `model` is no `keras.Model`, or a rank no integer.
-        ValueError: If the model is not built or adapted already, a rank does
-            not fit, or no layer matches.
+        ValueError: If the model is not built, or has an adapter of this name,
+            a rank does not fit, or a pattern matches nothing.
 
     Example:
 
@@ -85,26 +106,53 @@ def enable_geolora(
     )
     x = np.ones((4, 8), "float32")
     before = model.predict(x, verbose=0)
-    model.enable_geolora(rank=2, exclude="head")
+    model.enable_geolora(rank=2, exclude="head", modules_to_save="head")
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
     ```
     """
     check_model(model)
-    check_unadapted(model)
+    check_name(name)
+    check_can_adapt(model, name)
     scope = getattr(model, "backbone", None)
     if not isinstance(scope, keras.layers.Layer):
         scope = model
-    chosen = find_targets(scope, targets, exclude)
-    frozen = Frozen(scope, exclude)
+    layers = Layers(scope)
+    saved = {}
+    if modules_to_save is not None:
+        saved = layers.named(modules_to_save, "modules_to_save")
+    chosen = layers.to_adapt(targets, exclude)
+    chosen = {path: x for path, x in chosen.items() if path not in saved}
+    if not chosen:
+        raise ValueError(
+            "No layer is left to adapt. Received: "
+            f"modules_to_save={modules_to_save!r}, which means all targets"
+        )
+    ranks = dict.fromkeys(chosen, rank)
+    for pattern, other in reversed((rank_pattern or {}).items()):
+        found = layers.named(pattern, "rank_pattern")
+        if not set(found) & set(chosen):
+            raise ValueError(
+                "`rank_pattern` gives ranks to layers that are adapted. "
+                f"Received: rank_pattern={rank_pattern!r}, where {pattern!r} "
+                "means none of them"
+            )
+        ranks.update((path, other) for path in found if path in chosen)
+
+    adaptation = getattr(model, "geolora_adaptation", None)
+    first = adaptation is None
+    if first:
+        adaptation = Adaptation(model, scope)
+        adaptation.frozen.leave([], [])
     adapted = []
     try:
-        for index, layer in enumerate(chosen.values()):
+        for index, (path, layer) in enumerate(chosen.items()):
             # Two seeds for the two bases of every layer.
             layer_seed = None if seed is None else seed + 2 * index
-            ADAPTED_CLASSES[type(layer)].adapt(
+            adapted_class(layer).adapt(
                 layer,
+                name,
                 train_bias=train_bias,
-                rank=rank,
+                rank=ranks[path],
                 max_rank=max_rank,
                 min_rank=min_rank,
                 scale=scale,
@@ -112,37 +160,53 @@ def enable_geolora(
                 seed=layer_seed,
             )
             adapted.append(layer)
-    except Exception:
+    except Exception as error:
         for layer in adapted:
-            layer.merge()
-        frozen.thaw()
+            layer.delete_adapter(name)
+        if first:
+            adaptation.frozen.thaw()
+        else:
+            adaptation.activate_layers()
+        if isinstance(error, ValueError):
+            raise ValueError(
+                f"{error} This is about layer '{path}'; give it a rank of its "
+                "own by `rank_pattern`, or leave it out by `exclude`."
+            ) from error
         raise
-    model._geolora_frozen = frozen
-    model.__class__ = adapted_class(type(model))
+    saved = list(saved.values())
+    companions = adaptation.companions(chosen, saved, train_bias)
+    adaptation.add(name, chosen, saved, companions)
+    if first:
+        model.geolora_adaptation = adaptation
+        model.__class__ = adapted_model_class(type(model))
     forget_traces(model)
     return model
 
 
-def merge_geolora(model):
+def merge_geolora(model, reversible=True):
     """Adds every update to its kernel and gives back plain Keras layers.
 
-    The inverse of `enable_geolora`: the model has its former class, layers
-    and trainable weights again, no adapters, and the outputs of the adapted
-    model up to rounding. Compile it again before you train it further, and
-    compile other models that contain it before you use them.
+    The model has its former class, layers and trainable weights again, no
+    adapters, and the outputs of the adapted model up to rounding. Of several
+    adapters the active one is merged. Compile the model again before you
+    train it further, and compile other models that contain it before you use
+    them.
 
     Also a method of every `keras.Model`: `model.merge_geolora()`.
 
     Args:
         model: `keras.Model` with adapted layers.
+        reversible: Bool, whether to keep what `unmerge_geolora` needs: the
+            adapters, and a copy of the kernels in the host's memory. Defaults
+            to `True`.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: If `model` is no `keras.Model`.
-        ValueError: If no layer of the model is adapted, or an update is not
-            finite; the model is unchanged then.
+        ValueError: If no layer of the model is adapted, an update is not
+            finite, or a kernel is quantized; the model is unchanged then.
 
     Example:
 
@@ -163,30 +227,168 @@ def merge_geolora(model):
     ```
     """
     check_model(model)
-    layers = adapted_layers(model)
-    if not layers:
-        raise ValueError(
-            "Only a model with adapted layers can be merged; adapt it with "
-            f"`model.enable_geolora()`. Received: model '{model.name}' "
-            "without an adapted layer"
-        )
-    for path, layer in layers.items():
-        if not bool(keras.ops.all(keras.ops.isfinite(layer.delta()))):
+    check_adapted(model, "merged")
+    check_not_suspended(x.geolora_adaptation for x in adapted_parts(model))
+    for path, layer in adapted_layers(model).items():
+        layer.check_mergeable()
+        if not bool(ops.all(ops.isfinite(layer.adapter.delta()))):
             raise ValueError(
                 "Merging adds every update to its kernel, so all must be "
                 f"finite. Received: a non-finite update of layer '{path}'. "
                 "Nothing was merged."
             )
-    for layer in layers.values():
-        layer.merge()
-    for part in [model, *(layer for _, layer in walk(model))]:
-        if isinstance(part, AdaptedModel):
-            part.__class__ = part.plain_class
-            part._geolora_frozen.thaw()
-            del part._geolora_frozen
-            forget_traces(part)
+    merged = Merged(model, keep_kernels=reversible)
+    if reversible:
+        model.geolora_merged = merged
     forget_traces(model)
     return model
+
+
+def unmerge_geolora(model):
+    """Undoes `merge_geolora`: the kernels have their former bytes again.
+
+    The adapters are back as they were, and so is what was frozen. Compile the
+    model before you train it further.
+
+    Also a method of every `keras.Model`: `model.unmerge_geolora()`.
+
+    Args:
+        model: `keras.Model` on which `merge_geolora` was called.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If the model is not merged, or a kernel has changed since;
+            the model is unchanged then.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    kernel = np.array(model.layers[0].kernel)
+    model.enable_geolora(rank=2)
+    model.merge_geolora()
+    model.unmerge_geolora()
+    assert model.layers[0].rank == 2
+    np.testing.assert_array_equal(np.array(model.layers[0].kernel), kernel)
+    ```
+    """
+    check_model(model)
+    merged = getattr(model, "geolora_merged", None)
+    if merged is None:
+        raise ValueError(
+            "Only what `model.merge_geolora()` merged, on this very model and "
+            "without `reversible=False`, can be unmerged. "
+            f"Received: model '{model.name}'"
+        )
+    if carriers(model):
+        raise ValueError(
+            "A merged model that was adapted again cannot be unmerged: its "
+            "new adapters belong to the merged kernels. Remove them by "
+            f"`model.remove_geolora()` first. Received: model '{model.name}'"
+        )
+    merged.undo()
+    del model.geolora_merged
+    forget_traces(model)
+    return model
+
+
+def remove_geolora(model):
+    """Takes off all adapters: the model is what it was before adapting.
+
+    Kernels were never changed. What trained beside the adapters, such as
+    biases, `modules_to_save` and the head of a KerasHub task, gets the values
+    it had before `enable_geolora`.
+
+    Also a method of every `keras.Model`: `model.remove_geolora()`.
+
+    Args:
+        model: `keras.Model` with adapted layers.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If no layer of the model is adapted.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    model.remove_geolora()
+    assert type(model.layers[0]) is keras.layers.Dense
+    ```
+    """
+    check_model(model)
+    check_adapted(model, "freed of adapters")
+    check_not_suspended(x.geolora_adaptation for x in adapted_parts(model))
+    for layer in carriers(model).values():
+        layer.detach_adapters()
+    for part in adapted_parts(model):
+        adaptation = part.geolora_adaptation
+        adaptation.restore_companions()
+        adaptation.frozen.thaw()
+        make_plain(part)
+    forget_traces(model)
+    return model
+
+
+class Merged:
+    """Merges the adapters of a model, and remembers how to undo it."""
+
+    def __init__(self, model, keep_kernels):
+        self.layers = []
+        for layer in carriers(model).values():
+            kernels = []
+            for kernel in layer.kernels():
+                kernels.append((kernel, value_of(kernel)))
+            if layer.is_adapted:
+                layer.merge_kernels()
+            kept = layer.detach_adapters()
+            if keep_kernels:
+                kernels = [(k, value, digest(k)) for k, value in kernels]
+                self.layers.append((layer, kernels, kept))
+        self.parts = []
+        for part in adapted_parts(model):
+            adaptation = part.geolora_adaptation
+            adaptation.frozen.thaw()
+            make_plain(part)
+            self.parts.append((part, adaptation))
+
+    def undo(self):
+        """Puts everything back."""
+        for layer, kernels, _ in self.layers:
+            if any(digest(kernel) != after for kernel, _, after in kernels):
+                raise ValueError(
+                    "Unmerging puts back the kernels from before merging, so "
+                    "what was learned since would be lost. Received: layer "
+                    f"'{layer.path}', whose kernel has changed since "
+                    "`merge_geolora`. Nothing was unmerged."
+                )
+        for layer, kernels, kept in self.layers:
+            for kernel, value, _ in kernels:
+                kernel.assign(value)
+            AdaptedLayer.attach_adapters(layer, kept)
+        for part, adaptation in self.parts:
+            part.geolora_adaptation = adaptation
+            part.__class__ = adapted_model_class(type(part))
+            adaptation.freeze()
+
+
+def digest(variable):
+    """Returns a hash of the bytes of a variable."""
+    return hashlib.sha256(value_of(variable).tobytes()).digest()
 
 
 class AdaptedModel:
@@ -209,6 +411,7 @@ class AdaptedModel:
     def fit(self, *args, callbacks=None, **kwargs):
         """As `keras.Model.fit`; the logs also show the mean rank."""
         check_optimizer(self.optimizer)
+        check_optimizer_is_new(self.optimizer, self.trainable_variables)
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             if callbacks is None:
                 callbacks = []
@@ -220,7 +423,7 @@ class AdaptedModel:
 
 
 @functools.cache
-def adapted_class(plain_class):
+def adapted_model_class(plain_class):
     """Returns the class of an adapted model of class `plain_class`."""
     return type(
         f"GeoLoRA{plain_class.__name__}",
@@ -229,42 +432,17 @@ def adapted_class(plain_class):
     )
 
 
-class Frozen:
-    """Freezes a model, except what is excluded, and can undo it.
+def adapted_parts(model):
+    """Returns the model and the models inside that `enable_geolora` saw."""
+    parts = [model, *(layer for _, layer in walk(model))]
+    return [part for part in parts if isinstance(part, AdaptedModel)]
 
-    Frozen variables do not train. Frozen layers, which are those without
-    layers inside, also stop to update statistics, as batch normalization
-    does.
-    """
 
-    def __init__(self, model, exclude):
-        kept = set()
-        for path, layer in walk(model):
-            if exclude is not None and matches(exclude, path, layer):
-                kept.update(id(v) for v in layer.variables)
-                kept.update(id(sub) for _, sub in [(path, layer), *walk(layer)])
-        self.variables = [
-            v for v in model.variables if v.trainable and id(v) not in kept
-        ]
-        self.layers = [
-            layer
-            for _, layer in walk(model)
-            if layer.trainable
-            and id(layer) not in kept
-            and type(layer) not in ADAPTED_CLASSES
-            and not any(True for _ in walk(layer))
-        ]
-        for layer in self.layers:
-            layer.trainable = False
-        for variable in self.variables:
-            variable.trainable = False
-
-    def thaw(self):
-        """Makes trainable again what was trainable before."""
-        for layer in self.layers:
-            layer.trainable = True
-        for variable in self.variables:
-            variable.trainable = True
+def make_plain(part):
+    """Gives an adapted model its former class."""
+    part.__class__ = part.plain_class
+    del part.geolora_adaptation
+    forget_traces(part)
 
 
 def forget_traces(model):
@@ -290,21 +468,90 @@ def check_model(model):
         )
 
 
-def check_unadapted(model):
-    """Refuses a model that is not built, or adapted."""
+def check_name(name):
+    """Refuses what cannot name an adapter."""
+    if not isinstance(name, str) or not name or "/" in name:
+        raise ValueError(
+            "The `name` of an adapter becomes part of paths, so it must be a "
+            f"string that is not empty, without '/'. Received: name={name!r}"
+        )
+
+
+def check_can_adapt(model, name):
+    """Refuses a model that is not built, or adapted in another way."""
     if not model.built:
         raise ValueError(
             "Only a built model has kernels to adapt. Call it on a batch of "
             "data, or `model.build(input_shape)`, first. "
             f"Received: model '{model.name}', which is not built"
         )
-    adapted = adapted_layers(model)
-    if adapted:
+    adaptation = getattr(model, "geolora_adaptation", None)
+    strange = [
+        layer
+        for layer in carriers(model).values()
+        if adaptation is None or layer.adaptation is not adaptation
+    ]
+    if strange:
         raise ValueError(
-            "A model is adapted once. Merge the adapters with "
-            "`model.merge_geolora()` before you add new ones. "
-            f"Received: model '{model.name}' with {len(adapted)} adapted "
+            "A part of the model is adapted already, by itself. Adapt it "
+            "again there, or merge its adapters with `merge_geolora()`. "
+            f"Received: model '{model.name}' with {len(strange)} adapted "
             "layers"
+        )
+    if adaptation is None:
+        return
+    if name in adaptation.adapters:
+        raise ValueError(
+            "A model has one adapter of a name. Choose another `name`, or "
+            "merge with `model.merge_geolora()`, or remove with "
+            f"`model.remove_geolora()`. Received: name='{name}', model "
+            f"'{model.name}' with {sorted(adaptation.adapters)}"
+        )
+    check_not_suspended([adaptation])
+
+
+def check_not_suspended(adaptations):
+    """Refuses changes while the adapters are out of action."""
+    for adaptation in adaptations:
+        if adaptation.suspended:
+            raise ValueError(
+                "Inside `with model.geolora_disabled()` adapters rest; change "
+                "them outside. "
+                f"Received: model '{adaptation.model_name}' with its adapters "
+                "disabled"
+            )
+
+
+def check_adapted(model, what):
+    """Refuses a model without adapters, or with those of another model."""
+    layers = carriers(model)
+    if not layers:
+        raise ValueError(
+            f"Only a model with adapted layers can be {what}; adapt it with "
+            f"`model.enable_geolora()`. Received: model '{model.name}' "
+            "without an adapted layer"
+        )
+    mine = [part.geolora_adaptation for part in adapted_parts(model)]
+    for layer in layers.values():
+        owner = layer.adaptation
+        if owner is not None and owner not in mine:
+            raise ValueError(
+                f"The adapters of this model belong to '{owner.model_name}', "
+                "on which `enable_geolora` was called. Call the method there. "
+                f"Received: model '{model.name}'"
+            )
+
+
+def check_optimizer_is_new(optimizer, variables):
+    """Refuses an optimizer that was built on other variables."""
+    known = getattr(optimizer, "_trainable_variables", [])
+    if optimizer.built and {id(v) for v in known} != {id(v) for v in variables}:
+        raise ValueError(
+            "What trains has changed since the optimizer was built, by "
+            "another adapter or another `trainable`. Compile the model "
+            "again, with a new `GeoLoRA`. "
+            f"Received: an optimizer of {len(known)} variables for "
+            f"{len(variables)}"
         )
 
 

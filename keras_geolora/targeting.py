@@ -1,28 +1,41 @@
-"""Which layers of a model get an adapter."""
+"""Which layers of a model are meant: words and patterns."""
 
+import functools
 import re
 
 import keras
 
-from keras_geolora.layers import GeoLoRADense, GeoLoRAEinsumDense
+from keras_geolora import layers as adapted
+from keras_geolora.layers.einsum_dense import matrix_view
 
+LINEAR = (adapted.GeoLoRADense, adapted.GeoLoRAEinsumDense)
 # The Keras layers that can carry an adapter, and what they become.
 ADAPTED_CLASSES = {
-    cls.plain_class: cls for cls in (GeoLoRADense, GeoLoRAEinsumDense)
+    cls.plain_class: cls
+    for cls in (
+        *LINEAR,
+        adapted.GeoLoRAEmbedding,
+        adapted.GeoLoRAReversibleEmbedding,
+        adapted.GeoLoRAConv1D,
+        adapted.GeoLoRAConv2D,
+        adapted.GeoLoRAConv3D,
+    )
 }
+WORDS = ("all-linear", "attention", "all")
 
 
 def walk(layer, path=""):
     """Yields `(path, layer)` for every layer inside a layer, each once.
 
     Paths join the layers' names with `/`, from the outside in; a shared
-    layer has the path at which it comes first.
+    layer has the path at which it comes first. What is inside an adapter
+    belongs to no one else and is left out.
     """
     seen = set()
 
     def visit(layer, path):
         for child in layer._flatten_layers(include_self=False, recursive=False):
-            if id(child) in seen:
+            if id(child) in seen or isinstance(child, adapted.LowRankAdapter):
                 continue
             seen.add(id(child))
             child_path = f"{path}/{child.name}" if path else child.name
@@ -33,7 +46,7 @@ def walk(layer, path=""):
 
 
 def adapted_layers(model):
-    """Returns the dict from path to layer of all adapted layers."""
+    """Returns the dict from path to layer of all layers that are adapted."""
     return {
         path: layer
         for path, layer in walk(model)
@@ -41,53 +54,69 @@ def adapted_layers(model):
     }
 
 
-def find_targets(model, targets, exclude):
-    """Returns the dict from path to layer of what is to be adapted.
+def carriers(model):
+    """Returns the dict from path to layer of all layers with any adapter.
 
-    Args:
-        model: A `keras.Model` or layer.
-        targets: `"all-linear"`, or a pattern, or a list of patterns.
-        exclude: `None`, a pattern or a list of patterns.
-
-    Raises:
-        ValueError: If nothing matches.
+    Also those whose adapters are not active.
     """
-    candidates = {
+    return {
         path: layer
         for path, layer in walk(model)
-        if type(layer) in ADAPTED_CLASSES
-        or type(layer) in ADAPTED_CLASSES.values()
+        if getattr(layer, "adapter_names", [])
     }
-    chosen = {
-        path: layer
-        for path, layer in candidates.items()
-        if targets == "all-linear" or matches(targets, path, layer)
-        if exclude is None or not matches(exclude, path, layer)
-    }
-    if not chosen:
-        some = ", ".join(f"'{path}'" for path in list(candidates)[:8])
-        more = ", ..." if len(candidates) > 8 else ""
-        raise ValueError(
-            f"No layer of model '{model.name}' matched. "
-            f"Received: targets={targets!r}, exclude={exclude!r}.\n"
-            f"Layers that can carry an adapter: {some}{more} "
-            f"({len(candidates)} in all)."
-        )
-    return chosen
+
+
+def adapted_class(layer):
+    """Returns the class that a layer gets by an adapter, or `None`.
+
+    A class that only renames a Keras layer, as some of KerasHub do, gets a
+    class of its own, so that the layer stays an instance of it.
+    """
+    if isinstance(layer, adapted.AdaptedLayer):
+        return type(layer)
+    return adapted_subclass(type(layer))
+
+
+@functools.cache
+def adapted_subclass(cls):
+    """Returns the adapted class for a Keras layer class, or `None`."""
+    if cls in ADAPTED_CLASSES:
+        return ADAPTED_CLASSES[cls]
+    plain = next((c for c in cls.__mro__ if c in ADAPTED_CLASSES), None)
+    if plain is None or any(
+        getattr(cls, name) is not getattr(plain, name)
+        for name in ("call", "build", "quantized_call")
+    ):
+        return None
+    return type(
+        f"GeoLoRA{cls.__name__}",
+        (ADAPTED_CLASSES[plain], cls),
+        {"plain_class": cls, "__module__": __name__},
+    )
+
+
+def refusal(layer):
+    """Says why a layer cannot carry an adapter; `None` if it can."""
+    name = type(layer).__name__
+    if adapted_class(layer) is None:
+        if "Depthwise" in name:
+            return (
+                f"{name} has a small filter for every channel and mixes no "
+                "channels, so there is no matrix whose rank could be low"
+            )
+        return f"there is no adapter for {name}"
+    if not layer.built:
+        return "it is not built: call the model on a batch of data first"
+    if isinstance(layer, keras.layers.EinsumDense):
+        try:
+            matrix_view(layer)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def matches(pattern, path, layer):
-    """Says whether a layer is meant.
-
-    Args:
-        pattern: A layer's name, its path, a regular expression for the whole
-            path, a layer class, a callable `(path, layer) -> bool`, or a list
-            of these.
-        path: String.
-        layer: `keras.layers.Layer`.
-    """
-    if isinstance(pattern, (list, tuple)):
-        return any(matches(item, path, layer) for item in pattern)
+    """Says whether a layer itself is meant by one pattern."""
     if isinstance(pattern, str):
         return layer.name == pattern or re.fullmatch(pattern, path) is not None
     if isinstance(pattern, type) and issubclass(pattern, keras.layers.Layer):
@@ -99,3 +128,137 @@ def matches(pattern, path, layer):
         "path, a layer class, a callable `(path, layer) -> bool`, or a list "
         f"of these. Received: {pattern!r} (of type {type(pattern).__name__})"
     )
+
+
+class Layers:
+    """The layers inside a model, to choose from.
+
+    Args:
+        model: `keras.Model` or layer.
+    """
+
+    def __init__(self, model):
+        self.name = model.name
+        self.paths = dict(walk(model))
+        self.candidates = {
+            path: layer
+            for path, layer in self.paths.items()
+            if refusal(layer) is None
+        }
+
+    def named(self, patterns, argument):
+        """Returns the dict from path to layer of what patterns mean.
+
+        A pattern that means a layer with layers inside means all of them.
+
+        Args:
+            patterns: A pattern as in `matches`, a word of `WORDS`, or a list
+                of these.
+            argument: String, what the patterns are called in an error.
+
+        Raises:
+            ValueError: If a pattern means nothing.
+        """
+        if not isinstance(patterns, (list, tuple)):
+            patterns = [patterns]
+        chosen = {}
+        for pattern in patterns:
+            if isinstance(pattern, str) and pattern in WORDS:
+                found = self._of_word(pattern)
+            else:
+                found = self._of_pattern(pattern, argument)
+            if not found:
+                raise ValueError(
+                    f"`{argument}` means no layer of model '{self.name}'. "
+                    f"Received: {argument}={pattern!r}.\n{self._known()}"
+                )
+            chosen.update(found)
+        return {p: layer for p, layer in self.paths.items() if p in chosen}
+
+    def to_adapt(self, targets, exclude=None):
+        """Returns the dict from path to layer of what is to be adapted.
+
+        Raises:
+            ValueError: If nothing matches, or a pattern means only layers
+                that cannot carry an adapter.
+        """
+        if not isinstance(targets, (list, tuple)):
+            targets = [targets]
+        chosen = {}
+        for target in targets:
+            meant = self.named(target, "targets")
+            able = {p: x for p, x in meant.items() if p in self.candidates}
+            if not able:
+                raise ValueError(self._refusals(target, meant))
+            chosen.update(able)
+        excluded = {} if exclude is None else self.named(exclude, "exclude")
+        chosen = {
+            path: layer
+            for path, layer in self.candidates.items()
+            if path in chosen and path not in excluded
+        }
+        if not chosen:
+            raise ValueError(
+                f"Nothing of model '{self.name}' is left to adapt. Received: "
+                f"targets={targets!r}, exclude={exclude!r}"
+            )
+        return chosen
+
+    def _of_word(self, word):
+        if word == "all":
+            return self.candidates
+        linear = {
+            path: layer
+            for path, layer in self.candidates.items()
+            if issubclass(adapted_class(layer), LINEAR)
+        }
+        if word == "all-linear":
+            return linear
+        inside = {
+            id(child)
+            for layer in self.paths.values()
+            if "attention" in type(layer).__name__.lower()
+            for _, child in walk(layer)
+        }
+        return {p: layer for p, layer in linear.items() if id(layer) in inside}
+
+    def _of_pattern(self, pattern, argument):
+        asked = self.paths
+        if not isinstance(pattern, (str, type)):
+            # A function expects layers of the kind that it is about.
+            adapters = argument != "modules_to_save"
+            asked = self.candidates if adapters else self.paths
+        found = {}
+        for path, layer in asked.items():
+            if matches(pattern, path, layer):
+                inside = {id(child) for _, child in walk(layer)}
+                found[path] = layer
+                found.update(
+                    (p, x) for p, x in self.paths.items() if id(x) in inside
+                )
+        return found
+
+    def _known(self):
+        some = [
+            f"'{path}' ({type(layer).__name__})"
+            for path, layer in list(self.candidates.items())[:8]
+        ]
+        more = ", ..." if len(self.candidates) > 8 else ""
+        return (
+            f"Layers that can carry an adapter: {', '.join(some)}{more} "
+            f"({len(self.candidates)} in all). Words that mean many: "
+            f"{', '.join(map(repr, WORDS))}."
+        )
+
+    def _refusals(self, target, meant):
+        reasons = [
+            f"'{path}': {refusal(layer)}"
+            for path, layer in meant.items()
+            if layer.weights and not any(True for _ in walk(layer))
+        ]
+        return (
+            f"No layer that `targets` means can carry an adapter. "
+            f"Received: targets={target!r}.\n"
+            + "\n".join(reasons[:8])
+            + f"\n{self._known()}"
+        )

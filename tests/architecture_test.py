@@ -20,7 +20,15 @@ MAY_IMPORT = {
     "targeting": ["layers"],
     "callbacks": ["targeting"],
     # It refuses to compile with an optimizer that is no GeoLoRA.
-    "conversion": ["layers", "targeting", "optimizer", "callbacks"],
+    "adaptation": ["targeting"],
+    "conversion": [
+        "layers",
+        "targeting",
+        "adaptation",
+        "optimizer",
+        "callbacks",
+    ],
+    "lifecycle": ["targeting", "adaptation", "conversion"],
     "report": ["targeting"],
     "adapter_file": ["layers", "targeting", "conversion"],
     "export": ["layers", "targeting", "conversion", "adapter_file"],

@@ -131,9 +131,9 @@ def test_layers_stay_what_they_are():
     assert tuple(hidden.delta().shape) == tuple(hidden.kernel.shape)
 
 
-def test_what_is_excluded_trains_as_it_is():
+def test_modules_to_save_train_as_they_are():
     model = functional()
-    model.enable_geolora(rank=2, exclude="head")
+    model.enable_geolora(rank=2, modules_to_save="head")
     head = model.get_layer("head")
     assert type(head) is keras.layers.Dense
     assert len(head.trainable_variables) == 2
@@ -156,6 +156,7 @@ def test_biases_train_on_request():
         (["mix", "head"], ["mix", "head"]),
         (lambda path, layer: layer.bias.shape[0] == 3, ["head"]),
         ("all-linear", ["hidden", "mix", "head"]),
+        ("all", ["hidden", "mix", "head"]),
     ],
 )
 def test_targets_name_layers_in_many_ways(targets, expected):
@@ -168,8 +169,84 @@ def test_a_target_that_matches_nothing_lists_what_could():
     model = functional()
     with pytest.raises(ValueError, match=r"targets='attn'") as error:
         model.enable_geolora(targets="attn")
-    assert "'hidden', 'mix', 'head' (3 in all)" in str(error.value)
+    assert "'mix' (EinsumDense), 'head' (Dense) (3 in all)" in str(error.value)
     assert len(model.trainable_variables) == 6
+
+
+def transformer():
+    tokens = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(20, 8, name="embed")(tokens)
+    attention = keras.layers.MultiHeadAttention(2, 4, name="attend")
+    x = keras.layers.LayerNormalization(name="norm")(x + attention(x, x))
+    x = keras.layers.Dense(16, activation="gelu", name="up")(x)
+    x = keras.layers.Conv1D(8, 3, padding="causal", name="conv")(x)
+    x = keras.layers.DepthwiseConv1D(3, padding="same", name="depth")(x)
+    return keras.Model(tokens, keras.layers.Dense(20, name="head")(x))
+
+
+ATTENTION = [
+    f"attend/{name}" for name in ("query", "key", "value", "attention_output")
+]
+
+
+@pytest.mark.parametrize(
+    "targets, exclude, expected",
+    [
+        ("all-linear", None, [*ATTENTION, "up", "head"]),
+        ("attention", None, ATTENTION),
+        ("attention", "key", [p for p in ATTENTION if "key" not in p]),
+        ("attend", None, ATTENTION),  # all that is inside
+        ("all-linear", "attend", ["up", "head"]),
+        (keras.layers.MultiHeadAttention, None, ATTENTION),
+        (["conv", keras.layers.Embedding], None, ["embed", "conv"]),
+        ("all", "head", ["embed", *ATTENTION, "up", "conv"]),
+        (".*", ["attention", "head"], ["embed", "up", "conv"]),
+    ],
+)
+def test_words_and_outer_layers_mean_what_is_inside(targets, exclude, expected):
+    model = transformer()
+    tokens = np.arange(12).reshape(2, 6)
+    before = model.predict(tokens, verbose=0)
+    model.enable_geolora(rank=2, targets=targets, exclude=exclude, seed=0)
+    assert sorted(adapted_layers(model)) == sorted(expected)
+    np.testing.assert_array_equal(model.predict(tokens, verbose=0), before)
+    assert len(model.trainable_variables) == 3 * len(expected)
+
+
+@pytest.mark.parametrize(
+    "targets, reason",
+    [
+        ("depth", "mixes no channels"),
+        (keras.layers.LayerNormalization, "no adapter for LayerNormalization"),
+        (["up", "norm"], "no adapter for LayerNormalization"),
+    ],
+)
+def test_a_layer_without_an_adapter_is_refused_when_named(targets, reason):
+    model = transformer()
+    with pytest.raises(ValueError, match=reason):
+        model.enable_geolora(rank=2, targets=targets)
+    assert not adapted_layers(model)
+
+
+def test_a_rank_pattern_gives_ranks_to_some():
+    model = transformer()
+    patterns = {"attend/query": 4, "attention": 1, "up": 5}
+    model.enable_geolora(rank=2, rank_pattern=patterns)
+    ranks = {path: x.rank for path, x in adapted_layers(model).items()}
+    assert ranks["attend/query"] == 4 and ranks["attend/key"] == 1
+    assert ranks["up"] == 5 and ranks["head"] == 2
+    assert adapted_layers(model)["up"].adapter.max_rank == 8
+
+
+def test_a_rank_pattern_must_mean_something():
+    for pattern in ("quary", "embed"):
+        with pytest.raises(ValueError, match=f"rank_pattern.*{pattern}"):
+            transformer().enable_geolora(rank=2, rank_pattern={pattern: 1})
+
+
+def test_a_rank_above_a_kernel_names_the_layer():
+    with pytest.raises(ValueError, match="layer 'head'.*rank_pattern"):
+        functional().enable_geolora(rank=4)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +265,28 @@ def test_a_wrong_rank_is_refused_and_nothing_changes(rank, error):
     model.enable_geolora(rank=3)
 
 
-def test_a_model_is_adapted_once():
+def test_a_model_has_one_adapter_of_a_name():
     model = functional()
     model.enable_geolora(rank=2)
-    with pytest.raises(ValueError, match="with 3 adapted layers"):
+    with pytest.raises(ValueError, match=r"name='default'.*\['default'\]"):
         model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="name='a/b'"):
+        model.enable_geolora(rank=2, name="a/b")
+
+
+def test_the_adapters_of_a_part_are_merged_where_they_were_made():
+    inner = functional()
+    outer = keras.Sequential([keras.Input((8,)), inner])
+    outer.enable_geolora(rank=2)
+    for name in ("merge_geolora", "remove_geolora"):
+        with pytest.raises(ValueError, match=f"belong to '{outer.name}'"):
+            getattr(inner, name)()
+    with pytest.raises(ValueError, match="with 3 adapted layers"):
+        inner.enable_geolora(rank=2, name="other")
+    outer.merge_geolora()
+    inner.enable_geolora(rank=2)
+    outer.merge_geolora()
+    assert type(inner) is keras.Model or not hasattr(inner, "plain_class")
 
 
 def test_a_model_that_is_not_built_is_refused():

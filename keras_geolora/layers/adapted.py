@@ -1,30 +1,33 @@
 """What every layer with an adapter shares."""
 
 import contextlib
+import types
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_geolora.layers.adapter import LowRankAdapter, check_rank
 
+# The name of the adapter where nobody gave it one.
+DEFAULT = "default"
+
 
 class KernelNorm:
-    """The Frobenius norm of a kernel, as a number wherever that is possible.
+    """The Frobenius norm of a layer's kernel, as a number where possible.
 
     Inside a compiled function a variable has no value to read; the norm is
     then the one at the time the adapter was added.
     """
 
-    def __init__(self, kernel):
-        self.kernel = kernel
+    def __init__(self, layer):
+        self.layer = layer
         self.known = None
         self.known = self()
 
     def __call__(self):
-        kernel = ops.cast(self.kernel, "float32")
-        norm = ops.sqrt(ops.sum(ops.square(kernel)))
         try:
-            return float(ops.convert_to_numpy(norm))
+            return float(ops.convert_to_numpy(self.layer.kernel_norm()))
         except (NotImplementedError, TypeError):
             return self.known
 
@@ -32,8 +35,8 @@ class KernelNorm:
 class TrainableFlags:
     """Remembers which variables were trainable."""
 
-    def __init__(self, *variables):
-        self.flags = [(v, v.trainable) for v in variables if v is not None]
+    def __init__(self, variables):
+        self.flags = [(v, v.trainable) for v in variables]
 
     def restore(self):
         for variable, trainable in self.flags:
@@ -41,24 +44,70 @@ class TrainableFlags:
 
 
 class AdaptedLayer:
-    """Mixin that gives a Keras layer with a kernel a low-rank adapter.
+    """Mixin that gives a Keras layer with a kernel low-rank adapters.
 
     Without an adapter a class of this kind *is* the Keras layer it extends.
     Adapters come two ways: by arguments of the constructor, for a layer in a
     new model, or by `adapt`, for a built layer of a pretrained one, which
-    changes its class in place.
+    changes its class in place. A layer may carry several adapters by name, of
+    which one is active.
 
-    A subclass names the Keras class it extends in `plain_class` and says how
-    its kernel is seen as a matrix: `kernel_matrix_shape`,
-    `matrix_to_kernel`, `_kernel_product` and `_adapter_product`.
+    A subclass names the Keras class it extends in `plain_class`, and says how
+    its kernel is seen as a matrix in `kernel_matrix_shape` and
+    `matrix_to_kernel`.
     """
 
+    # Who gave the layer its adapters, and may switch them off.
+    adaptation = None
+
+    def __init__(
+        self,
+        *args,
+        rank=None,
+        max_rank=None,
+        min_rank=None,
+        scale=None,
+        dropout=None,
+        train_bias=False,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        options = {
+            "max_rank": max_rank,
+            "min_rank": min_rank,
+            "scale": scale,
+            "dropout": dropout,
+            "seed": seed,
+        }
+        options = {k: v for k, v in options.items() if v is not None}
+        if rank is None and (options or train_bias):
+            raise ValueError(
+                "The options of an adapter need a `rank`, for example "
+                "`rank=8`. Received: rank=None, "
+                f"{dict(options, train_bias=train_bias)}"
+            )
+        if rank is not None:
+            check_rank("rank", rank, 1, float("inf"))
+            options["rank"] = rank
+        self._adapter_options = options
+        self.train_bias = train_bias
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        self._add_adapter_of_options()
+
+    def _add_adapter_of_options(self):
+        if self._adapter_options:
+            self._add_adapter(DEFAULT, self._adapter_options)
+
     @classmethod
-    def adapt(cls, layer, train_bias=False, **options):
-        """Gives a built layer of `plain_class` an adapter, in place.
+    def adapt(cls, layer, name=DEFAULT, train_bias=False, **options):
+        """Gives a built layer an adapter, in place, and activates it.
 
         Args:
-            layer: Built layer of exactly the class `cls.plain_class`.
+            layer: Built layer of the class `cls.plain_class`, or of `cls`.
+            name: String, the name of the adapter.
             train_bias: Bool, whether the bias keeps training.
             **options: As the arguments of `LowRankAdapter`.
 
@@ -70,112 +119,159 @@ class AdaptedLayer:
                 f"`{cls.__name__}.adapt` takes a `{cls.plain_class.__name__}`."
                 f" Received: {layer!r} (of type {type(layer).__name__})"
             )
-        cls._check_adaptable(layer)
+        check_adaptable(layer, name)
         plain = type(layer)
         layer.__class__ = cls
         try:
-            layer.train_bias = train_bias
+            if plain is not cls:
+                layer._adapter_options = options
+                layer.train_bias = train_bias
             with contextlib.ExitStack() as scopes:
                 # Variables get the paths that building the layer would give.
-                for name in layer.path.split("/"):
-                    scopes.enter_context(keras.name_scope(name))
-                layer._add_adapter(options)
+                for part in layer.path.split("/"):
+                    scopes.enter_context(keras.name_scope(part))
+                layer._add_adapter(name, options)
         except Exception:
             layer.__class__ = plain
             raise
         return layer
 
-    @staticmethod
-    def _check_adaptable(layer):
-        if not layer.built:
-            raise ValueError(
-                "Only a built layer has a kernel to adapt. Call the model on "
-                "a batch of data, or build it, first. "
-                f"Received: layer '{layer.name}', which is not built"
-            )
-        if getattr(layer, "is_adapted", False):
-            raise ValueError(
-                "A layer carries one adapter. Merge it with "
-                "`model.merge_geolora()` before you add another. "
-                f"Received: layer '{layer.name}', which is adapted"
-            )
-        if layer.lora_enabled or layer.quantization_mode is not None:
-            raise ValueError(
-                "A layer with Keras' own LoRA or a quantized kernel cannot "
-                f"be adapted. Received: layer '{layer.name}' with "
-                f"lora_enabled={layer.lora_enabled}, "
-                f"quantization_mode={layer.quantization_mode!r}"
-            )
-
-    def _init_adapter(self, train_bias=False, rank=None, **options):
-        options = {k: v for k, v in options.items() if v is not None}
-        if rank is None and (options or train_bias):
-            raise ValueError(
-                "The options of an adapter need a `rank`, for example "
-                "`rank=8`. Received: rank=None, "
-                f"{dict(options, train_bias=train_bias)}"
-            )
-        if rank is not None:
-            check_rank("rank", rank, 1, float("inf"))
-        self.train_bias = train_bias
-        self.adapter_options = (
-            None if rank is None else {"rank": rank, **options}
-        )
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        if self.adapter_options:
-            self._add_adapter(self.adapter_options)
-
-    def _add_adapter(self, options):
+    def _add_adapter(self, name, options):
         input_dim, output_dim = self.kernel_matrix_shape
         adapter = LowRankAdapter(
             input_dim,
             output_dim,
             **options,
-            dtype=self.dtype_policy,
-            name="adapter",
+            # The policy of a quantized layer is not one for its adapter.
+            dtype=self.compute_dtype,
+            name="adapter" if name == DEFAULT else f"adapter_{name}",
         )
+        adapter.kernel_norm = KernelNorm(self)
+        if not self._adapters:
+            self._trainable_before = TrainableFlags(self.trainable_variables)
+            for variable in self.trainable_variables:
+                variable.trainable = False
+            if getattr(self, "bias", None) is not None:
+                self.bias.trainable = self.train_bias
         # Keras locks a layer once it is built. A layer may unlock itself.
         self._tracker.unlock()
-        self.adapter_options = options
-        self.adapter = adapter
+        if not self._adapters:
+            self._adapters = {}
+        self._adapters[name] = adapter
         self._tracker.lock()
-        adapter.kernel_norm = KernelNorm(self.kernel)
-        self._trainable_before = TrainableFlags(self.kernel, self.bias)
-        self.kernel.trainable = False
-        if self.bias is not None:
-            self.bias.trainable = self.train_bias
+        self.activate_adapter(name)
+
+    # Keras saves what it finds in attributes by alphabet, each object once:
+    # with the underscore it finds adapters by name, not the active one first.
+    _adapters = types.MappingProxyType({})
+
+    @property
+    def adapter(self):
+        """The active `LowRankAdapter`, or `None`."""
+        return self._adapters.get(vars(self).get("_active_adapter"))
+
+    @property
+    def is_adapted(self):
+        """Bool, whether an adapter is active."""
+        return self.adapter is not None
+
+    @property
+    def adapter_names(self):
+        """List of the names of all adapters."""
+        return list(self._adapters)
+
+    def activate_adapter(self, name):
+        """Makes one adapter the one that acts and trains.
+
+        Args:
+            name: String. Without an adapter of this name none is active.
+        """
+        self._active_adapter = name
+        for other, adapter in self._adapters.items():
+            adapter.trainable = other == name
+
+    def delete_adapter(self, name):
+        """Forgets an adapter; without the last the Keras layer is left."""
+        self._adapters.pop(name)
+        if not self._adapters:
+            self.detach_adapters()
+
+    def detach_adapters(self):
+        """Takes off all adapters and turns back into the Keras layer.
+
+        Returns:
+            What `attach_adapters` needs to put them on again.
+        """
+        adapters = dict(self._adapters)
+        for name in adapters:
+            self._adapters.pop(name)
+        self._trainable_before.restore()
+        kept = {
+            name: vars(self).pop(name)
+            for name in (
+                "_adapters",
+                "_active_adapter",
+                "_adapter_options",
+                "_trainable_before",
+                "adaptation",
+                "train_bias",
+            )
+            if name in vars(self)
+        }
+        kept["_adapters"] = adapters
+        kept["__class__"] = type(self)
+        self.__class__ = self.plain_class
+        return kept
+
+    @staticmethod
+    def attach_adapters(layer, kept):
+        """Puts on the adapters that `detach_adapters` took off."""
+        kept = dict(kept)
+        layer.__class__ = kept.pop("__class__")
+        adapters = kept.pop("_adapters")
+        for variable, _ in kept["_trainable_before"].flags:
+            variable.trainable = False
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.trainable = kept["train_bias"]
+        vars(layer).update(kept)
+        layer._tracker.unlock()
+        layer._adapters = {}
+        for name, adapter in adapters.items():
+            layer._adapters[name] = adapter
+        layer._tracker.lock()
 
     def merge(self):
-        """Adds the update to the kernel and turns back into the Keras layer.
+        """Adds the active update to the kernel, and detaches all adapters.
 
         Returns:
             The same layer, now of class `plain_class`.
         """
         self._check_is_adapted()
-        self.kernel.assign(
-            ops.cast(
-                ops.cast(self.kernel, "float32") + self.delta(),
-                self.kernel.dtype,
-            )
-        )
-        self._layers.remove(self.adapter)
-        self._trainable_before.restore()
-        del self.adapter, self.adapter_options, self._trainable_before
-        del self.train_bias
-        self.__class__ = self.plain_class
+        self.check_mergeable()
+        self.merge_kernels()
+        self.detach_adapters()
         return self
 
-    @property
-    def is_adapted(self):
-        """Bool, whether the layer carries an adapter."""
-        # Not a class attribute: it would hide the submodule from torch.
-        return getattr(self, "adapter", None) is not None
+    def merge_kernels(self):
+        """Adds the active update to the kernel."""
+        for kernel, update in zip(self.kernels(), self._updates(), strict=True):
+            merged = ops.cast(kernel, "float32") + update
+            kernel.assign(ops.cast(merged, kernel.dtype))
+
+    def check_mergeable(self):
+        """Refuses to add an update to a quantized kernel."""
+        if self.quantization_mode is not None:
+            raise ValueError(
+                "Adding an update to a quantized kernel would round most of "
+                "it away. Serve the model with its adapter, or merge into "
+                "the model in floating point and quantize that. Received: "
+                f"layer '{self.name}' with "
+                f"quantization_mode='{self.quantization_mode}'"
+            )
 
     @property
     def rank(self):
-        """Int, the rank of the update."""
+        """Int, the rank of the active update."""
         self._check_is_adapted()
         return self.adapter.rank
 
@@ -193,25 +289,140 @@ class AdaptedLayer:
                 f"Received: layer '{self.name}' without an adapter"
             )
 
-    def call(self, inputs, training=None):
-        if not self.is_adapted:
-            return super().call(inputs, training=training)
-        if training or self.compute_dtype != "float32":
+    @property
+    def _acting_adapter(self):
+        if self.adaptation is not None and self.adaptation.suspended:
+            return None
+        return self.adapter
+
+    def kernels(self):
+        """List of the variables that merging changes."""
+        return [self.kernel]
+
+    @property
+    def kernel_matrix_shape(self):
+        """`(input_dim, output_dim)` of the kernel as a matrix."""
+        return tuple(self.kernel.shape)
+
+    def matrix_to_kernel(self, matrix):
+        """Brings a matrix into the kernel's shape."""
+        return matrix
+
+    def _updates(self):
+        """What merging adds to each of the kernels."""
+        return [self.delta()]
+
+    def kernel_norm(self):
+        """Returns the Frobenius norm of the kernel, a scalar tensor."""
+        kernel = ops.cast(self.kernels()[0], "float32")
+        return ops.sqrt(ops.sum(ops.square(kernel)))
+
+    def get_config(self):
+        config = super().get_config()
+        if self._adapter_options:
+            config.update(self._adapter_options, train_bias=self.train_bias)
+        return config
+
+
+class AdaptedProduct(AdaptedLayer):
+    """Mixin for layers that compute `activation(inputs * kernel + bias)`.
+
+    A subclass says what the product of inputs with a kernel is in
+    `_kernel_product`, and that with the update in `_update_product`.
+    """
+
+    def _adapted_call(self, inputs, apart):
+        if self._acting_adapter is None:
+            return super().call(inputs)
+        if apart:
             x = self._kernel_product(inputs, self.kernel)
-            x = ops.add(x, self._adapter_product(inputs, training))
+            x = ops.add(x, self._update_product(inputs))
         else:
             # The operations of the Keras layer, so that a compiler fuses
             # them as it does there: a fresh adapter changes no bit.
             kernel = ops.add(self.kernel, self.delta())
             x = self._kernel_product(inputs, kernel)
         if self.bias is not None:
-            x = ops.add(x, self.bias)
+            x = ops.add(x, self._shaped_bias())
         if self.activation is not None:
             x = self.activation(x)
         return x
 
-    def get_config(self):
-        config = super().get_config()
-        if self.adapter_options:
-            config.update(self.adapter_options, train_bias=self.train_bias)
-        return config
+    def quantized_call(self, inputs, training=None):
+        if self._acting_adapter is None:
+            return super().quantized_call(inputs)
+        with set_aside(self, "activation") as activation:
+            x = super().quantized_call(inputs)
+        x = ops.add(x, self._update_product(inputs))
+        return x if activation is None else activation(x)
+
+    def _kernel_product(self, inputs, kernel):
+        raise NotImplementedError
+
+    def _update_product(self, inputs):
+        raise NotImplementedError
+
+    def _rows_to_inputs(self, rows):
+        """Brings rows `(n, input_dim)` into the shape of inputs."""
+        return rows
+
+    def _shaped_bias(self):
+        return self.bias
+
+    def kernel_norm(self):
+        if self.quantization_mode is None:
+            return super().kernel_norm()
+        # The mean of `||z @ kernel||^2` over vectors z of random signs is
+        # `||kernel||^2`; 64 of them are enough for a bound.
+        rng = np.random.default_rng(0)
+        signs = rng.choice([-1.0, 1.0], (64, self.kernel_matrix_shape[0]))
+        x = self._rows_to_inputs(ops.cast(signs, self.compute_dtype))
+        with set_aside(self, "activation"):
+            y = super().quantized_call(x)
+            y = y - super().quantized_call(ops.zeros_like(x))
+        return ops.sqrt(ops.sum(ops.square(ops.cast(y, "float32"))) / 64)
+
+
+@contextlib.contextmanager
+def set_aside(layer, attribute):
+    """Lets a layer do without the value of an attribute for a while."""
+    value = getattr(layer, attribute)
+    # Written past Keras, which would track a layer, and past torch, which
+    # keeps modules elsewhere.
+    there = attribute in vars(layer)
+    vars(layer)[attribute] = None
+    try:
+        yield value
+    finally:
+        if there:
+            vars(layer)[attribute] = value
+        else:
+            del vars(layer)[attribute]
+
+
+def check_adaptable(layer, name=DEFAULT):
+    """Refuses a layer that cannot carry another adapter."""
+    if not layer.built:
+        raise ValueError(
+            "Only a built layer has a kernel to adapt. Call the model on "
+            "a batch of data, or build it, first. "
+            f"Received: layer '{layer.name}', which is not built"
+        )
+    if name in getattr(layer, "adapter_names", []):
+        raise ValueError(
+            "A layer carries one adapter of a name. Merge it with "
+            "`model.merge_geolora()`, or choose another `name`. "
+            f"Received: name='{name}', layer '{layer.name}', which has it"
+        )
+    if layer.lora_enabled:
+        raise ValueError(
+            "A layer with Keras' own LoRA cannot be adapted. "
+            f"Received: layer '{layer.name}' with lora_enabled=True"
+        )
+    if layer.quantization_mode not in (None, "int8", "int4", "gptq", "awq"):
+        raise ValueError(
+            "The kernel of an adapted layer is frozen: in floating point, or "
+            "quantized to int8, int4, by GPTQ or by AWQ. Received: layer "
+            f"'{layer.name}' with "
+            f"quantization_mode='{layer.quantization_mode}'"
+        )

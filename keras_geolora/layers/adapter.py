@@ -94,10 +94,16 @@ class LowRankAdapter(keras.layers.Layer):
         seed: Int or `None`, for the bases and the dropout.
 
     Input shape:
-        `(..., input_dim)`.
+        `(..., input_dim)`, or integers `(...)`, which stand for one-hot
+        vectors and select rows of the update, as in an embedding.
 
     Output shape:
         `(..., output_dim)`.
+
+    Call arguments:
+        inputs: Tensor.
+        transpose: Bool, whether to apply the transpose of the update, from
+            `(..., output_dim)` to `(..., input_dim)`. Defaults to `False`.
 
     Example:
 
@@ -182,17 +188,27 @@ class LowRankAdapter(keras.layers.Layer):
             constraint=Factor(self, role),
         )
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, transpose=False, training=None):
+        U, S, V = self.U.value, self.S.value, self.V.value
+        if transpose:
+            U, S, V = V, ops.transpose(S), U
+        input_dim, output_dim = U.shape[0], V.shape[0]
+        shape = ops.shape(inputs)
+        if keras.backend.is_int_dtype(inputs.dtype):
+            # Dropout on a one-hot vector keeps or drops its only entry.
+            kept = ops.ones((*shape, 1), dtype=self.compute_dtype)
+            kept = self.dropout(kept, training=training)
+            ids = ops.reshape(inputs, (-1,))
+            y = low_rank_rows(ids, U, S, V, self.scale, self.compute_dtype)
+            return ops.reshape(y, (*shape, output_dim)) * kept
         x = self.dropout(inputs, training=training)
-        shape = ops.shape(x)
-        x = ops.reshape(x, (-1, self.input_dim))
-        y = low_rank_product(
-            x, self.U.value, self.S.value, self.V.value, self.scale
-        )
-        return ops.reshape(y, (*shape[:-1], self.output_dim))
+        x = ops.reshape(x, (-1, input_dim))
+        y = low_rank_product(x, U, S, V, self.scale)
+        return ops.reshape(y, (*shape[:-1], output_dim))
 
-    def compute_output_shape(self, input_shape):
-        return (*input_shape[:-1], self.output_dim)
+    def compute_output_shape(self, input_shape, transpose=False):
+        dim = self.input_dim if transpose else self.output_dim
+        return (*input_shape[:-1], dim)
 
     def delta(self):
         """Returns `scale * U @ S @ V.T`, float32, `(input_dim, output_dim)`."""
@@ -278,6 +294,42 @@ def low_rank_product(x, U, S, V, scale):
         return y, gradients
 
     return product(x, U, S, V)
+
+
+def low_rank_rows(ids, U, S, V, scale, dtype):
+    """Computes rows of `scale * U @ S @ V.T`, with the geometric gradients.
+
+    Args:
+        ids: Int tensor of shape `(batch,)`, the rows.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+        dtype: String, in which to compute.
+
+    Returns:
+        Tensor of shape `(batch, output_dim)`. Its gradients are those of
+        `low_rank_product` for one-hot inputs, which are never formed.
+    """
+    ids = ops.stop_gradient(ids)
+
+    @ops.custom_gradient
+    def rows(U, S, V):
+        rows_of_U = ops.cast(ops.take(U, ids, axis=0), dtype)
+        V_x, S_x = ops.cast(V, dtype), ops.cast(S * scale, dtype)
+
+        def gradients(*args, upstream=None):
+            g = args[0] if upstream is None else upstream
+            gV = ops.cast(ops.matmul(g, V_x), U.dtype)
+            grad_K = ops.segment_sum(gV, ids, num_segments=U.shape[0]) * scale
+            grad_L = ops.matmul(ops.transpose(g), rows_of_U)
+            grad_L = ops.cast(grad_L, U.dtype) * scale
+            return grad_K, ops.matmul(ops.transpose(U), grad_K), grad_L
+
+        y = ops.matmul(ops.matmul(rows_of_U, S_x), ops.transpose(V_x))
+        return y, gradients
+
+    return rows(U, S, V)
 
 
 def low_rank_matrix(U, S, V, scale):

@@ -3,11 +3,11 @@
 import keras
 from keras import ops
 
-from keras_geolora.layers.adapted import AdaptedLayer
+from keras_geolora.layers.adapted import AdaptedProduct
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
-class GeoLoRADense(AdaptedLayer, keras.layers.Dense):
+class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
     """`keras.layers.Dense` with a frozen kernel and a low-rank update.
 
     Computes `activation(x @ kernel + scale * x @ U @ S @ V.T + bias)`, where
@@ -52,41 +52,18 @@ class GeoLoRADense(AdaptedLayer, keras.layers.Dense):
 
     plain_class = keras.layers.Dense
 
-    def __init__(
-        self,
-        units,
-        *args,
-        rank=None,
-        max_rank=None,
-        min_rank=None,
-        scale=None,
-        dropout=None,
-        train_bias=False,
-        seed=None,
-        **kwargs,
-    ):
-        super().__init__(units, *args, **kwargs)
-        self._init_adapter(
-            rank=rank,
-            max_rank=max_rank,
-            min_rank=min_rank,
-            scale=scale,
-            dropout=dropout,
-            train_bias=train_bias,
-            seed=seed,
-        )
-
     @property
     def kernel_matrix_shape(self):
-        """`(input_dim, output_dim)` of the kernel."""
-        return tuple(self.kernel.shape)
+        # A quantized kernel has another shape.
+        return self.input_spec.axes[-1], self.units
 
-    def matrix_to_kernel(self, matrix):
-        """Brings a matrix into the kernel's shape: the same, here."""
-        return matrix
+    def call(self, inputs, training=None):
+        return self._adapted_call(
+            inputs, apart=training or self.compute_dtype != "float32"
+        )
 
     def _kernel_product(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
 
-    def _adapter_product(self, inputs, training):
-        return self.adapter(inputs, training=training)
+    def _update_product(self, inputs):
+        return self.adapter(inputs)

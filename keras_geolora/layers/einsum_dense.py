@@ -5,11 +5,11 @@ import math
 import keras
 from keras import ops
 
-from keras_geolora.layers.adapted import AdaptedLayer
+from keras_geolora.layers.adapted import AdaptedProduct
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
-class GeoLoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
+class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense` with a frozen kernel and a low-rank update.
 
     The kernel is seen as a matrix of *contracted axes* x *kept axes*: rank 4
@@ -50,57 +50,39 @@ class GeoLoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
 
     plain_class = keras.layers.EinsumDense
 
-    def __init__(
-        self,
-        equation,
-        output_shape,
-        *args,
-        rank=None,
-        max_rank=None,
-        min_rank=None,
-        scale=None,
-        dropout=None,
-        train_bias=False,
-        seed=None,
-        **kwargs,
-    ):
-        super().__init__(equation, output_shape, *args, **kwargs)
-        self._init_adapter(
-            rank=rank,
-            max_rank=max_rank,
-            min_rank=min_rank,
-            scale=scale,
-            dropout=dropout,
-            train_bias=train_bias,
-            seed=seed,
-        )
-
-    @staticmethod
-    def _check_adaptable(layer):
-        AdaptedLayer._check_adaptable(layer)
-        MatrixView(layer.equation, layer.kernel.shape)
-
     @property
     def _view(self):
-        return MatrixView(self.equation, self.kernel.shape)
+        return matrix_view(self)
 
     @property
     def kernel_matrix_shape(self):
-        """`(contracted, kept)`: the products of the axes' lengths."""
         view = self._view
         return math.prod(view.contracted_shape), math.prod(view.kept_shape)
 
     def matrix_to_kernel(self, matrix):
-        """Brings a (contracted x kept) matrix into the kernel's shape."""
         return self._view.matrix_to_kernel(matrix)
+
+    def call(self, inputs, training=None):
+        return self._adapted_call(
+            inputs, apart=training or self.compute_dtype != "float32"
+        )
 
     def _kernel_product(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
 
-    def _adapter_product(self, inputs, training):
+    def _update_product(self, inputs):
         view = self._view
-        x = view.inputs_to_rows(inputs)
-        return view.rows_to_outputs(self.adapter(x, training=training))
+        return view.rows_to_outputs(self.adapter(view.inputs_to_rows(inputs)))
+
+    def _rows_to_inputs(self, rows):
+        return self._view.rows_to_inputs(rows)
+
+
+def matrix_view(layer):
+    """Returns the `MatrixView` of a built `EinsumDense`."""
+    # A quantized kernel has another shape.
+    shape = getattr(layer, "original_kernel_shape", None)
+    return MatrixView(layer.equation, shape or layer.kernel.shape)
 
 
 class MatrixView:
@@ -140,6 +122,11 @@ class MatrixView:
         batch_rank = rank - len(self.contracted)
         rows = ops.shape(x)[:batch_rank]
         return ops.reshape(x, (*rows, math.prod(self.contracted_shape)))
+
+    def rows_to_inputs(self, rows):
+        batch = [-1] + [1] * (len(self.batch) - 1)
+        x = ops.reshape(rows, (*batch, *self.contracted_shape))
+        return permute(x, self.batch + self.contracted, self.inputs)
 
     def rows_to_outputs(self, rows):
         batch = ops.shape(rows)[:-1]

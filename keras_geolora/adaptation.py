@@ -1,0 +1,178 @@
+"""What was done to a model: its adapters, and what trains beside them."""
+
+import numpy as np
+from keras import ops
+
+from keras_geolora.targeting import adapted_class, walk
+
+
+class Frozen:
+    """What was trainable in a model, of which parts may stay so.
+
+    Frozen variables do not train. Frozen layers also stop to update
+    statistics, as batch normalization does; layers that can carry an adapter
+    have none.
+    """
+
+    def __init__(self, model):
+        self.variables = [v for v in model.variables if v.trainable]
+        self.layers = [
+            layer
+            for _, layer in walk(model)
+            if layer.trainable
+            and adapted_class(layer) is None
+            and not any(True for _ in walk(layer))
+        ]
+
+    def leave(self, layers, variables):
+        """Freezes all but some layers and variables."""
+        layers = {id(layer) for layer in layers}
+        variables = {id(v) for v in variables}
+        for layer in self.layers:
+            layer.trainable = id(layer) in layers
+        for variable in self.variables:
+            variable.trainable = id(variable) in variables
+
+    def thaw(self):
+        """Makes trainable again what was so."""
+        for layer in self.layers:
+            layer.trainable = True
+        for variable in self.variables:
+            variable.trainable = True
+
+
+class NamedAdapter:
+    """An adapter of a model: one of every adapted layer, and companions.
+
+    Attributes:
+        layers: Dict from path to adapted layer.
+        saved_layers: List of the layers in `modules_to_save`.
+        companions: List of the variables that train beside the factors, or
+            are statistics of what does: biases, `modules_to_save`, the head.
+        values: List of their arrays while the adapter is not active.
+    """
+
+    def __init__(self, layers, saved_layers, companions):
+        self.layers = layers
+        self.saved_layers = saved_layers
+        self.companions = companions
+        self.values = None
+
+
+class Adaptation:
+    """The adapters of a model and how it was before.
+
+    Args:
+        model: `keras.Model`, still as it was.
+        scope: The model, or the part of it that is frozen and adapted.
+    """
+
+    def __init__(self, model, scope):
+        self.model_name = model.name
+        self.frozen = Frozen(scope)
+        inside = {id(v) for v in scope.weights}
+        self.head = [v for v in model.weights if id(v) not in inside]
+        self.adapters = {}
+        self.active = None
+        self._pretrained = {}
+        self.suspended = 0
+
+    def add(self, name, layers, saved_layers, companions):
+        """Records an adapter that is on its layers, and activates it."""
+        if self.active is not None:
+            self._put_away()
+        companions = list({id(v): v for v in companions}.values())
+        for variable in companions:
+            self._pretrained.setdefault(id(variable), value_of(variable))
+        for layer in layers.values():
+            layer.adaptation = self
+        self.adapters[name] = NamedAdapter(layers, saved_layers, companions)
+        self._take_up(name)
+
+    def companions(self, layers, saved_layers, train_bias):
+        """Returns what trains beside the factors of an adapter."""
+        companions = list(self.head)
+        for layer in saved_layers:
+            companions.extend(layer.weights)
+        if train_bias:
+            for layer in layers.values():
+                if getattr(layer, "bias", None) is not None:
+                    companions.append(layer.bias)
+        return companions
+
+    def activate(self, name):
+        """Makes one adapter the one that acts and trains."""
+        if name != self.active:
+            self._put_away()
+            self._take_up(name)
+
+    def delete(self, name):
+        """Forgets an adapter that is not active."""
+        for layer in self.adapters.pop(name).layers.values():
+            layer.delete_adapter(name)
+
+    def restore_companions(self):
+        """Gives the companions the values they had before training."""
+        for variable in self.adapters[self.active].companions:
+            variable.assign(self.pretrained(variable))
+
+    def pretrained(self, variable):
+        """Returns the value a companion had before training."""
+        return self._pretrained[id(variable)]
+
+    def values(self, name):
+        """Returns the values of the companions of an adapter, as arrays."""
+        adapter = self.adapters[name]
+        if adapter.values is not None:
+            return adapter.values
+        return [value_of(v) for v in adapter.companions]
+
+    def freeze(self):
+        """Freezes what does not train with the active adapter."""
+        adapter = self.adapters[self.active]
+        inside = [child for x in adapter.saved_layers for _, child in walk(x)]
+        self.frozen.leave([*adapter.saved_layers, *inside], adapter.companions)
+
+    def suspend(self):
+        """Takes the adapters and companions out of action for a while."""
+        self.suspended += 1
+        if self.suspended == 1:
+            adapter = self.adapters[self.active]
+            adapter.values = self.values(self.active)
+            self.restore_companions()
+
+    def resume(self):
+        """Undoes `suspend`."""
+        self.suspended -= 1
+        if self.suspended == 0:
+            self._take_up_companions()
+
+    def _put_away(self):
+        adapter = self.adapters[self.active]
+        adapter.values = self.values(self.active)
+        self.restore_companions()
+
+    def activate_layers(self):
+        """Lets the layers use the active adapter."""
+        for adapter in self.adapters.values():
+            for layer in adapter.layers.values():
+                layer.activate_adapter(self.active)
+
+    def _take_up(self, name):
+        self.active = name
+        self.activate_layers()
+        self._take_up_companions()
+        self.freeze()
+
+    def _take_up_companions(self):
+        adapter = self.adapters[self.active]
+        if adapter.values is not None:
+            pairs = zip(adapter.companions, adapter.values, strict=True)
+            for variable, value in pairs:
+                variable.assign(value)
+        adapter.values = None
+
+
+def value_of(variable):
+    """Returns a copy of the value of a variable, as an array."""
+    return np.array(ops.convert_to_numpy(variable))

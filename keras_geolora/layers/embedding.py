@@ -1,0 +1,140 @@
+"""Embedding layers with a low-rank adapter."""
+
+import keras
+from keras import ops
+
+from keras_geolora.layers.adapted import AdaptedLayer, set_aside
+
+
+@keras.saving.register_keras_serializable(package="keras_geolora")
+class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
+    """`keras.layers.Embedding` with frozen rows and a low-rank update.
+
+    Looks up rows of `embeddings + scale * U @ S @ V.T`; the product of the
+    factors is never formed. Without a `rank` it is `keras.layers.Embedding`.
+
+    Args:
+        input_dim: Int, the size of the vocabulary.
+        output_dim: Int, the length of a row.
+        rank: Int or `None`, the rank at the start. `None`, the default, means
+            no adapter.
+        max_rank: Int or `None`, the largest rank. Defaults to `2 * rank`,
+            clipped to the smaller side of the kernel.
+        min_rank: Int or `None`, the smallest rank. Defaults to 1.
+        scale: Float or `None`, constant strength of the update. Defaults
+            to 1.
+        dropout: Float in [0, 1) or `None`, the share of looked-up rows that
+            get no update in training. Defaults to 0.
+        seed: Int or `None`, for the random bases and the dropout.
+        **kwargs: As `keras.layers.Embedding`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_geolora import GeoLoRAEmbedding
+
+    layer = GeoLoRAEmbedding(100, 8, rank=2)
+    assert layer(np.array([[3, 7, 7]])).shape == (1, 3, 8)
+    assert layer.delta().shape == (100, 8)
+    ```
+    """
+
+    plain_class = keras.layers.Embedding
+
+    @property
+    def kernel_matrix_shape(self):
+        return self.input_dim, self.output_dim
+
+    def kernels(self):
+        return [self.embeddings]
+
+    def kernel_norm(self):
+        if self.quantization_mode is None:
+            return super().kernel_norm()
+        # Evenly spaced rows are enough for a bound.
+        step = max(self.input_dim // 64, 1)
+        ids = ops.arange(0, self.input_dim, step, dtype="int32")
+        rows = ops.cast(super().quantized_call(ids), "float32")
+        return ops.sqrt(self.input_dim * ops.mean(ops.sum(rows**2, axis=-1)))
+
+    def call(self, inputs):
+        return self._add_rows(super().call(inputs), inputs)
+
+    def quantized_call(self, inputs):
+        return self._add_rows(super().quantized_call(inputs), inputs)
+
+    def _add_rows(self, x, inputs):
+        if self._acting_adapter is None:
+            return x
+        return ops.add(x, self.adapter(ops.cast(inputs, "int32")))
+
+
+@keras.saving.register_keras_serializable(package="keras_geolora")
+class GeoLoRAReversibleEmbedding(
+    keras.layers.ReversibleEmbedding, GeoLoRAEmbedding
+):
+    """`keras.layers.ReversibleEmbedding` with a low-rank update.
+
+    The update acts in both directions: it is added to the rows that are
+    looked up, and its transpose to the matrix of the reverse projection, also
+    where `tie_weights=False` and that matrix is another one. Without a `rank`
+    it is `keras.layers.ReversibleEmbedding`.
+
+    Args:
+        input_dim: Int, the size of the vocabulary.
+        output_dim: Int, the length of a row.
+        rank: Int or `None`, the rank at the start. `None`, the default, means
+            no adapter.
+        **kwargs: As `GeoLoRAEmbedding` and `keras.layers.ReversibleEmbedding`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_geolora import GeoLoRAReversibleEmbedding
+
+    layer = GeoLoRAReversibleEmbedding(100, 8, rank=2)
+    states = layer(np.array([[3, 7, 7]]))
+    assert layer(states, reverse=True).shape == (1, 3, 100)
+    ```
+    """
+
+    plain_class = keras.layers.ReversibleEmbedding
+
+    def build(self, input_shape=None):
+        # The adapter comes last, when both matrices are there.
+        with set_aside(self, "_adapter_options"):
+            super().build(input_shape)
+        self._add_adapter_of_options()
+
+    def kernels(self):
+        if self.tie_weights:
+            return super().kernels()
+        return [*super().kernels(), self.reverse_embeddings]
+
+    def _updates(self):
+        if self.tie_weights:
+            return super()._updates()
+        return [*super()._updates(), ops.transpose(self.delta())]
+
+    def call(self, inputs, reverse=False):
+        if not reverse:
+            return super().call(inputs)
+        return self._reverse(super().call, inputs)
+
+    def quantized_call(self, inputs, reverse=False):
+        if not reverse:
+            return super().quantized_call(inputs)
+        return self._reverse(keras.layers.Embedding.quantized_call, inputs)
+
+    def _reverse(self, call, inputs):
+        if self._acting_adapter is None:
+            return call(inputs, reverse=True)
+        with set_aside(self, "logit_soft_cap") as soft_cap:
+            logits = call(inputs, reverse=True)
+        update = self.adapter(inputs, transpose=True)
+        logits = ops.add(logits, ops.cast(update, logits.dtype))
+        if soft_cap is None:
+            return logits
+        return ops.multiply(ops.tanh(ops.divide(logits, soft_cap)), soft_cap)

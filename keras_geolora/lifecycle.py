@@ -1,0 +1,361 @@
+"""Several adapters on one model: switch off, choose, delete, combine."""
+
+import contextlib
+
+import numpy as np
+
+from keras_geolora.adaptation import value_of
+from keras_geolora.conversion import (
+    adapted_parts,
+    check_adapted,
+    check_model,
+    check_name,
+    check_not_suspended,
+    forget_traces,
+)
+
+FUNCTIONS = ("train_function", "test_function", "predict_function")
+
+
+@contextlib.contextmanager
+def geolora_disabled(model):
+    """Gives the pretrained model back for the length of a `with` block.
+
+    Outputs are those of the model before `enable_geolora`, bit for bit:
+    adapters rest, and what trained beside them has its former values. That
+    holds for calls, `predict` and `evaluate` of the model on which this is
+    called. At the end everything is as it was.
+
+    Also a method of every `keras.Model`: `with model.geolora_disabled():`.
+
+    Args:
+        model: `keras.Model` with adapters of `enable_geolora`, its own or of
+            models inside.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If no part of the model was adapted by `enable_geolora`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    x = np.ones((4, 8), "float32")
+    pretrained = model.predict(x, verbose=0)
+    model.enable_geolora(rank=2)
+    model.compile(keras_geolora.GeoLoRA("adam"), loss="mse")
+    model.fit(x, np.ones((4, 4)), verbose=0)
+    with model.geolora_disabled():
+        np.testing.assert_array_equal(model.predict(x, verbose=0), pretrained)
+    assert not np.array_equal(model.predict(x, verbose=0), pretrained)
+    ```
+    """
+    check_model(model)
+    adaptations = find_adaptations(model)
+    if all(adaptation.suspended for adaptation in adaptations):
+        yield model
+        return
+    traced = swap_functions(
+        model, getattr(model, "geolora_disabled_traces", {})
+    )
+    for adaptation in adaptations:
+        adaptation.suspend()
+    try:
+        yield model
+    finally:
+        for adaptation in adaptations:
+            adaptation.resume()
+        model.geolora_disabled_traces = swap_functions(model, traced)
+
+
+def geolora_adapters(model):
+    """Returns the names of all adapters, the active one first.
+
+    Also a method of every `keras.Model`: `model.geolora_adapters()`.
+
+    Args:
+        model: `keras.Model`.
+
+    Returns:
+        List of strings; empty for a model that is not adapted.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2, name="french")
+    model.enable_geolora(rank=2, name="german")
+    assert model.geolora_adapters() == ["german", "french"]
+    ```
+    """
+    check_model(model)
+    names = {}
+    for part in adapted_parts(model):
+        names[part.geolora_adaptation.active] = None
+    for part in adapted_parts(model):
+        names.update(dict.fromkeys(part.geolora_adaptation.adapters))
+    return list(names)
+
+
+def activate_geolora(model, name):
+    """Makes one adapter the one that acts and trains.
+
+    What trained beside the adapters, such as biases, `modules_to_save` and
+    the head of a KerasHub task, belongs to each adapter and changes with it.
+    Compile the model anew before you train another adapter.
+
+    Also a method of every `keras.Model`: `model.activate_geolora(name)`.
+
+    Args:
+        model: `keras.Model` with adapters.
+        name: String, the name of an adapter.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If there is no adapter of this name.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2, name="french")
+    model.enable_geolora(rank=3, name="german")
+    model.activate_geolora("french")
+    assert model.layers[0].rank == 2
+    ```
+    """
+    check_model(model)
+    adaptations = find_adaptations(model, name)
+    check_not_suspended(adaptations)
+    for adaptation in adaptations:
+        adaptation.activate(name)
+    forget_traces(model)
+    return model
+
+
+def delete_geolora(model, name):
+    """Forgets an adapter that is not active.
+
+    Also a method of every `keras.Model`: `model.delete_geolora(name)`.
+
+    Args:
+        model: `keras.Model` with adapters.
+        name: String, the name of an adapter.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If there is no adapter of this name, or it is active.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2, name="french")
+    model.enable_geolora(rank=2, name="german")
+    model.delete_geolora("french")
+    assert model.geolora_adapters() == ["german"]
+    ```
+    """
+    check_model(model)
+    adaptations = find_adaptations(model, name)
+    check_not_suspended(adaptations)
+    for adaptation in adaptations:
+        if adaptation.active == name:
+            others = sorted(set(adaptation.adapters) - {name})
+            raise ValueError(
+                "The active adapter cannot be deleted. "
+                + (
+                    f"Activate another of {others} first: "
+                    f"`model.activate_geolora('{others[0]}')`. "
+                    if others
+                    else "It is the only one: `model.remove_geolora()` takes "
+                    "it off. "
+                )
+                + f"Received: name='{name}'"
+            )
+    for adaptation in adaptations:
+        adaptation.delete(name)
+    forget_traces(model)
+    return model
+
+
+def combine_geolora(model, name, weights, rank=None):
+    """Adds up adapters with weights to a new one, and activates it.
+
+    The update of every layer is the weighted sum of its updates, truncated to
+    the best approximation of a rank; the sum itself is never formed. What
+    trained beside the adapters is added up in the same way, as differences to
+    the pretrained values.
+
+    Also a method of every `keras.Model`.
+
+    Args:
+        model: `keras.Model` with adapters.
+        name: String, the name of the new adapter.
+        weights: Dict from the names of adapters to floats.
+        rank: Int or `None`, the rank to truncate to. `None`, the default,
+            keeps the sum exactly, as far as kernels allow.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If an adapter does not exist, the new name does, or a
+            weight is not finite.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2, name="french")
+    model.enable_geolora(rank=2, name="german")
+    model.combine_geolora("swiss", {"french": 0.3, "german": 0.7}, rank=2)
+    assert model.geolora_adapters()[0] == "swiss"
+    ```
+    """
+    check_model(model)
+    check_name(name)
+    if not weights or not np.isfinite(list(weights.values())).all():
+        raise ValueError(
+            "`weights` gives a finite number to each adapter of the sum, for "
+            "example `{'a': 0.5, 'b': 0.5}`. "
+            f"Received: weights={weights!r}"
+        )
+    adaptations = [find_adaptations(model, other) for other in weights]
+    if any(found != adaptations[0] for found in adaptations):
+        raise ValueError(
+            "Only adapters of the same parts of a model can be added up. "
+            f"Received: weights={weights!r}"
+        )
+    check_not_suspended(adaptations[0])
+    for adaptation in adaptations[0]:
+        if name in adaptation.adapters:
+            raise ValueError(
+                "A model has one adapter of a name. Choose another `name`, "
+                f"or delete it by `model.delete_geolora('{name}')`. "
+                f"Received: name='{name}'"
+            )
+    for adaptation in adaptations[0]:
+        combine(adaptation, name, weights, rank)
+    forget_traces(model)
+    return model
+
+
+def combine(adaptation, name, weights, rank):
+    """Adds the weighted sum of adapters to an `Adaptation`."""
+    named = {other: adaptation.adapters[other] for other in weights}
+    layers, saved, companions = {}, {}, {}
+    for adapter in named.values():
+        layers.update(adapter.layers)
+        saved.update((id(layer), layer) for layer in adapter.saved_layers)
+        companions.update((id(v), v) for v in adapter.companions)
+
+    changes = dict.fromkeys(companions, 0.0)
+    for other, adapter in named.items():
+        values = adaptation.values(other)
+        for variable, value in zip(adapter.companions, values, strict=True):
+            change = value - adaptation.pretrained(variable)
+            changes[id(variable)] += weights[other] * change
+
+    for layer in layers.values():
+        U, sigma, V = weighted_sum(layer, weights, rank)
+        type(layer).adapt(
+            layer, name, rank=len(sigma), max_rank=len(sigma), min_rank=1
+        )
+        layer.adapter.U.assign(U)
+        layer.adapter.S.assign(np.diag(sigma))
+        layer.adapter.V.assign(V)
+    adaptation.add(
+        name, layers, list(saved.values()), companions=companions.values()
+    )
+    for key, variable in companions.items():
+        variable.assign(adaptation.pretrained(variable) + changes[key])
+
+
+def weighted_sum(layer, weights, rank):
+    """Returns bases and singular values of a weighted sum of updates.
+
+    With stacked factors the sum is `[U1, U2] diag(w1 S1, w2 S2) [V1, V2].T`;
+    two QR decompositions leave a small matrix whose singular value
+    decomposition is that of the sum.
+    """
+    adapters = [
+        (weight, layer._adapters[other])
+        for other, weight in weights.items()
+        if other in layer.adapter_names
+    ]
+    U, S, V = (
+        [value_of(factor).astype("float64") for factor in factors]
+        for factors in zip(*((a.U, a.S, a.V) for _, a in adapters), strict=True)
+    )
+    strengths = [w * a.scale for w, a in adapters]
+    blocks = [c * s for c, s in zip(strengths, S, strict=True)]
+    core = np.zeros((sum(map(len, blocks)),) * 2)
+    at = 0
+    for block in blocks:
+        core[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
+    Q_U, R_U = np.linalg.qr(np.hstack(U))
+    Q_V, R_V = np.linalg.qr(np.hstack(V))
+    P, sigma, Qt = np.linalg.svd(R_U @ core @ R_V.T)
+    most = min(layer.kernel_matrix_shape)
+    # Directions of rounding noise are no part of the sum.
+    count = max(int((sigma > 1e-7 * sigma[0]).sum()), 1)
+    count = min(count, most, most if rank is None else rank)
+    return (
+        Q_U @ P[:, :count],
+        sigma[:count],
+        Q_V @ Qt[:count].T,
+    )
+
+
+def find_adaptations(model, name=None):
+    """Returns what was done to the parts of a model, with one adapter."""
+    check_adapted(model, "switched")
+    found = [part.geolora_adaptation for part in adapted_parts(model)]
+    if not found:
+        raise ValueError(
+            "Adapters that layers got from their constructors have no names "
+            "and cannot be switched; those of `model.enable_geolora()` can. "
+            f"Received: model '{model.name}'"
+        )
+    with_name = [a for a in found if name is None or name in a.adapters]
+    if not with_name:
+        known = sorted({n for a in found for n in a.adapters})
+        raise ValueError(
+            f"There is no adapter of this name. Received: name={name!r}; "
+            f"the adapters of model '{model.name}' are {known}"
+        )
+    return with_name
+
+
+def swap_functions(model, functions):
+    """Gives a model other compiled functions; returns those it had."""
+    before = {name: getattr(model, name, None) for name in FUNCTIONS}
+    forget_traces(model)
+    for name, function in functions.items():
+        setattr(model, name, function)
+    return before

@@ -1,0 +1,308 @@
+"""Unmerging, disabling, removing, and several adapters on one model."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_geolora import GeoLoRA
+from keras_geolora.targeting import adapted_layers, carriers
+
+X = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(16, 3)).astype("float32")
+
+
+def functional():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8,))
+    x = keras.layers.Dense(12, activation="relu", name="hidden")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.part = functional()
+        self.top = keras.layers.Dense(3, name="top")
+
+    def call(self, x, training=None):
+        return self.top(self.part(x, training=training))
+
+
+def subclassed():
+    model = Subclassed()
+    model(X)
+    return model
+
+
+def nested():
+    return keras.Sequential([keras.Input((8,)), functional()])
+
+
+def holding():
+    """A model that holds a part which was adapted by itself."""
+    part = functional()
+    part.enable_geolora(rank=2, seed=0, train_bias=True)
+    return keras.Sequential([keras.Input((8,)), part])
+
+
+def adapted(create, **options):
+    model = create()
+    if create is not holding:
+        model.enable_geolora(rank=2, seed=0, **options)
+    return model
+
+
+def train(model, rate=0.05, epochs=2):
+    model.compile(GeoLoRA(keras.optimizers.Adam(rate)), loss="mse")
+    model.fit(X, Y, epochs=epochs, batch_size=8, verbose=0)
+    return model
+
+
+def predict(model):
+    return model.predict(X, verbose=0)
+
+
+def state(model):
+    return {v.path: ops.convert_to_numpy(v).copy() for v in model.weights}
+
+
+def assert_equal(these, those):
+    assert set(these) == set(those)
+    for path, value in these.items():
+        np.testing.assert_array_equal(value, those[path], err_msg=path)
+
+
+CREATE = [functional, subclassed, nested, holding]
+
+
+@pytest.mark.parametrize("create", CREATE)
+def test_unmerging_restores_every_byte(create):
+    model = train(adapted(create))
+    before, outputs = state(model), predict(model)
+    trainable = [v.path for v in model.trainable_variables]
+    classes = [type(x) for x in carriers(model).values()]
+    model.merge_geolora()
+    assert not carriers(model)
+    np.testing.assert_allclose(predict(model), outputs, atol=1e-5)
+    model.unmerge_geolora()
+    assert_equal(state(model), before)
+    np.testing.assert_array_equal(predict(model), outputs)
+    assert [v.path for v in model.trainable_variables] == trainable
+    assert [type(x) for x in carriers(model).values()] == classes
+    train(model, epochs=1)
+    assert not np.array_equal(predict(model), outputs)
+    model.merge_geolora()
+
+
+def test_what_was_learned_after_merging_is_not_unmerged():
+    model = train(adapted(functional))
+    model.merge_geolora()
+    model.compile("sgd", loss="mse")
+    model.fit(X, Y, verbose=0)
+    before = state(model)
+    with pytest.raises(ValueError, match="'hidden', whose kernel has changed"):
+        model.unmerge_geolora()
+    assert_equal(state(model), before)
+
+
+def test_unmerging_needs_what_merging_kept():
+    model = adapted(functional)
+    with pytest.raises(ValueError, match="can be unmerged"):
+        model.unmerge_geolora()
+    model.merge_geolora(reversible=False)
+    with pytest.raises(ValueError, match="reversible=False"):
+        model.unmerge_geolora()
+
+
+def test_a_merged_model_that_was_adapted_again_is_not_unmerged():
+    model = adapted(functional)
+    model.merge_geolora()
+    model.enable_geolora(rank=3)
+    with pytest.raises(ValueError, match="remove_geolora"):
+        model.unmerge_geolora()
+    model.remove_geolora()
+    model.unmerge_geolora()
+    assert model.get_layer("hidden").rank == 2
+
+
+OPTIONS = {"train_bias": True, "modules_to_save": "norm"}
+
+
+@pytest.mark.parametrize("create", CREATE)
+def test_disabling_gives_the_pretrained_outputs_bit_for_bit(create):
+    pretrained = predict(create())
+    model = train(adapted(create, train_bias=True))
+    outputs, before = predict(model), state(model)
+    assert not np.array_equal(outputs, pretrained)
+    for _ in range(2):
+        with model.geolora_disabled():
+            np.testing.assert_array_equal(predict(model), pretrained)
+            with model.geolora_disabled():
+                np.testing.assert_array_equal(predict(model), pretrained)
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(model(X)), pretrained, atol=1e-6
+            )
+        np.testing.assert_array_equal(predict(model), outputs)
+    assert_equal(state(model), before)
+
+
+def test_disabling_ends_when_the_block_fails():
+    model = train(adapted(functional, **OPTIONS))
+    outputs = predict(model)
+    with pytest.raises(KeyError), model.geolora_disabled():
+        raise KeyError
+    np.testing.assert_array_equal(predict(model), outputs)
+
+
+def test_compiled_functions_are_kept_while_disabled():
+    model = train(adapted(functional))
+    predict(model)
+    with model.geolora_disabled():
+        predict(model)
+        disabled = model.predict_function
+    enabled = model.predict_function
+    with model.geolora_disabled():
+        assert model.predict_function is disabled
+    assert model.predict_function is enabled
+
+
+def test_while_disabled_nothing_is_changed():
+    model = adapted(functional)
+    with model.geolora_disabled():
+        for change in (
+            model.merge_geolora,
+            model.remove_geolora,
+            lambda: model.enable_geolora(rank=2, name="other"),
+            lambda: model.activate_geolora("default"),
+        ):
+            with pytest.raises(ValueError, match="adapters disabled"):
+                change()
+
+
+@pytest.mark.parametrize("create", CREATE[:3])
+def test_removing_gives_back_the_model_as_it_was(create):
+    plain = create()
+    before, outputs = state(plain), predict(plain)
+    trainable = [v.name for v in plain.trainable_variables]
+    model = create()
+    model.enable_geolora(rank=2, **OPTIONS)
+    train(model)
+    assert model.remove_geolora() is model
+    assert [v.name for v in model.trainable_variables] == trainable
+    for old, new in zip(before.values(), state(model).values(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    np.testing.assert_array_equal(predict(model), outputs)
+
+
+def test_adapters_have_names_and_companions_of_their_own():
+    model = functional()
+    pretrained = predict(model)
+    model.enable_geolora(rank=2, name="a", seed=0, train_bias=True)
+    train(model)
+    a = predict(model)
+    model.enable_geolora(
+        rank=3, name="b", seed=1, targets="hidden", modules_to_save="norm"
+    )
+    np.testing.assert_array_equal(predict(model), pretrained)
+    assert sorted(adapted_layers(model)) == ["hidden"]
+    assert len(model.trainable_variables) == 3 + 2
+    assert not model.get_layer("hidden").bias.trainable
+    train(model)
+    b = predict(model)
+    assert model.geolora_adapters() == ["b", "a"]
+    for name, expected in [("a", a), ("b", b), ("b", b), ("a", a)]:
+        assert model.activate_geolora(name) is model
+        np.testing.assert_array_equal(predict(model), expected)
+        with model.geolora_disabled():
+            np.testing.assert_array_equal(predict(model), pretrained)
+    assert model.get_layer("hidden").bias.trainable
+    assert not model.get_layer("norm").trainable
+    with pytest.raises(ValueError, match=r"name='c'; .* are \['a', 'b'\]"):
+        model.activate_geolora("c")
+    with pytest.raises(ValueError, match=r"activate_geolora\('b'\)"):
+        model.delete_geolora("a")
+    model.delete_geolora("b")
+    assert model.geolora_adapters() == ["a"]
+    np.testing.assert_array_equal(predict(model), a)
+    with pytest.raises(ValueError, match="remove_geolora"):
+        model.delete_geolora("a")
+    model.remove_geolora()
+    np.testing.assert_array_equal(predict(model), pretrained)
+
+
+def test_the_optimizer_of_another_adapter_is_refused():
+    model = adapted(functional, name="a")
+    train(model)
+    model.enable_geolora(rank=2, name="b")
+    with pytest.raises(ValueError, match="Compile the model again"):
+        model.fit(X, Y, verbose=0)
+
+
+def test_adapters_of_a_part_are_switched_from_outside():
+    model = adapted(holding)
+    train(model)
+    outputs = predict(model)
+    part = model.layers[0]
+    part.enable_geolora(rank=2, name="other")
+    model.compile()
+    model.activate_geolora("default")
+    np.testing.assert_array_equal(predict(model), outputs)
+    assert model.geolora_adapters() == ["default", "other"]
+
+
+def test_a_weighted_sum_adds_up_the_updates():
+    model = functional()
+    pretrained = state(model)
+    updates, biases = {}, {}
+    for name, rank in [("a", 2), ("b", 3)]:
+        model.enable_geolora(
+            rank=rank, name=name, seed=rank, scale=rank / 2, train_bias=True
+        )
+        train(model)
+        hidden = model.get_layer("hidden")
+        updates[name] = ops.convert_to_numpy(hidden.delta())
+        biases[name] = ops.convert_to_numpy(hidden.bias).copy()
+    model.combine_geolora("sum", {"a": 0.5, "b": -2.0})
+    hidden = model.get_layer("hidden")
+    expected = 0.5 * updates["a"] - 2.0 * updates["b"]
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(hidden.delta()), expected, atol=1e-6
+    )
+    before = pretrained[hidden.bias.path]
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(hidden.bias),
+        before + 0.5 * (biases["a"] - before) - 2.0 * (biases["b"] - before),
+        atol=1e-6,
+    )
+    model.combine_geolora("short", {"a": 0.5, "b": -2.0}, rank=2)
+    assert model.get_layer("hidden").rank == 2
+    P, sigma, Qt = np.linalg.svd(expected)
+    best = (P[:, :2] * sigma[:2]) @ Qt[:2]
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(model.get_layer("hidden").delta()), best, atol=1e-6
+    )
+    train(model, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "weights, match",
+    [({}, "weights={}"), ({"a": np.nan}, "nan"), ({"z": 1.0}, "name='z'")],
+)
+def test_a_sum_of_nothing_is_refused(weights, match):
+    model = adapted(functional, name="a")
+    with pytest.raises(ValueError, match=match):
+        model.combine_geolora("sum", weights)
+    with pytest.raises(ValueError, match="name='a'"):
+        model.combine_geolora("a", {"a": 1.0})
+
+
+def test_saved_modules_train_and_statistics_follow():
+    model = functional()
+    model.enable_geolora(rank=2, targets="hidden", modules_to_save="norm")
+    norm = model.get_layer("norm")
+    before = [ops.convert_to_numpy(w).copy() for w in norm.weights]
+    train(model)
+    for old, new in zip(before, norm.weights, strict=True):
+        assert not np.array_equal(old, ops.convert_to_numpy(new)), new.path
