@@ -1,8 +1,71 @@
-"""Callbacks that show the ranks while a model trains."""
+"""Callbacks that show how the adapters of a model do while it trains."""
+
+import warnings
 
 import keras
+import numpy as np
 
 from keras_geolora.targeting import adapted_layers
+
+
+class EpochCut(keras.callbacks.Callback):
+    """Cuts all adapters to the ranks they need, at the end of every epoch.
+
+    Ranks grow between two cuts of the optimizer. With this callback the model
+    that is validated, saved and handed over has no directions that the next
+    cut would take away. `fit` of a model with `enable_geolora` adds it by
+    itself.
+
+    Epochs of fewer updates than the `cut_interval` of the optimizer end
+    without a cut: new directions would not have had the time to grow.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    part = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    part.enable_geolora(rank=2)
+    model = keras.Sequential([part, keras.layers.Dense(1)])
+    optimizer = keras_geolora.GeoLoRA("sgd", tolerance=0.9, cut_interval=3)
+    model.compile(optimizer, loss="mse")
+    cut = keras_geolora.callbacks.EpochCut()
+    x, y = np.ones((8, 8)), np.ones((8, 1))
+    model.fit(x, y, batch_size=2, callbacks=[cut], verbose=0)
+    assert part.layers[0].rank == 1
+    ```
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._updates_before = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Notes how many updates there were."""
+        self._updates_before = self._updates()
+
+    def on_test_begin(self, logs=None):
+        """Cuts before the validation at the end of an epoch."""
+        self._cut()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Cuts where nothing was validated."""
+        self._cut()
+
+    def _cut(self):
+        if self._updates_before is None:
+            return  # not in training, or just cut
+        updates = self._updates() - self._updates_before
+        optimizer = find_geolora(self.model.optimizer)
+        if optimizer is not None and updates >= optimizer.cut_interval:
+            optimizer.cut()
+        self._updates_before = None
+
+    def _updates(self):
+        synchronize(self.model)
+        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
 
 class RankLogger(keras.callbacks.Callback):
@@ -67,17 +130,153 @@ class RankLogger(keras.callbacks.Callback):
             return
         self._read_ranks()
         logs["mean_rank"] = self._mean_rank
-        optimizer = self.model.optimizer
-        # LossScaleOptimizer may stand around GeoLoRA.
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        for candidate in (self.model.optimizer, optimizer):
-            if hasattr(candidate, "skipped_steps"):
-                steps = keras.ops.convert_to_numpy(candidate.skipped_steps)
-                logs["skipped_steps"] = int(steps)
+        optimizer = find_geolora(self.model.optimizer)
+        if optimizer is not None:
+            steps = keras.ops.convert_to_numpy(optimizer.skipped_steps)
+            logs["skipped_steps"] = int(steps)
 
     def _read_ranks(self):
-        # The JAX trainer keeps the weights to itself between two batches.
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()
+        synchronize(self.model)
         ranks = [layer.rank for layer in adapted_layers(self.model).values()]
         self._mean_rank = sum(ranks) / len(ranks) if ranks else 0.0
+
+
+class SilentFailureGuard(keras.callbacks.Callback):
+    """Warns after the first epoch of `fit` if nothing was learned.
+
+    `fit` of a model with `enable_geolora` adds it by itself. It says so, in
+    one sentence with the likely cause, when
+
+    - an adapter has not moved,
+    - the last layer, a `Dense`, is frozen and not adapted,
+    - the loss has not changed.
+
+    Example:
+
+    ```python
+    import warnings
+
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    model.compile(keras_geolora.GeoLoRA(keras.optimizers.SGD(0.0)), loss="mse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(np.ones((8, 8)), np.ones((8, 4)), verbose=0)
+    assert any("learning rate" in str(w.message) for w in caught)
+    ```
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._cores = None
+        self._first_loss = None
+
+    def on_train_begin(self, logs=None):
+        """Remembers where the adapters stand."""
+        synchronize(self.model)
+        self._cores = {
+            path: core_of(layer)
+            for path, layer in adapted_layers(self.model).items()
+        }
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Remembers the loss of the first batch."""
+        if batch == 0 and self._cores is not None and logs:
+            self._first_loss = float(logs.get("loss", np.nan))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Compares, once."""
+        if self._cores is None:
+            return
+        synchronize(self.model)
+        layers = adapted_layers(self.model)
+        still = [
+            path
+            for path, core in self._cores.items()
+            if path in layers and is_same(core, core_of(layers[path]))
+        ]
+        moved = len(self._cores) - len(still)
+        batches = (self.params or {}).get("steps") or 0
+        loss = (logs or {}).get("loss", np.nan)
+        for message in (
+            self._about_adapters(still, moved),
+            self._about_the_head(),
+            self._about_the_loss(loss, batches) if moved else None,
+        ):
+            if message:
+                warnings.warn(message, stacklevel=2)
+        self._cores = None
+
+    def _about_adapters(self, still, moved):
+        if not still:
+            return None
+        if not moved:
+            return (
+                f"None of the {len(still)} adapters has moved in the first "
+                "epoch: look at the learning rate, at `skipped_steps` in the "
+                "logs (steps that were not finite), and whether the loss "
+                "depends on the adapted layers."
+            )
+        return (
+            f"{len(still)} of {len(still) + moved} adapters have not moved in "
+            f"the first epoch ({', '.join(still[:3])}"
+            f"{', ...' if len(still) > 3 else ''}): the loss does not seem to "
+            "depend on these layers, which `exclude` would leave out."
+        )
+
+    def _about_the_head(self):
+        for output in getattr(self.model, "outputs", None) or []:
+            layer = output._keras_history.operation
+            if (
+                isinstance(layer, keras.layers.Dense)
+                and not layer.trainable_variables
+                and not getattr(layer, "is_adapted", False)
+            ):
+                return (
+                    f"The last layer, '{layer.name}', is frozen and not "
+                    "adapted: if it is a new head, name it in "
+                    "`enable_geolora(modules_to_save=...)`."
+                )
+        return None
+
+    def _about_the_loss(self, loss, batches):
+        if batches < 2 or self._first_loss is None:
+            return None
+        if not np.isclose(loss, self._first_loss, rtol=1e-6, atol=0):
+            return None
+        return (
+            f"The loss has not changed in the first epoch (it is {loss:.6g}): "
+            "look whether the labels vary, and whether `from_logits` of the "
+            "loss fits the last activation."
+        )
+
+
+def find_geolora(optimizer):
+    """Returns the `GeoLoRA`, which LossScaleOptimizer may hold, or `None`."""
+    for candidate in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if hasattr(candidate, "skipped_steps"):
+            return candidate
+    return None
+
+
+def synchronize(model):
+    """Brings the weights up to date.
+
+    The JAX trainer keeps the weights to itself between two batches.
+    """
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
+def core_of(layer):
+    """Returns `S` of an adapted layer as an array."""
+    return np.array(keras.ops.convert_to_numpy(layer.adapter.S))
+
+
+def is_same(core, other):
+    """Says whether two cores differ by rounding errors only."""
+    return np.linalg.norm(other - core) <= 1e-6 * np.linalg.norm(core)

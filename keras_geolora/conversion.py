@@ -7,7 +7,11 @@ import keras
 from keras import ops
 
 from keras_geolora.adaptation import Adaptation, value_of
-from keras_geolora.callbacks import RankLogger
+from keras_geolora.callbacks import (
+    EpochCut,
+    RankLogger,
+    SilentFailureGuard,
+)
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.optimizer import GeoLoRA
 from keras_geolora.targeting import (
@@ -177,8 +181,7 @@ def enable_geolora(
     companions = adaptation.companions(chosen, saved, train_bias)
     adaptation.add(name, chosen, saved, companions)
     if first:
-        model.geolora_adaptation = adaptation
-        model.__class__ = adapted_model_class(type(model))
+        make_adapted(model, adaptation)
     forget_traces(model)
     return model
 
@@ -381,8 +384,7 @@ class Merged:
                 kernel.assign(value)
             AdaptedLayer.attach_adapters(layer, kept)
         for part, adaptation in self.parts:
-            part.geolora_adaptation = adaptation
-            part.__class__ = adapted_model_class(type(part))
+            make_adapted(part, adaptation)
             adaptation.freeze()
 
 
@@ -408,6 +410,15 @@ class AdaptedModel:
             check_optimizer(optimizer)
         super().compile(*args, **kwargs)
 
+    def quantize(self, *args, **kwargs):
+        """Refused: a model is quantized first and adapted then."""
+        raise ValueError(
+            "Quantize a model before it is adapted; the adapters then train "
+            "in float32 over the quantized kernels. Or merge first: "
+            "`model.merge_geolora()`. "
+            f"Received: adapted model '{self.name}'"
+        )
+
     def fit(self, *args, callbacks=None, **kwargs):
         """As `keras.Model.fit`; the logs also show the mean rank."""
         check_optimizer(self.optimizer)
@@ -417,8 +428,9 @@ class AdaptedModel:
                 callbacks = []
             elif not isinstance(callbacks, (list, tuple)):
                 callbacks = [callbacks]
-            if not any(isinstance(c, RankLogger) for c in callbacks):
-                callbacks = [RankLogger(), *callbacks]
+            for own in (SilentFailureGuard, RankLogger, EpochCut):
+                if not any(isinstance(c, own) for c in callbacks):
+                    callbacks = [own(), *callbacks]
         return super().fit(*args, callbacks=callbacks, **kwargs)
 
 
@@ -438,9 +450,18 @@ def adapted_parts(model):
     return [part for part in parts if isinstance(part, AdaptedModel)]
 
 
+def make_adapted(part, adaptation):
+    """Gives a model the class of an adapted one."""
+    part.geolora_adaptation = adaptation
+    part.__class__ = adapted_model_class(type(part))
+    # Keras keeps a bound `quantize` with every model; ours refuses.
+    adaptation.plain_quantize = vars(part).pop("quantize")
+
+
 def make_plain(part):
     """Gives an adapted model its former class."""
     part.__class__ = part.plain_class
+    part.quantize = part.geolora_adaptation.plain_quantize
     del part.geolora_adaptation
     forget_traces(part)
 

@@ -264,3 +264,27 @@ def retract(point, unknowns, tolerance, min_rank, max_change=None):
         *(ops.where(stay, x, y) for x, y in zip(point, moved, strict=True))
     )
     return moved, Rotation(ops.matmul(T(U), moved.U), ops.matmul(T(V), moved.V))
+
+
+def cut(point, tolerance, min_rank):
+    """Truncates a point without a step.
+
+    Its core is diagonal and descending, so that truncating takes columns
+    away and turns nothing.
+
+    Args:
+        point: `Point`.
+        tolerance: Scalar in [0, 1), share of the norm that may be cut.
+        min_rank: Int array of shape `(..., 1)`.
+
+    Returns:
+        Tuple `(point, rotation)`. A point with a core of zeros stays.
+    """
+    U, S, V = point
+    sigma = ops.diagonal(S, axis1=-2, axis2=-1)
+    rank = truncated_rank(sigma, tolerance, min_rank, S.shape[-1])
+    keep = ops.arange(S.shape[-1], dtype="int32") < rank
+    keep = ops.logical_or(keep, ops.equal(sigma[..., :1], 0))
+    keep = keep[..., None, :]
+    moved = Point(*(ops.where(keep, x, 0.0) for x in (U, S, V)))
+    return moved, Rotation(ops.matmul(T(U), moved.U), ops.matmul(T(V), moved.V))

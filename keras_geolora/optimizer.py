@@ -41,12 +41,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
             may discard. Larger means lower ranks. Defaults to 0.1.
         cut_interval: Int, number of steps between two cuts. In between the
             rank only grows, which gives slow directions time. Defaults
-            to 20.
+            to 20. `fit` of an adapted model also cuts at the end of every
+            epoch of at least so many steps, before it validates.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
             layer in one step, relative to the Frobenius norm of its kernel.
             Longer steps are shortened, in their direction, which makes
             training tolerant of large learning rates. `None` means no bound.
-            `"auto"`, the default, means 0.001, and no bound around `SGD`,
+            `"auto"`, the default, means 0.0005, and no bound around `SGD`,
             whose step is in proportion to the gradient. Layers with a kernel
             of zeros have no bound.
         name: String or `None`.
@@ -146,7 +147,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             proportional = isinstance(
                 self.inner_optimizer, keras.optimizers.SGD
             )
-            ratio = None if proportional else 0.001
+            ratio = None if proportional else 0.0005
         if ratio is None:
             return None
 
@@ -260,6 +261,16 @@ class GeoLoRA(keras.optimizers.Optimizer):
         for step in steps:
             step.clear_gradients()
 
+    def cut(self):
+        """Cuts every adapter to the rank that `tolerance` asks for, now.
+
+        Between two cuts of a training, ranks grow; this shows which of them
+        are needed. Nothing else moves, and training can go on.
+        `model.fit` of an adapted model does it at the end of an epoch.
+        """
+        for group in self._groups.content if self.built else ():
+            GroupStep(group).cut(self.tolerance)
+
     def get_config(self):
         """Returns the configuration, the inner optimizer's included."""
         return {
@@ -352,6 +363,10 @@ class AdapterGroup:
             for members in by_shape.values()
         ]
 
+    def min_ranks(self):
+        """Returns the smallest ranks, `(adapters, 1)`."""
+        return ops.convert_to_tensor(self.min_rank, dtype="int32")
+
     def bounds(self):
         """Returns the bounds of the steps, `(adapters, 1, 1)`, or `None`."""
         if self.max_change is None:
@@ -443,6 +458,21 @@ class GroupStep:
         """Puts the factors back as they were before the step."""
         write(self.group.factors, self.point)
 
+    def cut(self, tolerance):
+        """Truncates the adapters and their slots, without a step."""
+        cut, rotation = integrator.cut(
+            self.point, tolerance, self.group.min_ranks()
+        )
+        write(self.group.factors, cut)
+        for (kind, variables), slots in zip(
+            self.group.slots, self.slots, strict=True
+        ):
+            write(variables, transport(kind, slots, self.point, rotation))
+        # Sums of gradients, where an update is not complete.
+        for variables in self.group.accumulators:
+            sums = transport("linear", read(variables), self.point, rotation)
+            write(variables, sums)
+
     def retract(self, tolerance, updated, previous=None):
         """Returns to the manifold and moves the slots along.
 
@@ -476,7 +506,7 @@ class GroupStep:
             self.point,
             unknowns,
             tolerance,
-            ops.convert_to_tensor(self.group.min_rank, dtype="int32"),
+            self.group.min_ranks(),
             self.group.bounds(),
         )
         moved = ops.logical_and(finite, updated)

@@ -8,6 +8,9 @@ from keras import ops
 from keras_geolora import GeoLoRA
 from keras_geolora.targeting import adapted_layers, carriers
 
+# Some of these tests freeze the head, and know it.
+pytestmark = pytest.mark.filterwarnings("ignore:The last layer")
+
 X = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(16, 3)).astype("float32")
 

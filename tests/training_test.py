@@ -171,7 +171,7 @@ def fitted():
 
 def compiled(model, **options):
     inner = keras.optimizers.SGD(0.1, momentum=0.9)
-    model.compile(GeoLoRA(inner, cut_interval=3), loss="mse", **options)
+    model.compile(GeoLoRA(inner, cut_interval=4), loss="mse", **options)
     return model
 
 
@@ -320,8 +320,38 @@ def test_a_schedule_of_keras_works_in_fit():
     model.fit(x, y, batch_size=16, epochs=2, verbose=0)
     at_the_end = deltas(model)[0]
     assert float(model.optimizer.learning_rate) == pytest.approx(0, abs=1e-6)
-    model.fit(x, y, batch_size=16, verbose=0)
+    with pytest.warns(UserWarning, match="look at the learning rate"):
+        model.fit(x, y, batch_size=16, verbose=0)
     np.testing.assert_allclose(deltas(model)[0], at_the_end, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [None, 4])
+def test_a_cut_takes_columns_away_and_nothing_else(accumulation):
+    model = linear_model()
+    inner = keras.optimizers.Adam(
+        0.01, gradient_accumulation_steps=accumulation
+    )
+    model.compile(GeoLoRA(inner, tolerance=0.0, cut_interval=1000), loss="mse")
+    x, y = linear_data([3.0, 0.1])
+    for _ in range(6):
+        model.train_on_batch(x, y)
+    optimizer, adapter = model.optimizer, adapters(model)[0]
+    delta, full = deltas(model)[0], adapter.rank
+    optimizer.tolerance = 0.5
+    optimizer.cut()
+    rank = adapter.rank
+    assert rank < full
+    P, sigma, Qt = np.linalg.svd(delta)
+    best = (P[:, :rank] * sigma[:rank]) @ Qt[:rank]
+    np.testing.assert_allclose(deltas(model)[0], best, atol=1e-6)
+    assert np.linalg.norm(sigma[rank:]) <= 0.5 * np.linalg.norm(sigma)
+    sums = getattr(inner, "_accumulated_gradients", [])
+    for slot in [*inner._momentums, *sums]:
+        if slot.shape == adapter.U.shape:
+            assert not to_numpy([slot])[0][:, rank:].any(), slot.path
+    for _ in range(4):
+        model.train_on_batch(x, y)
+    assert not np.array_equal(deltas(model)[0], best)  # training goes on
 
 
 def test_gradient_accumulation_in_fit_equals_larger_batches():

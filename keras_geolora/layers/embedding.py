@@ -126,7 +126,9 @@ class GeoLoRAReversibleEmbedding(
     def quantized_call(self, inputs, reverse=False):
         if not reverse:
             return super().quantized_call(inputs)
-        return self._reverse(keras.layers.Embedding.quantized_call, inputs)
+        # Past `GeoLoRAEmbedding`, which would look up rows.
+        call = super(GeoLoRAEmbedding, self).quantized_call
+        return self._reverse(call, inputs)
 
     def _reverse(self, call, inputs):
         if self._acting_adapter is None:

@@ -1,0 +1,81 @@
+"""Training that teaches nothing must not go unnoticed."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from keras_geolora import GeoLoRA
+
+X = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(16, 3)).astype("float32")
+
+
+def fit(model, rate=0.01, x=X, y=Y, loss="mse", epochs=2):
+    model.compile(GeoLoRA(keras.optimizers.SGD(rate)), loss=loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(x, y, batch_size=4, epochs=epochs, verbose=0)
+    return [
+        str(w.message) for w in caught if "first epoch" in str(w.message)
+    ] + [str(w.message) for w in caught if "last layer" in str(w.message)]
+
+
+def sequential(*layers):
+    return keras.Sequential([keras.Input((8,)), *layers])
+
+
+def test_a_healthy_training_says_nothing():
+    model = sequential(keras.layers.Dense(4), keras.layers.Dense(3))
+    model.enable_geolora(rank=2)
+    assert fit(model) == []
+
+
+def test_adapters_that_do_not_move_are_reported():
+    model = sequential(keras.layers.Dense(3))
+    model.enable_geolora(rank=2)
+    (message,) = fit(model, rate=0.0)
+    assert "None of the 1 adapters" in message and "learning rate" in message
+
+
+def test_an_adapter_that_the_loss_does_not_see_is_reported():
+    inputs = keras.Input((8,))
+    seen = keras.layers.Dense(3, name="seen")(inputs)
+    unseen = keras.layers.Dense(3, name="unseen")(inputs)
+    model = keras.Model(inputs, seen + 0.0 * unseen)
+    model.enable_geolora(rank=2)
+    (message,) = fit(model)
+    assert "1 of 2 adapters" in message and "(unseen)" in message
+
+
+def test_a_frozen_head_is_reported():
+    model = sequential(
+        keras.layers.Dense(4), keras.layers.Dense(3, name="head")
+    )
+    model.enable_geolora(rank=2, exclude="head")
+    (message,) = fit(model)
+    assert "'head', is frozen" in message and "modules_to_save" in message
+    model.remove_geolora()
+    model.enable_geolora(rank=2, modules_to_save="head")
+    assert fit(model) == []
+
+
+def test_a_loss_that_does_not_change_is_reported():
+    model = sequential(keras.layers.Dense(4), keras.layers.Dense(3))
+    model.enable_geolora(rank=2)
+
+    def constant(y, prediction):
+        return keras.ops.sum(
+            prediction - keras.ops.stop_gradient(prediction) + 2.0, axis=-1
+        )
+
+    (message,) = fit(model, loss=constant)
+    assert "loss has not changed" in message and "it is 6" in message
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_guard_speaks_once(epochs):
+    model = sequential(keras.layers.Dense(3))
+    model.enable_geolora(rank=2)
+    assert len(fit(model, rate=0.0, epochs=epochs)) == 1

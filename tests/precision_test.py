@@ -1,0 +1,170 @@
+"""Low precision and quantized kernels under float32 factors."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_geolora import GeoLoRA
+from keras_geolora.targeting import adapted_layers
+
+# Keras says of every layer without a kernel that it cannot be quantized.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Layer .*`quantize`"),
+    # Keras' quantized embedding transposes a vector.
+    pytest.mark.filterwarnings("ignore:The use of `x.T`"),
+]
+
+X = np.random.default_rng(0).normal(size=(64, 16)).astype("float32")
+Y = X @ np.random.default_rng(1).normal(size=(16, 4)).astype("float32")
+
+
+def create(policy="float32"):
+    keras.utils.set_random_seed(0)
+    with_policy = {"dtype": policy}
+    return keras.Sequential(
+        [
+            keras.Input((16,)),
+            keras.layers.Dense(32, activation="relu", **with_policy),
+            keras.layers.EinsumDense(
+                "ab,bcd->acd", (4, 8), bias_axes="d", **with_policy
+            ),
+            keras.layers.Flatten(**with_policy),
+            keras.layers.Dense(4, name="head", dtype="float32"),
+        ]
+    )
+
+
+def tokens():
+    return np.random.default_rng(2).integers(0, 30, (32, 5))
+
+
+def language_model(policy="float32", tie_weights=True):
+    keras.utils.set_random_seed(0)
+    embedding = keras.layers.ReversibleEmbedding(
+        30, 8, tie_weights=tie_weights, dtype=policy, name="embedding"
+    )
+    inputs = keras.Input((5,), dtype="int32")
+    x = keras.layers.Dense(8, activation="gelu", dtype=policy)(
+        embedding(inputs)
+    )
+    return keras.Model(inputs, embedding(x, reverse=True))
+
+
+def predict(model, x=X):
+    return np.array(model.predict(x, verbose=0)).astype("float32")
+
+
+def losses(model, x=X, y=Y, loss="mse", epochs=8, rate=0.02):
+    optimizer = GeoLoRA(keras.optimizers.AdamW(rate), max_update_ratio=0.05)
+    if any(v.compute_dtype == "float16" for v in model.layers):
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer, loss=loss)
+    history = model.fit(x, y, epochs=epochs, batch_size=16, verbose=0)
+    return history.history["loss"]
+
+
+POLICIES = ["mixed_bfloat16", "mixed_float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_factors_stay_float32_and_the_model_learns(policy):
+    model = create(policy)
+    before = predict(model)
+    model.enable_geolora(rank=4, seed=0)
+    np.testing.assert_array_equal(predict(model), before)
+    for layer in adapted_layers(model).values():
+        assert {v.dtype for v in layer.trainable_variables} == {"float32"}
+    history = losses(model)
+    assert history[-1] < 0.7 * history[0]
+    outputs = predict(model)
+    model.merge_geolora()
+    scale = np.abs(outputs).max()
+    assert np.abs(predict(model) - outputs).max() < 0.03 * scale
+
+
+def test_a_small_step_moves_a_bfloat16_model():
+    """A step of 1e-4 is lost in bfloat16 weights, not in our factors."""
+    model = create("bfloat16")
+    model.enable_geolora(rank=4, seed=0)
+    losses(model, epochs=1, rate=1e-4)
+    for layer in adapted_layers(model).values():
+        assert np.abs(ops.convert_to_numpy(layer.delta())).max() > 1e-5
+
+
+def quantized(mode):
+    model = create()
+    if mode == "int4 in blocks":
+        config = keras.quantizers.Int4QuantizationConfig(block_size=8)
+        model.quantize("int4", config=config)
+    else:
+        model.quantize(mode)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "int4 in blocks"])
+def test_a_quantized_base_is_adapted_and_trained(mode):
+    model = quantized(mode)
+    before = predict(model)
+    kernels = [ops.convert_to_numpy(x).copy() for x in model.weights]
+    norms = [
+        float(np.linalg.norm(ops.convert_to_numpy(layer.kernel)))
+        for layer in create().layers
+        if hasattr(layer, "kernel")
+    ]
+    model.enable_geolora(rank=3, seed=0)
+    np.testing.assert_array_equal(predict(model), before)
+    layers = adapted_layers(model)
+    assert len(layers) == 3
+    for layer, norm in zip(layers.values(), norms, strict=True):
+        assert 0.7 * norm < layer.adapter.kernel_norm() < 1.4 * norm
+    history = losses(model)
+    assert history[-1] < 0.7 * history[0]
+    after = predict(model)
+    with model.geolora_disabled():
+        np.testing.assert_array_equal(predict(model), before)
+    with pytest.raises(ValueError, match="quantization_mode='int"):
+        model.merge_geolora()
+    np.testing.assert_array_equal(predict(model), after)
+    model.remove_geolora()
+    for old, new in zip(kernels, model.weights, strict=True):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("mode", [None, "int8", "int4", "bfloat16"])
+def test_reversible_embeddings_are_adapted_in_both_directions(
+    mode, tie_weights
+):
+    policy = mode if mode == "bfloat16" else "float32"
+    model = language_model(policy, tie_weights)
+    if mode in ("int8", "int4"):
+        model.quantize(mode)
+    ids = tokens()
+    before = predict(model, ids)
+    model.enable_geolora(rank=3, targets="embedding", seed=0)
+    np.testing.assert_array_equal(predict(model, ids), before)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    history = losses(model, ids, ids, loss, epochs=4, rate=0.05)
+    assert history[-1] < history[0]
+    with model.geolora_disabled():
+        np.testing.assert_array_equal(predict(model, ids), before)
+    if mode is None:
+        outputs = predict(model, ids)
+        model.merge_geolora()
+        np.testing.assert_allclose(predict(model, ids), outputs, atol=1e-5)
+
+
+def test_float8_is_refused():
+    model = create()
+    model.quantize("float8")
+    with pytest.raises(ValueError, match="quantization_mode='float8'"):
+        model.enable_geolora(rank=2)
+    assert not adapted_layers(model)
+
+
+def test_an_adapted_model_is_not_quantized():
+    model = create()
+    model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="before it is adapted"):
+        model.quantize("int8")
