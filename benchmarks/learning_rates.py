@@ -8,10 +8,10 @@ A pretrained MiniLM learns to classify movie sentences by sentiment, or TREC
 questions by topic: 1,600 examples, 2 epochs, batch 32, AdamW at a constant
 rate, all linear layers of the backbone adapted. Every run adds one line to
 `benchmarks/results/learning_rates.jsonl`; `table` prints a Markdown table.
-LoRA is plain `x @ A @ B` on the same matrices, with Keras' initializers and
-`scale=1`, of the rank that gives it as many trainable parameters as the
-buffers of GeoLoRA have. `--second`, `--first`, `--interval`, `--ratio` change
-the method, to compare candidates.
+LoRA is plain `x @ A @ B` on the same matrices (`plain_lora.py`), of the rank
+that gives it as many trainable parameters as the buffers of GeoLoRA have.
+`--moments`, `--interval` and `--ratio` change the method, to compare
+candidates.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning_rates.jsonl"
 LENGTH = {"movies": 32, "trec": 16}
-TRAIN, VALIDATION, BATCH, EPOCHS = 1600, 1000, 32, 2
+TRAIN, VALIDATION, BATCH, EPOCHS = 1600, 3000, 32, 2
 RANK, MAX_RANK = 8, 16
 
 
@@ -69,7 +69,7 @@ def measure(args):
     if args.moments == "untouched":
         use_untouched_slots()
     x, y = load(args.task)
-    model = build(args.method, int(y.max()) + 1)
+    model, layers = build(args.method, int(y.max()) + 1)
     initial = model.get_weights()
     inner = keras.optimizers.AdamW(1e-3)
     if args.method == "lora":
@@ -119,7 +119,7 @@ def measure(args):
                 batch_size=125,
                 verbose=0,
             )
-            ranks, parameters = size_of_adapters(model)
+            ranks, parameters = size_of_adapters(layers)
             row = {
                 "tag": args.tag or args.method,
                 "task": args.task,
@@ -160,49 +160,22 @@ def load(task):
 
 
 def build(method, num_classes):
-    """Returns an adapted MiniLM classifier that takes tokens."""
+    """Returns a MiniLM classifier of tokens, and its adapted layers."""
     import assets
-    import keras
     import keras_hub
+
+    from keras_geolora.targeting import adapted_layers
 
     model = keras_hub.models.BertTextClassifier.from_preset(
         str(assets.minilm_folder()), num_classes=num_classes, preprocessor=None
     )
+    if method == "lora":
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        from plain_lora import enable_plain_lora
+
+        return model, enable_plain_lora(model, MAX_RANK)
     model.enable_geolora(rank=RANK, max_rank=MAX_RANK, seed=0)
-    if method == "geolora":
-        return model
-    from keras_geolora.targeting import adapted_layers
-
-    class LoRA(keras.layers.Layer):
-        def __init__(self, input_dim, output_dim, **kwargs):
-            super().__init__(**kwargs)
-            self.dims = input_dim, output_dim
-            self.A = self.add_weight(
-                shape=(input_dim, MAX_RANK), initializer="he_uniform", name="A"
-            )
-            self.B = self.add_weight(
-                shape=(MAX_RANK, output_dim), initializer="zeros", name="B"
-            )
-            self.built = True
-
-        def call(self, inputs, training=None):
-            shape = keras.ops.shape(inputs)
-            x = keras.ops.reshape(inputs, (-1, self.dims[0]))
-            y = keras.ops.matmul(keras.ops.matmul(x, self.A), self.B)
-            return keras.ops.reshape(y, (*shape[:-1], self.dims[1]))
-
-        def compute_output_shape(self, input_shape):
-            return (*input_shape[:-1], self.dims[1])
-
-    for layer in adapted_layers(model).values():
-        adapter = LoRA(*layer.kernel_matrix_shape, name="lora")
-        layer._layers.remove(layer.adapter)
-        del layer.adapter
-        layer._tracker.unlock()
-        layer.adapter = adapter
-        layer._tracker.lock()
-    model.__class__ = model.plain_class  # its `compile` asks for a GeoLoRA
-    return model
+    return model, adapted_layers(model)
 
 
 def draw_weights(model, seed):
@@ -226,14 +199,17 @@ def draw_weights(model, seed):
         weight.assign(draw(weight.shape, "float32"))
 
 
-def size_of_adapters(model):
+def size_of_adapters(layers):
     """Returns the ranks of all adapters and their parameters at them."""
-    from keras_geolora.targeting import adapted_layers
-
-    layers = adapted_layers(model).values()
-    ranks = [getattr(layer.adapter, "rank", MAX_RANK) for layer in layers]
-    sides = [sum(layer.kernel_matrix_shape) for layer in layers]
-    return ranks, sum(r * s for r, s in zip(ranks, sides, strict=True))
+    ranks, parameters = [], 0
+    for layer in layers.values():
+        if hasattr(layer, "adapter"):
+            rank, sides = layer.rank, layer.kernel_matrix_shape
+        else:
+            rank, sides = MAX_RANK, layer.matrix_shape
+        ranks.append(rank)
+        parameters += rank * sum(sides)
+    return ranks, parameters
 
 
 def use_untouched_slots():

@@ -117,9 +117,7 @@ def enable_geolora(
     check_model(model)
     check_name(name)
     check_can_adapt(model, name)
-    scope = getattr(model, "backbone", None)
-    if not isinstance(scope, keras.layers.Layer):
-        scope = model
+    scope = scope_of(model)
     layers = Layers(scope)
     saved = {}
     if modules_to_save is not None:
@@ -442,6 +440,16 @@ def adapted_model_class(plain_class):
         (AdaptedModel, plain_class),
         {"plain_class": plain_class, "__module__": __name__},
     )
+
+
+def scope_of(model):
+    """Returns the backbone of a KerasHub task, or else the model itself."""
+    # Some backbones have another one inside, which is only a part of them.
+    is_backbone = any(c.__name__ == "Backbone" for c in type(model).__mro__)
+    backbone = getattr(model, "backbone", None)
+    if is_backbone or not isinstance(backbone, keras.layers.Layer):
+        return model
+    return backbone
 
 
 def adapted_parts(model):

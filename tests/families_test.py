@@ -1,0 +1,120 @@
+"""Every backbone of KerasHub is adapted, trained and merged."""
+
+import time
+
+import families
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_geolora  # noqa: F401  adds the methods to `keras.Model`
+from keras_geolora import GeoLoRA
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.targeting import adapted_layers, refusal, walk
+
+# A choice of kinds; the whole sweep of a compiling backend takes half an hour.
+CHOICE = [
+    "BertBackbone",  # Dense and EinsumDense
+    "GemmaBackbone",  # decoder, reversible embedding
+    "GPTNeoXBackbone",  # `enable_lora` of KerasHub finds nothing in it
+    "ResNetBackbone",  # convolutions
+    "MobileNetBackbone",  # depthwise convolutions
+    "T5Backbone",  # encoder and decoder
+    "WhisperBackbone",  # audio
+]
+
+
+def scored(backbone):
+    """A model of a backbone that gives one number for every example."""
+    rng = np.random.default_rng(1)
+    scores = []
+    for output in keras.tree.flatten(backbone.output):
+        batched = output.shape and output.shape[0] is None
+        if batched and keras.backend.is_float_dtype(output.dtype):
+            # Normalized outputs have no loss in their size, but in a sum
+            # with weights.
+            w = rng.normal(size=(output.shape[-1] or 1,)).astype("float32")
+            x = ops.cast(output, "float32") * w
+            scores.append(ops.mean(x, axis=tuple(range(1, len(x.shape)))))
+    # Some outputs have one row for the whole batch.
+    scores = [score + 0.0 * sum(scores) for score in scores]
+    return keras.Model(backbone.input, ops.stack(scores, axis=1))
+
+
+def predict(model, inputs):
+    return np.array(model.predict(inputs, batch_size=2, verbose=0))
+
+
+def examine(name, targets="all"):
+    """Adapts, trains and merges a tiny backbone; returns what was seen."""
+    start = time.perf_counter()
+    keras.utils.set_random_seed(0)
+    backbone, inputs = families.build(name)
+    model = scored(backbone)
+    # torch may take other kernels for weights that train.
+    backbone.trainable = False
+    before = predict(model, inputs)
+    backbone.trainable = True
+    assert np.isfinite(before).all()
+    backbone.enable_geolora(rank=1, targets=targets, seed=0)
+    np.testing.assert_array_equal(predict(model, inputs), before)
+    left_out = {
+        type(layer).__name__
+        for _, layer in walk(backbone)
+        if refusal(layer) is not None and hasattr(layer, "kernel")
+    }
+    layers = adapted_layers(backbone)
+    values = [np.array(ops.convert_to_numpy(v)) for v in model.weights]
+
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-3), max_update_ratio=None)
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    target = before + np.sign(
+        np.random.default_rng(2).normal(size=before.shape)
+    )
+    loss = np.mean((before - target) ** 2)
+    model.fit(inputs, target, batch_size=2, epochs=3, verbose=0)
+    after = predict(model, inputs)
+    assert np.mean((after - target) ** 2) < loss
+
+    for variable, value in zip(model.weights, values, strict=True):
+        if not isinstance(variable.constraint, Factor):
+            same = np.array_equal(ops.convert_to_numpy(variable), value)
+            assert same, variable.path
+    cores = [ops.convert_to_numpy(layer.adapter.S) for layer in layers.values()]
+    row = {
+        "family": name.removesuffix("Backbone"),
+        "layers": len(layers),
+        "moved": sum(bool(core.any()) for core in cores),
+        "left out": ", ".join(sorted(left_out)),
+        "parameters": sum(
+            layer.rank * sum(layer.kernel_matrix_shape)
+            for layer in layers.values()
+        ),
+        "of": sum(w.size for w in values),
+        "ranks": f"{min(x.rank for x in layers.values())} to "
+        f"{max(x.rank for x in layers.values())}",
+    }
+    backbone.merge_geolora()
+    merged = predict(model, inputs)
+    np.testing.assert_allclose(
+        merged, after, atol=1e-3 * max(1.0, np.abs(after).max())
+    )
+    assert not adapted_layers(backbone)
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def names():
+    if keras.backend.backend() == "torch":
+        return families.names()
+    return CHOICE
+
+
+@pytest.mark.filterwarnings("ignore")  # those of KerasHub's own code
+@pytest.mark.parametrize("name", names())
+def test_a_family_is_adapted_trained_and_merged(name):
+    if name.startswith("SAM3") and keras.backend.backend() == "torch":
+        pytest.skip("KerasHub calls `torchvision`, which is not installed")
+    row = examine(name)
+    assert row["moved"] > 0
