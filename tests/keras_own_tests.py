@@ -1,9 +1,11 @@
-"""Runs the optimizer tests of Keras itself with every optimizer wrapped.
+"""Runs tests of Keras itself on our layers and on wrapped optimizers.
 
-    python tests/keras_own_tests.py
+    python tests/keras_own_tests.py optimizers
+    python tests/keras_own_tests.py layers
 
-In every module the name of the optimizer under test stands for
-`GeoLoRA(optimizer)`. What is left out is listed in `LEFT_OUT` with its reason.
+In the tests of optimizers the name of the optimizer stands for
+`GeoLoRA(optimizer)`; in those of layers, `Dense` for `GeoLoRADense` without a
+rank, and so on. What is left out is listed in `LEFT_OUT` with its reason.
 """
 
 import importlib
@@ -14,9 +16,26 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import keras_geolora  # noqa: E402
 from keras_geolora import GeoLoRA  # noqa: E402
 
-MODULES = {
+LAYERS = (
+    "Dense",
+    "EinsumDense",
+    "Embedding",
+    "ReversibleEmbedding",
+    "Conv1D",
+    "Conv2D",
+    "Conv3D",
+)
+LAYER_MODULES = (
+    "core.dense_test",
+    "core.einsum_dense_test",
+    "core.embedding_test",
+    "core.reversible_embedding_test",
+    "convolutional.conv_test",
+)
+OPTIMIZERS = {
     "sgd_test": "SGD",
     "adam_test": "Adam",
     "adamw_test": "AdamW",
@@ -51,11 +70,12 @@ LEFT_OUT = {
 }
 
 
-class Wrapping:
-    """Pytest plugin that wraps the optimizer under test."""
+class Selection:
+    """Pytest plugin that leaves tests out."""
 
     def pytest_configure(self, config):
-        config.addinivalue_line("markers", "requires_trainable_backend: Keras")
+        for mark in ("requires_trainable_backend", "multi_device"):
+            config.addinivalue_line("markers", f"{mark}: Keras")
 
     def pytest_collection_modifyitems(self, config, items):
         left_out = [
@@ -67,10 +87,14 @@ class Wrapping:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
+
+class Wrapping(Selection):
+    """Pytest plugin that also wraps the optimizer under test."""
+
     @pytest.fixture(autouse=True)
     def wrapped(self, request, monkeypatch):
         module = request.module
-        name = MODULES[module.__name__.rsplit(".", 1)[-1]]
+        name = OPTIMIZERS[module.__name__.rsplit(".", 1)[-1]]
         optimizer_class = getattr(module, name)
         monkeypatch.setattr(
             module,
@@ -79,22 +103,29 @@ class Wrapping:
         )
 
 
-if __name__ == "__main__":
+def replace_layers():
+    """Puts our layers in the places of those of Keras."""
+    module = importlib.import_module("keras.src.layers")
+    for name in LAYERS:
+        setattr(module, name, getattr(keras_geolora, f"GeoLoRA{name}"))
+
+
+def main(what, *options):
+    """Runs the tests of Keras' optimizers or layers."""
+    if what == "layers":
+        replace_layers()
+        package, modules, plugin = "layers", LAYER_MODULES, Selection()
+    else:
+        package, modules, plugin = "optimizers", OPTIMIZERS, Wrapping()
     files = [
-        importlib.import_module(f"keras.src.optimizers.{module}").__file__
-        for module in MODULES
+        importlib.import_module(f"keras.src.{package}.{module}").__file__
+        for module in modules
     ]
     # No settings of ours: they are not those of Keras.
-    options = [
-        "-q",
-        "-W",
-        "ignore",
-        "-c",
-        "/dev/null",
-        "--rootdir",
-        "/",
-        "--tb",
-        "short",
-    ]
-    options += ["-p", "no:cacheprovider", "--import-mode", "importlib"]
-    sys.exit(pytest.main([*options, *files], plugins=[Wrapping()]))
+    settings = "-q -W ignore -c /dev/null --rootdir / --tb short"
+    settings += " -p no:cacheprovider --import-mode importlib"
+    return pytest.main([*settings.split(), *options, *files], plugins=[plugin])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -57,6 +57,7 @@ class AdaptedLayer:
     `matrix_to_kernel`.
     """
 
+    _adapter_options = None
     # Who gave the layer its adapters, and may switch them off.
     adaptation = None
 
@@ -92,6 +93,8 @@ class AdaptedLayer:
             options["rank"] = rank
         self._adapter_options = options
         self.train_bias = train_bias
+        if self.built:  # by initial weights, as an `Embedding` may be
+            self._add_adapter_of_options()
 
     def build(self, input_shape=None):
         super().build(input_shape)
@@ -100,6 +103,21 @@ class AdaptedLayer:
     def _add_adapter_of_options(self):
         if self._adapter_options:
             self._add_adapter(DEFAULT, self._adapter_options)
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        """As the Keras layer; refused with an adapter."""
+        if self._adapters:
+            raise ValueError(
+                "Quantize a layer before it is adapted; the adapter then "
+                "trains in float32 over the quantized kernel. "
+                f"Received: layer '{self.name}', which is adapted"
+            )
+        # Keras quantizes its own classes only, of which ours is one.
+        ours = "plain_class" in vars(type(self))
+        self._plain_quantize(mode, type_check and not ours, config)
+
+    def _plain_quantize(self, mode, type_check, config):
+        super().quantize(mode, type_check=type_check, config=config)
 
     @classmethod
     def adapt(cls, layer, name=DEFAULT, train_bias=False, **options):
@@ -350,7 +368,7 @@ class AdaptedProduct(AdaptedLayer):
 
     def quantized_call(self, inputs, training=None):
         if self._acting_adapter is None:
-            return super().quantized_call(inputs)
+            return super().quantized_call(inputs, training=training)
         with set_aside(self, "activation") as activation:
             x = super().quantized_call(inputs)
         x = ops.add(x, self._update_product(inputs))

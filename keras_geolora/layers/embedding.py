@@ -118,6 +118,15 @@ class GeoLoRAReversibleEmbedding(
             return super()._updates()
         return [*super()._updates(), ops.transpose(self.delta())]
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        # `AdaptedLayer` comes after the Keras class here.
+        AdaptedLayer.quantize(self, mode, type_check, config)
+
+    def _plain_quantize(self, mode, type_check, config):
+        keras.layers.ReversibleEmbedding.quantize(
+            self, mode, type_check=type_check, config=config
+        )
+
     def call(self, inputs, reverse=False):
         if not reverse:
             return super().call(inputs)
