@@ -22,6 +22,14 @@ from keras_geolora.targeting import (
     walk,
 )
 
+# Attributes in which Keras and KerasHub keep compiled functions.
+FUNCTIONS = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+)
+
 
 def enable_geolora(
     model,
@@ -483,7 +491,7 @@ def forget_traces(model):
     for part in [model, *(layer for _, layer in walk(model))]:
         if hasattr(part, "_torch_params"):
             part._track_variables()
-    for name in ("train_function", "test_function", "predict_function"):
+    for name in FUNCTIONS:
         if hasattr(model, name):
             setattr(model, name, None)
 

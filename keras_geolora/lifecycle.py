@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_geolora.adaptation import value_of
 from keras_geolora.conversion import (
+    FUNCTIONS,
     adapted_parts,
     check_adapted,
     check_model,
@@ -13,8 +14,6 @@ from keras_geolora.conversion import (
     check_not_suspended,
     forget_traces,
 )
-
-FUNCTIONS = ("train_function", "test_function", "predict_function")
 
 
 @contextlib.contextmanager
@@ -354,7 +353,7 @@ def find_adaptations(model, name=None):
 
 def swap_functions(model, functions):
     """Gives a model other compiled functions; returns those it had."""
-    before = {name: getattr(model, name, None) for name in FUNCTIONS}
+    before = {n: getattr(model, n) for n in FUNCTIONS if hasattr(model, n)}
     forget_traces(model)
     for name, function in functions.items():
         setattr(model, name, function)

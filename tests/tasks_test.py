@@ -1,0 +1,131 @@
+"""Tasks of KerasHub: classifiers, language models, generation."""
+
+import families
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_geolora import GeoLoRA
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.targeting import adapted_layers
+
+models = keras_hub.models
+RNG = np.random.default_rng(0)
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def text_classifier():
+    backbone, inputs = families.build("BertBackbone")
+    task = models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None, dropout=0.0
+    )
+    return task, inputs, np.array([0, 1])
+
+
+def image_classifier():
+    backbone, inputs = families.build("ViTBackbone")
+    task = models.ViTImageClassifier(backbone, num_classes=3, preprocessor=None)
+    return task, inputs, np.array([0, 2])
+
+
+def causal_lm(name="GPT2"):
+    backbone, inputs = families.build(f"{name}Backbone")
+    task = getattr(models, f"{name}CausalLM")(backbone, preprocessor=None)
+    return task, inputs, inputs["token_ids"]
+
+
+def masked_lm():
+    backbone, inputs = families.build("BertBackbone")
+    task = models.BertMaskedLM(backbone, preprocessor=None)
+    inputs["mask_positions"] = np.array([[1, 3], [2, 4]], "int32")
+    return task, inputs, np.array([[3, 4], [5, 6]])
+
+
+def predict(task, inputs):
+    return np.array(task.predict(inputs, verbose=0))
+
+
+def fit(task, inputs, labels):
+    task.compile(
+        optimizer=GeoLoRA(keras.optimizers.Adam(1e-2), max_update_ratio=0.02),
+        loss=CROSS_ENTROPY,
+    )
+    task.fit(inputs, labels, batch_size=2, epochs=6, verbose=0)
+
+
+# The masked language model does not use the pooler, as both say.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Gradients do not exist"),
+    pytest.mark.filterwarnings("ignore:.*adapters have not moved"),
+]
+
+TASKS = [text_classifier, image_classifier, causal_lm, masked_lm]
+
+
+@pytest.mark.parametrize("create", TASKS)
+def test_a_task_trains_its_adapters_and_its_head(create):
+    keras.utils.set_random_seed(0)
+    task, inputs, labels = create()
+    before = predict(task, inputs)
+    head = [
+        v.path
+        for v in task.trainable_variables
+        if id(v) not in {id(w) for w in task.backbone.weights}
+    ]
+    task.enable_geolora(rank=2, seed=0)
+    assert len(adapted_layers(task)) == len(adapted_layers(task.backbone)) > 5
+    np.testing.assert_array_equal(predict(task, inputs), before)
+    trainable = [
+        v.path
+        for v in task.trainable_variables
+        if not isinstance(v.constraint, Factor)
+    ]
+    assert trainable == head
+    fit(task, inputs, labels)
+    after = predict(task, inputs)
+    assert CROSS_ENTROPY(labels, after) < CROSS_ENTROPY(labels, before)
+    with task.geolora_disabled():
+        np.testing.assert_array_equal(predict(task, inputs), before)
+    task.merge_geolora()
+    assert type(task).__module__.startswith("keras_hub")
+    np.testing.assert_allclose(predict(task, inputs), after, atol=1e-5)
+    task.unmerge_geolora()
+    np.testing.assert_array_equal(predict(task, inputs), after)
+    task.remove_geolora()
+    np.testing.assert_array_equal(predict(task, inputs), before)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Gemma"])
+def test_generation_goes_on_from_adapters_to_merged_kernels(name):
+    keras.utils.set_random_seed(0)
+    task, inputs, _ = causal_lm(name)
+    prompt = {
+        "token_ids": inputs["token_ids"],
+        "padding_mask": np.tile(np.arange(8) < 3, (2, 1)).astype("int32"),
+    }
+
+    def generate():
+        output = task.generate(prompt, stop_token_ids=None)
+        return np.array(ops.convert_to_numpy(output["token_ids"]))
+
+    task.compile(sampler="greedy")
+    before = generate()
+    task.enable_geolora(rank=4, targets=["all-linear", ".*embedding"], seed=0)
+    np.testing.assert_array_equal(generate(), before)
+    # Teach it to say 7, whatever was said before.
+    labels = np.full(inputs["token_ids"].shape, 7)
+    task.compile(
+        optimizer=GeoLoRA(keras.optimizers.Adam(3e-2), max_update_ratio=None),
+        loss=CROSS_ENTROPY,
+        sampler="greedy",
+    )
+    task.fit(inputs, labels, batch_size=2, epochs=30, verbose=0)
+    after = generate()
+    assert (after[:, 3:] == 7).all()
+    with task.geolora_disabled():
+        np.testing.assert_array_equal(generate(), before)
+    np.testing.assert_array_equal(generate(), after)
+    task.merge_geolora()
+    np.testing.assert_array_equal(generate(), after)
