@@ -405,9 +405,9 @@ class AdaptedModel:
     def compile(self, *args, **kwargs):
         """As `keras.Model.compile`; an optimizer must be a `GeoLoRA`.
 
-        On TensorFlow `jit_compile` defaults to `False`: XLA takes 20 times as
-        long for a small singular value decomposition as TensorFlow itself
-        (36 matrices of 32 x 32 on two CPU cores: 136 ms against 6 ms).
+        On TensorFlow `jit_compile` defaults to `False`: XLA takes many times
+        as long for small singular value decompositions as TensorFlow itself
+        (`benchmarks/decompositions.py`).
         """
         if keras.backend.backend() == "tensorflow":
             kwargs.setdefault("jit_compile", False)
@@ -600,6 +600,6 @@ def check_optimizer(optimizer):
     raise ValueError(
         "Adapters are trained by GeoLoRA, around any Keras optimizer: "
         "`model.compile(optimizer=keras_geolora.GeoLoRA("
-        "keras.optimizers.AdamW(3e-4)), ...)`. "
+        "keras.optimizers.AdamW(1e-3)), ...)`. "
         f"Received: optimizer={optimizer!r}"
     )

@@ -69,7 +69,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
     from keras_geolora import GeoLoRA, GeoLoRADense
 
     model = keras.Sequential([keras.Input((8,)), GeoLoRADense(4, rank=2)])
-    model.compile(optimizer=GeoLoRA(keras.optimizers.AdamW(3e-4)), loss="mse")
+    model.compile(optimizer=GeoLoRA(keras.optimizers.AdamW(1e-3)), loss="mse")
     model.fit(np.ones((32, 8)), np.ones((32, 4)), verbose=0)
     ```
 

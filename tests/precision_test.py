@@ -8,9 +8,8 @@ from keras import ops
 from keras_geolora import GeoLoRA
 from keras_geolora.targeting import adapted_layers
 
-# Keras says of every layer without a kernel that it cannot be quantized.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Layer .*`quantize`"),
+    pytest.mark.filterwarnings("ignore:Invalid quantization mode"),
     # Keras' quantized embedding transposes a vector.
     pytest.mark.filterwarnings("ignore:The use of `x.T`"),
 ]
@@ -129,6 +128,62 @@ def test_a_quantized_base_is_adapted_and_trained(mode):
     model.remove_geolora()
     for old, new in zip(kernels, model.weights, strict=True):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
+
+
+class Block(keras.layers.Layer):
+    """What calibration wants: layers between an embedding and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = keras.layers.Dense(64, activation="relu")
+        self.down = keras.layers.EinsumDense(
+            "abc,cd->abd", (None, 32), bias_axes="d"
+        )
+
+    def call(self, x):
+        return x + self.down(self.up(x))
+
+
+@pytest.mark.parametrize("mode", ["gptq", "awq"])
+def test_a_calibrated_base_is_adapted_and_trained(mode):
+    keras.utils.set_random_seed(0)
+    embedding, block = keras.layers.Embedding(30, 32), Block()
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            embedding,
+            block,
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(4, name="head"),
+        ]
+    )
+    ids, y = tokens(), Y[:32]
+    config = {"gptq": "GPTQConfig", "awq": "AWQConfig"}[mode]
+    config = getattr(keras.quantizers, config)(
+        dataset=[row[None].astype("int32") for row in ids],
+        tokenizer=lambda text: text,
+        num_samples=8,
+        sequence_length=5,
+        group_size=32,
+        quantization_layer_structure={
+            "pre_block_layers": [embedding],
+            "sequential_blocks": [block],
+        },
+    )
+    model.quantize(mode, config=config)
+    before = predict(model, ids)
+    model.enable_geolora(rank=3, seed=0)
+    np.testing.assert_array_equal(predict(model, ids), before)
+    assert block.up.quantization_mode == block.down.quantization_mode == mode
+    for layer in (block.up, block.down):
+        assert layer.adapter.kernel_norm() > 1
+    history = losses(model, ids, y)
+    assert history[-1] < history[0]
+    assert not np.array_equal(predict(model, ids), before)
+    with model.geolora_disabled():
+        np.testing.assert_array_equal(predict(model, ids), before)
+    with pytest.raises(ValueError, match=f"quantization_mode='{mode}'"):
+        model.merge_geolora()
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])

@@ -27,7 +27,7 @@ class Factor:
                 "The factors of an adapter live on a manifold that an "
                 "ordinary optimizer would leave. Wrap the optimizer: "
                 "`model.compile(optimizer=keras_geolora.GeoLoRA("
-                "keras.optimizers.AdamW(3e-4)), ...)`. "
+                "keras.optimizers.AdamW(1e-3)), ...)`. "
                 f"Received an optimizer other than GeoLoRA that moves "
                 f"variable '{variable.path}'."
             )
