@@ -22,7 +22,7 @@ def enable_plain_lora(model, rank):
         Dict from path to layer.
     """
     layers = Layers(model.backbone).to_adapt("all-linear")
-    Frozen(model.backbone).leave([], [])
+    Frozen(model.backbone)
     for layer in layers.values():
         layer.__class__ = lora_class(type(layer))
         layer.add_factors(rank)

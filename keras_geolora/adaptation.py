@@ -7,22 +7,27 @@ from keras_geolora.targeting import adapted_class, walk
 
 
 class Frozen:
-    """What was trainable in a model, of which parts may stay so.
+    """Freezes a model, of which parts may go on training.
 
     Frozen variables do not train. Frozen layers also stop to update
     statistics, as batch normalization does; layers that can carry an adapter
-    have none.
+    have none. Layers that were frozen before are opened, because adapters
+    inside them could not train.
     """
 
     def __init__(self, model):
+        layers = [model, *(layer for _, layer in walk(model))]
+        self.layer_flags = [(layer, layer.trainable) for layer in layers]
+        self.variable_flags = [(v, v.trainable) for v in model.variables]
+        model.trainable = True
         self.variables = [v for v in model.variables if v.trainable]
         self.layers = [
             layer
-            for _, layer in walk(model)
-            if layer.trainable
-            and adapted_class(layer) is None
+            for layer in layers
+            if adapted_class(layer) is None
             and not any(True for _ in walk(layer))
         ]
+        self.leave([], [])
 
     def leave(self, layers, variables):
         """Freezes all but some layers and variables."""
@@ -34,11 +39,11 @@ class Frozen:
             variable.trainable = id(variable) in variables
 
     def thaw(self):
-        """Makes trainable again what was so."""
-        for layer in self.layers:
-            layer.trainable = True
-        for variable in self.variables:
-            variable.trainable = True
+        """Makes trainable again what was so, and nothing else."""
+        for layer, trainable in self.layer_flags:
+            layer.trainable = trainable
+        for variable, trainable in self.variable_flags:
+            variable.trainable = trainable
 
 
 class NamedAdapter:
@@ -69,6 +74,13 @@ class Adaptation:
 
     def __init__(self, model, scope):
         self.model_name = model.name
+        if not model.trainable and model is not scope:
+            raise ValueError(
+                "Nothing of a model trains that is frozen as a whole. Set "
+                "`model.trainable = True` first; `enable_geolora` freezes the "
+                f"backbone. Received: model '{model.name}' with "
+                "trainable=False"
+            )
         self.frozen = Frozen(scope)
         inside = {id(v) for v in scope.weights}
         self.head = [v for v in model.weights if id(v) not in inside]

@@ -152,7 +152,6 @@ def enable_geolora(
     first = adaptation is None
     if first:
         adaptation = Adaptation(model, scope)
-        adaptation.frozen.leave([], [])
     adapted = []
     try:
         for index, (path, layer) in enumerate(chosen.items()):

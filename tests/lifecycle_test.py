@@ -199,6 +199,26 @@ def test_removing_gives_back_the_model_as_it_was(create):
     np.testing.assert_array_equal(predict(model), outputs)
 
 
+@pytest.mark.parametrize("what", ["model", "layer", "variable"])
+def test_what_was_frozen_before_is_so_afterwards(what):
+    model = functional()
+    frozen = {
+        "model": model,
+        "layer": model.get_layer("hidden"),
+        "variable": model.get_layer("norm").gamma,
+    }[what]
+    frozen.trainable = False
+    flags = [v.trainable for v in model.weights]
+    model.enable_geolora(rank=2)
+    assert len(model.trainable_variables) == 6
+    before = predict(model)
+    train(model)
+    assert not np.array_equal(predict(model), before)
+    model.remove_geolora()
+    assert not frozen.trainable
+    assert [v.trainable for v in model.weights] == flags
+
+
 def test_adapters_have_names_and_companions_of_their_own():
     model = functional()
     pretrained = predict(model)

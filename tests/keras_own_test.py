@@ -1,0 +1,18 @@
+"""The tests that Keras has for its layers and optimizers pass on ours."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("what, least", [("optimizers", 45), ("layers", 290)])
+def test_the_tests_of_keras_pass(what, least):
+    script = pathlib.Path(__file__).with_name("keras_own_tests.py")
+    run = subprocess.run(
+        [sys.executable, str(script), what], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= least
