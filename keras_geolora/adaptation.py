@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_geolora.layers.adapter import Factor
 from keras_geolora.targeting import adapted_class, walk
 
 
@@ -84,6 +85,10 @@ class Adaptation:
         self.frozen = Frozen(scope)
         inside = {id(v) for v in scope.weights}
         self.head = [v for v in model.weights if id(v) not in inside]
+        trains = {id(v) for v in (*self.frozen.variables, *self.head)}
+        statistics = [v for v in self.head if not v.trainable]
+        statistics += [v for v in scope.weights if id(v) not in trains]
+        self._statistics = {id(v) for v in statistics}
         self.adapters = {}
         self.active = None
         self._pretrained = {}
@@ -105,7 +110,10 @@ class Adaptation:
         """Returns what trains beside the factors of an adapter."""
         companions = list(self.head)
         for layer in saved_layers:
-            companions.extend(layer.weights)
+            # Of an adapted layer its own weights, not those of adapters.
+            companions.extend(
+                v for v in layer.weights if not isinstance(v.constraint, Factor)
+            )
         if train_bias:
             for layer in layers.values():
                 if getattr(layer, "bias", None) is not None:
@@ -122,6 +130,7 @@ class Adaptation:
         """Forgets an adapter that is not active."""
         for layer in self.adapters.pop(name).layers.values():
             layer.delete_adapter(name)
+        self.freeze()
 
     def restore_companions(self):
         """Gives the companions the values they had before training."""
@@ -131,6 +140,10 @@ class Adaptation:
     def pretrained(self, variable):
         """Returns the value a companion had before training."""
         return self._pretrained[id(variable)]
+
+    def is_statistic(self, variable):
+        """Says whether a companion is one that no gradient moves."""
+        return id(variable) in self._statistics
 
     def values(self, name):
         """Returns the values of the companions of an adapter, as arrays."""

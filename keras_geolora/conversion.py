@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 
 import keras
 from keras import ops
@@ -424,19 +425,35 @@ class AdaptedModel:
             f"Received: adapted model '{self.name}'"
         )
 
-    def fit(self, *args, callbacks=None, **kwargs):
-        """As `keras.Model.fit`; the logs also show the mean rank."""
-        check_optimizer(self.optimizer)
-        check_optimizer_is_new(self.optimizer, self.trainable_variables)
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            if callbacks is None:
-                callbacks = []
-            elif not isinstance(callbacks, (list, tuple)):
-                callbacks = [callbacks]
-            for own in (SilentFailureGuard, RankLogger, EpochCut):
-                if not any(isinstance(c, own) for c in callbacks):
-                    callbacks = [own(), *callbacks]
-        return super().fit(*args, callbacks=callbacks, **kwargs)
+    def fit(self, *args, **kwargs):
+        """As `keras.Model.fit`; cuts at the end of epochs, shows the ranks."""
+        check_not_suspended([self.geolora_adaptation])
+        optimizer = getattr(self, "optimizer", None)
+        check_optimizer(optimizer)
+        check_optimizer_is_new(optimizer, self.trainable_variables)
+        names = list(inspect.signature(super().fit).parameters)
+        # KerasHub's tasks take other arguments by position.
+        by_position = dict(zip(names, args, strict=False))
+        if "callbacks" in by_position:
+            at = names.index("callbacks")
+            args = (*args[:at], own_callbacks(args[at]), *args[at + 1 :])
+        else:
+            kwargs["callbacks"] = own_callbacks(kwargs.get("callbacks"))
+        return super().fit(*args, **kwargs)
+
+
+def own_callbacks(callbacks):
+    """Returns the callbacks of `fit`, with ours in front."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    if callbacks is None:
+        callbacks = []
+    elif not isinstance(callbacks, (list, tuple)):
+        callbacks = [callbacks]
+    for own in (SilentFailureGuard, RankLogger, EpochCut):
+        if not any(isinstance(c, own) for c in callbacks):
+            callbacks = [own(), *callbacks]
+    return callbacks
 
 
 @functools.cache
@@ -490,9 +507,11 @@ def forget_traces(model):
     for part in [model, *(layer for _, layer in walk(model))]:
         if hasattr(part, "_torch_params"):
             part._track_variables()
-    for name in FUNCTIONS:
-        if hasattr(model, name):
-            setattr(model, name, None)
+        if isinstance(part, keras.Model):
+            for name in FUNCTIONS:
+                if hasattr(part, name):
+                    setattr(part, name, None)
+            part.geolora_disabled_traces = {}
 
 
 def check_model(model):
@@ -506,10 +525,11 @@ def check_model(model):
 
 def check_name(name):
     """Refuses what cannot name an adapter."""
-    if not isinstance(name, str) or not name or "/" in name:
+    if not isinstance(name, str) or not name or set(name) & set("/."):
         raise ValueError(
             "The `name` of an adapter becomes part of paths, so it must be a "
-            f"string that is not empty, without '/'. Received: name={name!r}"
+            "string that is not empty, without '/' and '.'. "
+            f"Received: name={name!r}"
         )
 
 

@@ -14,6 +14,7 @@ from keras_geolora.conversion import (
     check_not_suspended,
     forget_traces,
 )
+from keras_geolora.layers.adapter import check_rank
 
 
 @contextlib.contextmanager
@@ -55,12 +56,11 @@ def geolora_disabled(model):
     """
     check_model(model)
     adaptations = find_adaptations(model)
-    if all(adaptation.suspended for adaptation in adaptations):
-        yield model
-        return
-    traced = swap_functions(
-        model, getattr(model, "geolora_disabled_traces", {})
-    )
+    within = getattr(model, "geolora_is_disabled", False)
+    if not within:
+        others = getattr(model, "geolora_disabled_traces", {})
+        traced = swap_functions(model, others)
+    model.geolora_is_disabled = True
     for adaptation in adaptations:
         adaptation.suspend()
     try:
@@ -68,7 +68,10 @@ def geolora_disabled(model):
     finally:
         for adaptation in adaptations:
             adaptation.resume()
-        model.geolora_disabled_traces = swap_functions(model, traced)
+        model.geolora_is_disabled = within
+        if not within:
+            disabled = swap_functions(model, traced)
+            model.geolora_disabled_traces = disabled
 
 
 def geolora_adapters(model):
@@ -203,7 +206,8 @@ def combine_geolora(model, name, weights, rank=None):
     The update of every layer is the weighted sum of its updates, truncated to
     the best approximation of a rank; the sum itself is never formed. What
     trained beside the adapters is added up in the same way, as differences to
-    the pretrained values.
+    the pretrained values; of statistics, such as moving variances, the mean is
+    taken.
 
     Also a method of every `keras.Model`.
 
@@ -237,12 +241,9 @@ def combine_geolora(model, name, weights, rank=None):
     """
     check_model(model)
     check_name(name)
-    if not weights or not np.isfinite(list(weights.values())).all():
-        raise ValueError(
-            "`weights` gives a finite number to each adapter of the sum, for "
-            "example `{'a': 0.5, 'b': 0.5}`. "
-            f"Received: weights={weights!r}"
-        )
+    check_weights(weights)
+    if rank is not None:
+        check_rank("rank", rank, 1, float("inf"))
     adaptations = [find_adaptations(model, other) for other in weights]
     if any(found != adaptations[0] for found in adaptations):
         raise ValueError(
@@ -271,27 +272,50 @@ def combine(adaptation, name, weights, rank):
         layers.update(adapter.layers)
         saved.update((id(layer), layer) for layer in adapter.saved_layers)
         companions.update((id(v), v) for v in adapter.companions)
+    # All that can fail comes first.
+    sums = {
+        path: weighted_sum(layer, weights, rank)
+        for path, layer in layers.items()
+    }
+    values = {
+        key: combined_value(adaptation, variable, weights)
+        for key, variable in companions.items()
+    }
 
-    changes = dict.fromkeys(companions, 0.0)
-    for other, adapter in named.items():
-        values = adaptation.values(other)
-        for variable, value in zip(adapter.companions, values, strict=True):
-            change = value - adaptation.pretrained(variable)
-            changes[id(variable)] += weights[other] * change
-
-    for layer in layers.values():
-        U, sigma, V = weighted_sum(layer, weights, rank)
+    for path, layer in layers.items():
+        U, sigma, V = sums[path]
         type(layer).adapt(
             layer, name, rank=len(sigma), max_rank=len(sigma), min_rank=1
         )
         layer.adapter.U.assign(U)
         layer.adapter.S.assign(np.diag(sigma))
         layer.adapter.V.assign(V)
-    adaptation.add(
-        name, layers, list(saved.values()), companions=companions.values()
-    )
+    adaptation.add(name, layers, list(saved.values()), companions.values())
     for key, variable in companions.items():
-        variable.assign(adaptation.pretrained(variable) + changes[key])
+        variable.assign(values[key])
+
+
+def combined_value(adaptation, variable, weights):
+    """Returns what a companion becomes in a weighted sum of adapters.
+
+    Its pretrained value plus the weighted sum of the changes. Statistics,
+    which do not train, become a mean instead: a sum could make a variance
+    negative.
+    """
+    pretrained = adaptation.pretrained(variable)
+    pairs = []
+    for other, weight in weights.items():
+        adapter = adaptation.adapters[other]
+        values = adaptation.values(other)
+        for own, value in zip(adapter.companions, values, strict=True):
+            if own is variable:
+                pairs.append((weight, value))
+    if adaptation.is_statistic(variable):
+        shares = np.abs([weight for weight, _ in pairs])
+        if shares.sum() == 0:
+            return pretrained
+        return np.average([v for _, v in pairs], axis=0, weights=shares)
+    return pretrained + sum(w * (value - pretrained) for w, value in pairs)
 
 
 def weighted_sum(layer, weights, rank):
@@ -317,6 +341,11 @@ def weighted_sum(layer, weights, rank):
     for block in blocks:
         core[at : at + len(block), at : at + len(block)] = block
         at += len(block)
+    if not all(np.isfinite(x).all() for x in (*U, *blocks, *V)):
+        raise ValueError(
+            "Only finite updates can be added up. Received: a non-finite "
+            f"update of layer '{layer.path}'. Nothing was combined."
+        )
     Q_U, R_U = np.linalg.qr(np.hstack(U))
     Q_V, R_V = np.linalg.qr(np.hstack(V))
     P, sigma, Qt = np.linalg.svd(R_U @ core @ R_V.T)
@@ -329,6 +358,19 @@ def weighted_sum(layer, weights, rank):
         sigma[:count],
         Q_V @ Qt[:count].T,
     )
+
+
+def check_weights(weights):
+    """Refuses what does not give numbers to adapters."""
+    numbers = list(weights.values()) if isinstance(weights, dict) else []
+    if not numbers or not all(
+        isinstance(w, (int, float)) and np.isfinite(w) for w in numbers
+    ):
+        raise ValueError(
+            "`weights` gives a finite number to each adapter of the sum, for "
+            "example `{'a': 0.5, 'b': 0.5}`. "
+            f"Received: weights={weights!r}"
+        )
 
 
 def find_adaptations(model, name=None):
@@ -354,7 +396,6 @@ def find_adaptations(model, name=None):
 def swap_functions(model, functions):
     """Gives a model other compiled functions; returns those it had."""
     before = {n: getattr(model, n) for n in FUNCTIONS if hasattr(model, n)}
-    forget_traces(model)
-    for name, function in functions.items():
-        setattr(model, name, function)
+    for name in before:
+        setattr(model, name, functions.get(name))
     return before

@@ -118,7 +118,16 @@ def refusal(layer):
 def matches(pattern, path, layer):
     """Says whether a layer itself is meant by one pattern."""
     if isinstance(pattern, str):
-        return layer.name == pattern or re.fullmatch(pattern, path) is not None
+        if pattern in (layer.name, path):
+            return True
+        try:
+            return re.fullmatch(pattern, path) is not None
+        except re.error as error:
+            raise ValueError(
+                "A string is a layer's name, its path or a regular "
+                f"expression for the path. Received: {pattern!r}, which is no "
+                f"regular expression: {error}"
+            ) from error
     if isinstance(pattern, type) and issubclass(pattern, keras.layers.Layer):
         return isinstance(layer, pattern)
     if callable(pattern):

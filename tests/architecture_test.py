@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "targeting": ["layers"],
     "callbacks": ["targeting"],
     # It refuses to compile with an optimizer that is no GeoLoRA.
-    "adaptation": ["targeting"],
+    "adaptation": ["layers.adapter", "targeting"],
     "conversion": [
         "layers",
         "targeting",
@@ -28,7 +28,7 @@ MAY_IMPORT = {
         "optimizer",
         "callbacks",
     ],
-    "lifecycle": ["targeting", "adaptation", "conversion"],
+    "lifecycle": ["layers.adapter", "targeting", "adaptation", "conversion"],
     "report": ["targeting"],
     "adapter_file": ["layers", "targeting", "conversion"],
     "export": ["layers", "targeting", "conversion", "adapter_file"],

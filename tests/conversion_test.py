@@ -270,8 +270,25 @@ def test_a_model_has_one_adapter_of_a_name():
     model.enable_geolora(rank=2)
     with pytest.raises(ValueError, match=r"name='default'.*\['default'\]"):
         model.enable_geolora(rank=2)
-    with pytest.raises(ValueError, match="name='a/b'"):
-        model.enable_geolora(rank=2, name="a/b")
+    for name in ("a/b", "v1.0", "", 3):
+        with pytest.raises(ValueError, match=f"name={name!r}"):
+            model.enable_geolora(rank=2, name=name)
+
+
+def test_a_broken_regular_expression_is_named():
+    with pytest.raises(ValueError, match="no regular expression"):
+        functional().enable_geolora(targets="(")
+
+
+def test_fit_takes_its_arguments_by_position():
+    model = functional()
+    model.enable_geolora(rank=2)
+    x, y = random((8, 8)), random((8, 3))
+    with pytest.raises(ValueError, match="optimizer=None"):
+        model.fit(x, y)
+    model.compile(GeoLoRA("sgd"), loss="mse")
+    history = model.fit(x, y, 4, 2, 0, [])
+    assert len(history.history["mean_rank"]) == 2
 
 
 def test_the_adapters_of_a_part_are_merged_where_they_were_made():

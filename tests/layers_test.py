@@ -248,3 +248,45 @@ def test_a_layer_with_keras_lora_is_refused():
     with pytest.raises(ValueError, match="'lora' with lora_enabled=True"):
         GeoLoRADense.adapt(layer, rank=2)
     assert type(layer) is keras.layers.Dense
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_integers_are_numbers_to_a_dense_layer(training):
+    layer = GeoLoRADense(5, rank=2)
+    layer.build((None, 8))
+    x = np.arange(16).reshape(2, 8)
+    y = layer(x, training=training)
+    expected = x @ ops.convert_to_numpy(layer.kernel)
+    np.testing.assert_allclose(ops.convert_to_numpy(y), expected, rtol=1e-5)
+
+
+def test_masks_pass_an_adapted_layer():
+    tokens = keras.Input((4,), dtype="int32")
+    x = keras.layers.Embedding(9, 8, mask_zero=True)(tokens)
+    x = keras.layers.Dense(8, name="dense")(x)
+    model = keras.Model(tokens, keras.layers.LSTM(3)(x))
+    ids = np.array([[1, 2, 0, 0], [3, 4, 5, 0]])
+    before = model.predict(ids, verbose=0)
+    model.enable_geolora(rank=2, targets="all")
+    np.testing.assert_array_equal(model.predict(ids, verbose=0), before)
+    model(ids, training=True)  # a warning would be an error
+
+
+def test_an_adapted_layer_is_not_quantized():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    layer = model.layers[0]
+    with pytest.raises(ValueError, match="before it is adapted"):
+        layer.quantize("int8")
+    model.remove_geolora()
+    layer.quantize("int8")
+    assert layer.quantization_mode == "int8"
+
+
+def test_merging_keeps_the_precision_of_a_kernel():
+    layer = keras.layers.Dense(4, dtype="float64")
+    model = keras.Sequential([keras.Input((8,), dtype="float64"), layer])
+    before = ops.convert_to_numpy(layer.kernel).copy()
+    model.enable_geolora(rank=2)
+    model.merge_geolora()
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.kernel), before)

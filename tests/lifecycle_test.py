@@ -309,9 +309,93 @@ def test_a_weighted_sum_adds_up_the_updates():
     train(model, epochs=1)
 
 
+def test_an_adapter_survives_being_a_saved_module_of_another():
+    model = functional()
+    model.enable_geolora(rank=2, name="a", targets="hidden")
+    train(model)
+    a = predict(model)
+    model.enable_geolora(
+        rank=2, name="b", targets="head", modules_to_save="hidden"
+    )
+    train(model)
+    model.activate_geolora("a")
+    np.testing.assert_array_equal(predict(model), a)
+
+
+def test_deleting_an_adapter_thaws_nothing():
+    model = functional()
+    model.enable_geolora(
+        rank=2, name="a", targets="head", modules_to_save="hidden"
+    )
+    model.enable_geolora(rank=2, name="b", targets="hidden")
+    model.enable_geolora(rank=2, name="c", targets="head")
+    before = [v.path for v in model.trainable_variables]
+    model.delete_geolora("b")
+    assert [v.path for v in model.trainable_variables] == before
+
+
+def test_models_that_share_a_part_are_disabled_each():
+    part = functional()
+    one = keras.Sequential([keras.Input((8,)), part])
+    other = keras.Sequential([keras.Input((8,)), part])
+    pretrained = predict(part)
+    part.enable_geolora(rank=2)
+    train(part)
+    adapted_outputs = predict(one)
+    predict(other)
+    with part.geolora_disabled(), one.geolora_disabled():
+        np.testing.assert_array_equal(predict(one), pretrained)
+        with other.geolora_disabled():
+            np.testing.assert_array_equal(predict(other), pretrained)
+        np.testing.assert_array_equal(predict(part), pretrained)
+    np.testing.assert_array_equal(predict(one), adapted_outputs)
+    part.enable_geolora(rank=2, name="other")
+    predict(part)
+    one.activate_geolora("default")
+    np.testing.assert_array_equal(predict(part), adapted_outputs)
+
+
+def test_what_is_disabled_does_not_train():
+    model = train(adapted(functional))
+    with model.geolora_disabled():
+        with pytest.raises(ValueError, match="adapters disabled"):
+            model.fit(X, Y, verbose=0)
+
+
+def test_statistics_stay_statistics_in_a_sum():
+    model = adapted(functional, name="a", modules_to_save="norm")
+    train(model, epochs=20)
+    model.combine_geolora("negative", {"a": -1.0})
+    variance = ops.convert_to_numpy(model.get_layer("norm").moving_variance)
+    assert (variance > 0).all() and np.isfinite(predict(model)).all()
+
+
+@pytest.mark.parametrize("rank", [-1, 0, 1.5])
+def test_a_sum_that_fails_changes_nothing(rank):
+    model = adapted(functional, name="a")
+    train(model)
+    outputs = predict(model)
+    with pytest.raises((ValueError, TypeError), match=f"rank={rank}"):
+        model.combine_geolora("sum", {"a": 1.0}, rank=rank)
+    adapter = model.get_layer("head").adapter
+    adapter.S.assign(np.full(adapter.S.shape, np.nan))
+    with pytest.raises(ValueError, match="non-finite update of layer"):
+        model.combine_geolora("sum", {"a": 1.0})
+    assert model.geolora_adapters() == ["a"]
+    assert model.get_layer("hidden").adapter_names == ["a"]
+    adapter.S.assign(np.zeros(adapter.S.shape))
+    assert predict(model).shape == outputs.shape
+
+
 @pytest.mark.parametrize(
     "weights, match",
-    [({}, "weights={}"), ({"a": np.nan}, "nan"), ({"z": 1.0}, "name='z'")],
+    [
+        ({}, "weights={}"),
+        ({"a": np.nan}, "nan"),
+        ({"a": "x"}, "'x'"),
+        (["a"], "'a'"),
+        ({"z": 1.0}, "name='z'"),
+    ],
 )
 def test_a_sum_of_nothing_is_refused(weights, match):
     model = adapted(functional, name="a")

@@ -140,6 +140,8 @@ class AdaptedLayer:
         check_adaptable(layer, name)
         plain = type(layer)
         layer.__class__ = cls
+        # Keras keeps a bound `quantize` with every layer; ours may refuse.
+        bound = vars(layer).pop("quantize", None)
         try:
             if plain is not cls:
                 layer._adapter_options = options
@@ -151,7 +153,11 @@ class AdaptedLayer:
                 layer._add_adapter(name, options)
         except Exception:
             layer.__class__ = plain
+            if bound is not None:
+                vars(layer)["quantize"] = bound
             raise
+        if bound is not None:
+            layer._bound_quantize = bound
         return layer
 
     def _add_adapter(self, name, options):
@@ -231,11 +237,14 @@ class AdaptedLayer:
                 "_active_adapter",
                 "_adapter_options",
                 "_trainable_before",
+                "_bound_quantize",
                 "adaptation",
                 "train_bias",
             )
             if name in vars(self)
         }
+        if "_bound_quantize" in kept:
+            vars(self)["quantize"] = kept["_bound_quantize"]
         kept["_adapters"] = adapters
         kept["__class__"] = type(self)
         self.__class__ = self.plain_class
@@ -252,6 +261,8 @@ class AdaptedLayer:
         if getattr(layer, "bias", None) is not None:
             layer.bias.trainable = kept["train_bias"]
         vars(layer).update(kept)
+        if "_bound_quantize" in kept:
+            vars(layer).pop("quantize")
         layer._tracker.unlock()
         layer._adapters = {}
         for name, adapter in adapters.items():
@@ -273,7 +284,8 @@ class AdaptedLayer:
     def merge_kernels(self):
         """Adds the active update to the kernel."""
         for kernel, update in zip(self.kernels(), self._updates(), strict=True):
-            merged = ops.cast(kernel, "float32") + update
+            wide = "float64" if kernel.dtype == "float64" else "float32"
+            merged = ops.cast(kernel, wide) + ops.cast(update, wide)
             kernel.assign(ops.cast(merged, kernel.dtype))
 
     def check_mergeable(self):

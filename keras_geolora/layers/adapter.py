@@ -133,6 +133,7 @@ class LowRankAdapter(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.supports_masking = True
         largest = min(input_dim, output_dim)
         check_rank("rank", rank, 1, largest)
         if max_rank is None:

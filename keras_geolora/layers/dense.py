@@ -66,4 +66,5 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
         return ops.matmul(inputs, kernel)
 
     def _update_product(self, inputs):
-        return self.adapter(inputs)
+        # Integers would mean rows of the update.
+        return self.adapter(ops.cast(inputs, self.compute_dtype))

@@ -72,7 +72,9 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
 
     def _update_product(self, inputs):
         view = self._view
-        return view.rows_to_outputs(self.adapter(view.inputs_to_rows(inputs)))
+        # Integers would mean rows of the update.
+        x = ops.cast(inputs, self.compute_dtype)
+        return view.rows_to_outputs(self.adapter(view.inputs_to_rows(x)))
 
     def _rows_to_inputs(self, rows):
         return self._view.rows_to_inputs(rows)
