@@ -126,6 +126,7 @@ def measure(args):
                 "rate": rate,
                 "seed": seed,
                 "accuracy": float((logits.argmax(-1) == y[held_out]).mean()),
+                "held_out": VALIDATION,
                 "finite": bool(np.isfinite(logits).all()),
                 "loss": history.history["loss"],
                 "mean_rank": float(np.mean(ranks)),
