@@ -284,6 +284,8 @@ def test_an_adapted_layer_is_not_quantized():
 
 
 def test_merging_keeps_the_precision_of_a_kernel():
+    if keras.backend.backend() == "jax":
+        pytest.skip("JAX has float64 only where the whole process asks for it")
     layer = keras.layers.Dense(4, dtype="float64")
     model = keras.Sequential([keras.Input((8,), dtype="float64"), layer])
     before = ops.convert_to_numpy(layer.kernel).copy()
