@@ -4,7 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.targeting import adapted_class, walk
+from keras_geolora.targeting import adapted_class, inside, is_leaf, with_inside
 
 
 class Frozen:
@@ -17,7 +17,7 @@ class Frozen:
     """
 
     def __init__(self, model):
-        layers = [model, *(layer for _, layer in walk(model))]
+        layers = [model, *inside(model)]
         self.layer_flags = [(layer, layer.trainable) for layer in layers]
         self.variable_flags = [(v, v.trainable) for v in model.variables]
         model.trainable = True
@@ -25,14 +25,13 @@ class Frozen:
         self.layers = [
             layer
             for layer in layers
-            if adapted_class(layer) is None
-            and not any(True for _ in walk(layer))
+            if adapted_class(layer) is None and is_leaf(layer)
         ]
         self.leave([], [])
 
     def leave(self, layers, variables):
-        """Freezes all but some layers and variables."""
-        layers = {id(layer) for layer in layers}
+        """Freezes all but some layers, what is inside, and variables."""
+        layers = with_inside(layers)
         variables = {id(v) for v in variables}
         for layer in self.layers:
             layer.trainable = id(layer) in layers
@@ -55,7 +54,8 @@ class NamedAdapter:
         saved_layers: List of the layers in `modules_to_save`.
         companions: List of the variables that train beside the factors, or
             are statistics of what does: biases, `modules_to_save`, the head.
-        values: List of their arrays while the adapter is not active.
+        values: Dict from the ids of companions to their values while the
+            adapter is not active, otherwise `None`.
     """
 
     def __init__(self, layers, saved_layers, companions):
@@ -83,12 +83,13 @@ class Adaptation:
                 "trainable=False"
             )
         self.frozen = Frozen(scope)
-        inside = {id(v) for v in scope.weights}
-        self.head = [v for v in model.weights if id(v) not in inside]
-        trains = {id(v) for v in (*self.frozen.variables, *self.head)}
-        statistics = [v for v in self.head if not v.trainable]
-        statistics += [v for v in scope.weights if id(v) not in trains]
-        self._statistics = {id(v) for v in statistics}
+        in_scope = {id(v) for v in scope.weights}
+        self.head = [v for v in model.weights if id(v) not in in_scope]
+        trains = [
+            *self.frozen.variables,
+            *(v for v in self.head if v.trainable),
+        ]
+        self._trains = {id(v) for v in trains}
         self.adapters = {}
         self.active = None
         self._pretrained = {}
@@ -143,28 +144,25 @@ class Adaptation:
 
     def is_statistic(self, variable):
         """Says whether a companion is one that no gradient moves."""
-        return id(variable) in self._statistics
+        return id(variable) not in self._trains
 
     def values(self, name):
-        """Returns the values of the companions of an adapter, as arrays."""
+        """Returns the values of the companions of an adapter, by their id."""
         adapter = self.adapters[name]
         if adapter.values is not None:
             return adapter.values
-        return [value_of(v) for v in adapter.companions]
+        return {id(v): value_of(v) for v in adapter.companions}
 
     def freeze(self):
         """Freezes what does not train with the active adapter."""
         adapter = self.adapters[self.active]
-        inside = [child for x in adapter.saved_layers for _, child in walk(x)]
-        self.frozen.leave([*adapter.saved_layers, *inside], adapter.companions)
+        self.frozen.leave(adapter.saved_layers, adapter.companions)
 
     def suspend(self):
         """Takes the adapters and companions out of action for a while."""
         self.suspended += 1
         if self.suspended == 1:
-            adapter = self.adapters[self.active]
-            adapter.values = self.values(self.active)
-            self.restore_companions()
+            self._put_away()
 
     def resume(self):
         """Undoes `suspend`."""
@@ -192,9 +190,8 @@ class Adaptation:
     def _take_up_companions(self):
         adapter = self.adapters[self.active]
         if adapter.values is not None:
-            pairs = zip(adapter.companions, adapter.values, strict=True)
-            for variable, value in pairs:
-                variable.assign(value)
+            for variable in adapter.companions:
+                variable.assign(adapter.values[id(variable)])
         adapter.values = None
 
 

@@ -1,34 +1,27 @@
 """Adapts whole models in place, and turns them back."""
 
-import functools
 import hashlib
-import inspect
 
 import keras
 from keras import ops
 
 from keras_geolora.adaptation import Adaptation, value_of
-from keras_geolora.callbacks import (
-    EpochCut,
-    RankLogger,
-    SilentFailureGuard,
+from keras_geolora.adapted_model import (
+    adapted_parts,
+    check_at_rest,
+    check_model,
+    check_name,
+    check_not_suspended,
+    forget_traces,
+    make_adapted,
+    make_plain,
 )
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
-from keras_geolora.optimizer import GeoLoRA
 from keras_geolora.targeting import (
     Layers,
     adapted_class,
     adapted_layers,
     carriers,
-    walk,
-)
-
-# Attributes in which Keras and KerasHub keep compiled functions.
-FUNCTIONS = (
-    "train_function",
-    "test_function",
-    "predict_function",
-    "generate_function",
 )
 
 
@@ -235,9 +228,7 @@ def merge_geolora(model, reversible=True):
     assert type(model.layers[0]) is keras.layers.Dense
     ```
     """
-    check_model(model)
-    check_adapted(model, "merged")
-    check_not_suspended(x.geolora_adaptation for x in adapted_parts(model))
+    check_at_rest(model, "merged")
     for path, layer in adapted_layers(model).items():
         layer.check_mergeable()
         if not bool(ops.all(ops.isfinite(layer.adapter.delta()))):
@@ -246,9 +237,8 @@ def merge_geolora(model, reversible=True):
                 f"finite. Received: a non-finite update of layer '{path}'. "
                 "Nothing was merged."
             )
-    merged = Merged(model, keep_kernels=reversible)
-    if reversible:
-        model.geolora_merged = merged
+    merged = Merged(model, reversible)
+    model.geolora_merged = merged if reversible else None
     forget_traces(model)
     return model
 
@@ -303,7 +293,7 @@ def unmerge_geolora(model):
             f"`model.remove_geolora()` first. Received: model '{model.name}'"
         )
     merged.undo()
-    del model.geolora_merged
+    model.geolora_merged = None
     forget_traces(model)
     return model
 
@@ -339,9 +329,7 @@ def remove_geolora(model):
     assert type(model.layers[0]) is keras.layers.Dense
     ```
     """
-    check_model(model)
-    check_adapted(model, "freed of adapters")
-    check_not_suspended(x.geolora_adaptation for x in adapted_parts(model))
+    check_at_rest(model, "freed of adapters")
     for layer in carriers(model).values():
         layer.detach_adapters()
     for part in adapted_parts(model):
@@ -356,18 +344,17 @@ def remove_geolora(model):
 class Merged:
     """Merges the adapters of a model, and remembers how to undo it."""
 
-    def __init__(self, model, keep_kernels):
+    def __init__(self, model, reversible):
         self.layers = []
         for layer in carriers(model).values():
-            kernels = []
-            for kernel in layer.kernels():
-                kernels.append((kernel, value_of(kernel)))
+            kernels = layer.kernels() if reversible else []
+            before = [value_of(kernel) for kernel in kernels]
             if layer.is_adapted:
                 layer.merge_kernels()
+            after = [digest(kernel) for kernel in kernels]
             kept = layer.detach_adapters()
-            if keep_kernels:
-                kernels = [(k, value, digest(k)) for k, value in kernels]
-                self.layers.append((layer, kernels, kept))
+            kernels = list(zip(kernels, before, after, strict=True))
+            self.layers.append((layer, kernels, kept))
         self.parts = []
         for part in adapted_parts(model):
             adaptation = part.geolora_adaptation
@@ -399,73 +386,6 @@ def digest(variable):
     return hashlib.sha256(value_of(variable).tobytes()).digest()
 
 
-class AdaptedModel:
-    """Mixin for the class of a model that carries adapters."""
-
-    def compile(self, *args, **kwargs):
-        """As `keras.Model.compile`; an optimizer must be a `GeoLoRA`.
-
-        On TensorFlow `jit_compile` defaults to `False`: XLA takes many times
-        as long for small singular value decompositions as TensorFlow itself
-        (`benchmarks/decompositions.py`).
-        """
-        if keras.backend.backend() == "tensorflow":
-            kwargs.setdefault("jit_compile", False)
-        optimizer = args[0] if args else kwargs.get("optimizer")
-        if optimizer is not None and optimizer != "auto":
-            check_optimizer(optimizer)
-        super().compile(*args, **kwargs)
-
-    def quantize(self, *args, **kwargs):
-        """Refused: a model is quantized first and adapted then."""
-        raise ValueError(
-            "Quantize a model before it is adapted; the adapters then train "
-            "in float32 over the quantized kernels. Or merge first: "
-            "`model.merge_geolora()`. "
-            f"Received: adapted model '{self.name}'"
-        )
-
-    def fit(self, *args, **kwargs):
-        """As `keras.Model.fit`; cuts at the end of epochs, shows the ranks."""
-        check_not_suspended([self.geolora_adaptation])
-        optimizer = getattr(self, "optimizer", None)
-        check_optimizer(optimizer)
-        check_optimizer_is_new(optimizer, self.trainable_variables)
-        names = list(inspect.signature(super().fit).parameters)
-        # KerasHub's tasks take other arguments by position.
-        by_position = dict(zip(names, args, strict=False))
-        if "callbacks" in by_position:
-            at = names.index("callbacks")
-            args = (*args[:at], own_callbacks(args[at]), *args[at + 1 :])
-        else:
-            kwargs["callbacks"] = own_callbacks(kwargs.get("callbacks"))
-        return super().fit(*args, **kwargs)
-
-
-def own_callbacks(callbacks):
-    """Returns the callbacks of `fit`, with ours in front."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return callbacks
-    if callbacks is None:
-        callbacks = []
-    elif not isinstance(callbacks, (list, tuple)):
-        callbacks = [callbacks]
-    for own in (SilentFailureGuard, RankLogger, EpochCut):
-        if not any(isinstance(c, own) for c in callbacks):
-            callbacks = [own(), *callbacks]
-    return callbacks
-
-
-@functools.cache
-def adapted_model_class(plain_class):
-    """Returns the class of an adapted model of class `plain_class`."""
-    return type(
-        f"GeoLoRA{plain_class.__name__}",
-        (AdaptedModel, plain_class),
-        {"plain_class": plain_class, "__module__": __name__},
-    )
-
-
 def scope_of(model):
     """Returns the backbone of a KerasHub task, or else the model itself."""
     # Some backbones have another one inside, which is only a part of them.
@@ -474,63 +394,6 @@ def scope_of(model):
     if is_backbone or not isinstance(backbone, keras.layers.Layer):
         return model
     return backbone
-
-
-def adapted_parts(model):
-    """Returns the model and the models inside that `enable_geolora` saw."""
-    parts = [model, *(layer for _, layer in walk(model))]
-    return [part for part in parts if isinstance(part, AdaptedModel)]
-
-
-def make_adapted(part, adaptation):
-    """Gives a model the class of an adapted one."""
-    part.geolora_adaptation = adaptation
-    part.__class__ = adapted_model_class(type(part))
-    # Keras keeps a bound `quantize` with every model; ours refuses.
-    adaptation.plain_quantize = vars(part).pop("quantize")
-
-
-def make_plain(part):
-    """Gives an adapted model its former class."""
-    part.__class__ = part.plain_class
-    part.quantize = part.geolora_adaptation.plain_quantize
-    del part.geolora_adaptation
-    forget_traces(part)
-
-
-def forget_traces(model):
-    """Drops what was remembered of the layers as they were.
-
-    Compiled functions hold the old computation, and torch's modules a list of
-    the old parameters.
-    """
-    for part in [model, *(layer for _, layer in walk(model))]:
-        if hasattr(part, "_torch_params"):
-            part._track_variables()
-        if isinstance(part, keras.Model):
-            for name in FUNCTIONS:
-                if hasattr(part, name):
-                    setattr(part, name, None)
-            part.geolora_disabled_traces = {}
-
-
-def check_model(model):
-    """Refuses what is no model."""
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a `keras.Model`. Received: "
-            f"model={model!r} (of type {type(model).__name__})"
-        )
-
-
-def check_name(name):
-    """Refuses what cannot name an adapter."""
-    if not isinstance(name, str) or not name or set(name) & set("/."):
-        raise ValueError(
-            "The `name` of an adapter becomes part of paths, so it must be a "
-            "string that is not empty, without '/' and '.'. "
-            f"Received: name={name!r}"
-        )
 
 
 def check_can_adapt(model, name):
@@ -564,61 +427,3 @@ def check_can_adapt(model, name):
             f"'{model.name}' with {sorted(adaptation.adapters)}"
         )
     check_not_suspended([adaptation])
-
-
-def check_not_suspended(adaptations):
-    """Refuses changes while the adapters are out of action."""
-    for adaptation in adaptations:
-        if adaptation.suspended:
-            raise ValueError(
-                "Inside `with model.geolora_disabled()` adapters rest; change "
-                "them outside. "
-                f"Received: model '{adaptation.model_name}' with its adapters "
-                "disabled"
-            )
-
-
-def check_adapted(model, what):
-    """Refuses a model without adapters, or with those of another model."""
-    layers = carriers(model)
-    if not layers:
-        raise ValueError(
-            f"Only a model with adapted layers can be {what}; adapt it with "
-            f"`model.enable_geolora()`. Received: model '{model.name}' "
-            "without an adapted layer"
-        )
-    mine = [part.geolora_adaptation for part in adapted_parts(model)]
-    for layer in layers.values():
-        owner = layer.adaptation
-        if owner is not None and owner not in mine:
-            raise ValueError(
-                f"The adapters of this model belong to '{owner.model_name}', "
-                "on which `enable_geolora` was called. Call the method there. "
-                f"Received: model '{model.name}'"
-            )
-
-
-def check_optimizer_is_new(optimizer, variables):
-    """Refuses an optimizer that was built on other variables."""
-    known = getattr(optimizer, "_trainable_variables", [])
-    if optimizer.built and {id(v) for v in known} != {id(v) for v in variables}:
-        raise ValueError(
-            "What trains has changed since the optimizer was built, by "
-            "another adapter or another `trainable`. Compile the model "
-            "again, with a new `GeoLoRA`. "
-            f"Received: an optimizer of {len(known)} variables for "
-            f"{len(variables)}"
-        )
-
-
-def check_optimizer(optimizer):
-    """Refuses to train adapters with anything but `GeoLoRA`."""
-    wrapped = getattr(optimizer, "inner_optimizer", None)
-    if isinstance(optimizer, GeoLoRA) or isinstance(wrapped, GeoLoRA):
-        return
-    raise ValueError(
-        "Adapters are trained by GeoLoRA, around any Keras optimizer: "
-        "`model.compile(optimizer=keras_geolora.GeoLoRA("
-        "keras.optimizers.AdamW(1e-3)), ...)`. "
-        f"Received: optimizer={optimizer!r}"
-    )

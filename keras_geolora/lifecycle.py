@@ -5,14 +5,14 @@ import contextlib
 import numpy as np
 
 from keras_geolora.adaptation import value_of
-from keras_geolora.conversion import (
-    FUNCTIONS,
-    adapted_parts,
+from keras_geolora.adapted_model import (
+    adaptations_of,
     check_adapted,
     check_model,
     check_name,
     check_not_suspended,
     forget_traces,
+    swap_functions,
 )
 from keras_geolora.layers.adapter import check_rank
 
@@ -98,12 +98,12 @@ def geolora_adapters(model):
     ```
     """
     check_model(model)
-    names = {}
-    for part in adapted_parts(model):
-        names[part.geolora_adaptation.active] = None
-    for part in adapted_parts(model):
-        names.update(dict.fromkeys(part.geolora_adaptation.adapters))
-    return list(names)
+    adaptations = adaptations_of(model)
+    active = [adaptation.active for adaptation in adaptations]
+    others = [
+        name for adaptation in adaptations for name in adaptation.adapters
+    ]
+    return list(dict.fromkeys(active + others))
 
 
 def activate_geolora(model, name):
@@ -277,8 +277,9 @@ def combine(adaptation, name, weights, rank):
         path: weighted_sum(layer, weights, rank)
         for path, layer in layers.items()
     }
+    known = {other: adaptation.values(other) for other in weights}
     values = {
-        key: combined_value(adaptation, variable, weights)
+        key: combined_value(adaptation, variable, known, weights)
         for key, variable in companions.items()
     }
 
@@ -295,7 +296,7 @@ def combine(adaptation, name, weights, rank):
         variable.assign(values[key])
 
 
-def combined_value(adaptation, variable, weights):
+def combined_value(adaptation, variable, known, weights):
     """Returns what a companion becomes in a weighted sum of adapters.
 
     Its pretrained value plus the weighted sum of the changes. Statistics,
@@ -303,13 +304,11 @@ def combined_value(adaptation, variable, weights):
     negative.
     """
     pretrained = adaptation.pretrained(variable)
-    pairs = []
-    for other, weight in weights.items():
-        adapter = adaptation.adapters[other]
-        values = adaptation.values(other)
-        for own, value in zip(adapter.companions, values, strict=True):
-            if own is variable:
-                pairs.append((weight, value))
+    pairs = [
+        (weight, known[other][id(variable)])
+        for other, weight in weights.items()
+        if id(variable) in known[other]
+    ]
     if adaptation.is_statistic(variable):
         shares = np.abs([weight for weight, _ in pairs])
         if shares.sum() == 0:
@@ -376,7 +375,7 @@ def check_weights(weights):
 def find_adaptations(model, name=None):
     """Returns what was done to the parts of a model, with one adapter."""
     check_adapted(model, "switched")
-    found = [part.geolora_adaptation for part in adapted_parts(model)]
+    found = adaptations_of(model)
     if not found:
         raise ValueError(
             "Adapters that layers got from their constructors have no names "
@@ -391,11 +390,3 @@ def find_adaptations(model, name=None):
             f"the adapters of model '{model.name}' are {known}"
         )
     return with_name
-
-
-def swap_functions(model, functions):
-    """Gives a model other compiled functions; returns those it had."""
-    before = {n: getattr(model, n) for n in FUNCTIONS if hasattr(model, n)}
-    for name in before:
-        setattr(model, name, functions.get(name))
-    return before

@@ -45,6 +45,21 @@ def walk(layer, path=""):
     yield from visit(layer, path)
 
 
+def is_leaf(layer):
+    """Says whether a layer has no layers inside."""
+    return next(walk(layer), None) is None
+
+
+def with_inside(layers):
+    """Returns the ids of layers and of all layers inside them."""
+    return {id(x) for layer in layers for x in (layer, *inside(layer))}
+
+
+def inside(layer):
+    """Returns the layers inside a layer."""
+    return [child for _, child in walk(layer)]
+
+
 def adapted_layers(model):
     """Returns the dict from path to layer of all layers that are adapted."""
     return {
@@ -223,13 +238,12 @@ class Layers:
         }
         if word == "all-linear":
             return linear
-        inside = {
-            id(child)
+        attention = with_inside(
+            layer
             for layer in self.paths.values()
             if "attention" in type(layer).__name__.lower()
-            for _, child in walk(layer)
-        }
-        return {p: layer for p, layer in linear.items() if id(layer) in inside}
+        )
+        return {p: x for p, x in linear.items() if id(x) in attention}
 
     def _of_pattern(self, pattern, argument):
         asked = self.paths
@@ -237,15 +251,14 @@ class Layers:
             # A function expects layers of the kind that it is about.
             adapters = argument != "modules_to_save"
             asked = self.candidates if adapters else self.paths
-        found = {}
-        for path, layer in asked.items():
-            if matches(pattern, path, layer):
-                inside = {id(child) for _, child in walk(layer)}
-                found[path] = layer
-                found.update(
-                    (p, x) for p, x in self.paths.items() if id(x) in inside
-                )
-        return found
+        meant = with_inside(
+            layer
+            for path, layer in asked.items()
+            if matches(pattern, path, layer)
+        )
+        return {
+            p: layer for p, layer in self.paths.items() if id(layer) in meant
+        }
 
     def _known(self):
         some = [
@@ -263,7 +276,7 @@ class Layers:
         reasons = [
             f"'{path}': {refusal(layer)}"
             for path, layer in meant.items()
-            if layer.weights and not any(True for _ in walk(layer))
+            if layer.weights and is_leaf(layer)
         ]
         return (
             f"No layer that `targets` means can carry an adapter. "

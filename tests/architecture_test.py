@@ -19,16 +19,11 @@ MAY_IMPORT = {
     "optimizer": ["integrator", "transport", "layers.adapter"],
     "targeting": ["layers"],
     "callbacks": ["targeting"],
-    # It refuses to compile with an optimizer that is no GeoLoRA.
     "adaptation": ["layers.adapter", "targeting"],
-    "conversion": [
-        "layers",
-        "targeting",
-        "adaptation",
-        "optimizer",
-        "callbacks",
-    ],
-    "lifecycle": ["layers.adapter", "targeting", "adaptation", "conversion"],
+    # It refuses to compile with an optimizer that is no GeoLoRA.
+    "adapted_model": ["layers.adapted", "targeting", "optimizer", "callbacks"],
+    "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
+    "lifecycle": ["layers.adapter", "adaptation", "adapted_model"],
     "report": ["targeting"],
     "adapter_file": ["layers", "targeting", "conversion"],
     "export": ["layers", "targeting", "conversion", "adapter_file"],

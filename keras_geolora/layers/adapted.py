@@ -139,11 +139,9 @@ class AdaptedLayer:
             )
         check_adaptable(layer, name)
         plain = type(layer)
-        layer.__class__ = cls
-        # Keras keeps a bound `quantize` with every layer; ours may refuse.
-        bound = vars(layer).pop("quantize", None)
         try:
             if plain is not cls:
+                become_adapted(layer, cls)
                 layer._adapter_options = options
                 layer.train_bias = train_bias
             with contextlib.ExitStack() as scopes:
@@ -152,12 +150,9 @@ class AdaptedLayer:
                     scopes.enter_context(keras.name_scope(part))
                 layer._add_adapter(name, options)
         except Exception:
-            layer.__class__ = plain
-            if bound is not None:
-                vars(layer)["quantize"] = bound
+            if plain is not cls:
+                become_plain(layer)
             raise
-        if bound is not None:
-            layer._bound_quantize = bound
         return layer
 
     def _add_adapter(self, name, options):
@@ -173,17 +168,25 @@ class AdaptedLayer:
         adapter.kernel_norm = KernelNorm(self)
         if not self._adapters:
             self._trainable_before = TrainableFlags(self.trainable_variables)
-            for variable in self.trainable_variables:
-                variable.trainable = False
-            if getattr(self, "bias", None) is not None:
-                self.bias.trainable = self.train_bias
+            self._freeze()
+        self._hold_adapters({name: adapter})
+        self.activate_adapter(name)
+
+    def _freeze(self):
+        """Leaves nothing of the Keras layer trainable but, if asked, a bias."""
+        for variable, _ in self._trainable_before.flags:
+            variable.trainable = False
+        if getattr(self, "bias", None) is not None:
+            self.bias.trainable = self.train_bias
+
+    def _hold_adapters(self, adapters):
         # Keras locks a layer once it is built. A layer may unlock itself.
         self._tracker.unlock()
         if not self._adapters:
             self._adapters = {}
-        self._adapters[name] = adapter
+        for name, adapter in adapters.items():
+            self._adapters[name] = adapter
         self._tracker.lock()
-        self.activate_adapter(name)
 
     # Keras saves what it finds in attributes by alphabet, each object once:
     # with the underscore it finds adapters by name, not the active one first.
@@ -237,37 +240,25 @@ class AdaptedLayer:
                 "_active_adapter",
                 "_adapter_options",
                 "_trainable_before",
-                "_bound_quantize",
                 "adaptation",
                 "train_bias",
             )
             if name in vars(self)
         }
-        if "_bound_quantize" in kept:
-            vars(self)["quantize"] = kept["_bound_quantize"]
         kept["_adapters"] = adapters
         kept["__class__"] = type(self)
-        self.__class__ = self.plain_class
+        become_plain(self)
         return kept
 
     @staticmethod
     def attach_adapters(layer, kept):
         """Puts on the adapters that `detach_adapters` took off."""
         kept = dict(kept)
-        layer.__class__ = kept.pop("__class__")
+        become_adapted(layer, kept.pop("__class__"))
         adapters = kept.pop("_adapters")
-        for variable, _ in kept["_trainable_before"].flags:
-            variable.trainable = False
-        if getattr(layer, "bias", None) is not None:
-            layer.bias.trainable = kept["train_bias"]
         vars(layer).update(kept)
-        if "_bound_quantize" in kept:
-            vars(layer).pop("quantize")
-        layer._tracker.unlock()
-        layer._adapters = {}
-        for name, adapter in adapters.items():
-            layer._adapters[name] = adapter
-        layer._tracker.lock()
+        layer._freeze()
+        layer._hold_adapters(adapters)
 
     def merge(self):
         """Adds the active update to the kernel, and detaches all adapters.
@@ -411,6 +402,21 @@ class AdaptedProduct(AdaptedLayer):
             y = super().quantized_call(x)
             y = y - super().quantized_call(ops.zeros_like(x))
         return ops.sqrt(ops.sum(ops.square(ops.cast(y, "float32"))) / 64)
+
+
+def become_adapted(layer, cls):
+    """Gives a layer or model a class of ours, in place."""
+    layer.__class__ = cls
+    # Keras keeps a bound `quantize` with every layer, which hides ours.
+    if "quantize" in vars(layer):
+        vars(layer)["_plain_class_quantize"] = vars(layer).pop("quantize")
+
+
+def become_plain(layer):
+    """Gives a layer or model back the class that it had."""
+    layer.__class__ = layer.plain_class
+    if "_plain_class_quantize" in vars(layer):
+        vars(layer)["quantize"] = vars(layer).pop("_plain_class_quantize")
 
 
 @contextlib.contextmanager
