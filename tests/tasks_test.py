@@ -114,14 +114,15 @@ def test_generation_goes_on_from_adapters_to_merged_kernels(name):
     before = generate()
     task.enable_geolora(rank=4, targets=["all-linear", ".*embedding"], seed=0)
     np.testing.assert_array_equal(generate(), before)
-    # Teach it to say 7, whatever was said before.
+    # Teach it to say 7, and to go on saying it.
+    inputs["token_ids"][:, 3:] = 7
     labels = np.full(inputs["token_ids"].shape, 7)
     task.compile(
         optimizer=GeoLoRA(keras.optimizers.Adam(3e-2), max_update_ratio=None),
         loss=CROSS_ENTROPY,
         sampler="greedy",
     )
-    task.fit(inputs, labels, batch_size=2, epochs=30, verbose=0)
+    task.fit(inputs, labels, batch_size=2, epochs=60, verbose=0)
     after = generate()
     assert (after[:, 3:] == 7).all()
     with task.geolora_disabled():
