@@ -3,6 +3,11 @@
 import keras
 
 from keras_geolora import callbacks
+from keras_geolora.adapter_file import (
+    AdapterFileError,
+    load_geolora,
+    save_geolora,
+)
 from keras_geolora.conversion import (
     enable_geolora,
     merge_geolora,
@@ -29,10 +34,10 @@ from keras_geolora.lifecycle import (
 from keras_geolora.optimizer import GeoLoRA
 from keras_geolora.report import geolora_summary
 from keras_geolora.transport import register_slot_rules
-
-__version__ = "0.1.0"
+from keras_geolora.version import __version__
 
 __all__ = [
+    "AdapterFileError",
     "GeoLoRA",
     "GeoLoRAConv1D",
     "GeoLoRAConv2D",
@@ -50,10 +55,13 @@ __all__ = [
     "geolora_adapters",
     "geolora_disabled",
     "geolora_summary",
+    "load_geolora",
     "merge_geolora",
     "register_slot_rules",
     "remove_geolora",
+    "save_geolora",
     "unmerge_geolora",
+    "__version__",
 ]
 
 # Every `keras.Model`, KerasHub's included, gets these as methods.
@@ -68,6 +76,8 @@ for method in (
     delete_geolora,
     combine_geolora,
     geolora_summary,
+    save_geolora,
+    load_geolora,
 ):
     setattr(keras.Model, method.__name__, method)
 del method

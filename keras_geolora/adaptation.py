@@ -4,7 +4,13 @@ import numpy as np
 from keras import ops
 
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.targeting import adapted_class, inside, is_leaf, with_inside
+from keras_geolora.targeting import (
+    adapted_class,
+    inside,
+    is_leaf,
+    stable_paths,
+    with_inside,
+)
 
 
 class Frozen:
@@ -52,15 +58,17 @@ class NamedAdapter:
     Attributes:
         layers: Dict from path to adapted layer.
         saved_layers: List of the layers in `modules_to_save`.
+        train_bias: Bool, whether the biases of the layers train.
         companions: List of the variables that train beside the factors, or
             are statistics of what does: biases, `modules_to_save`, the head.
         values: Dict from the ids of companions to their values while the
             adapter is not active, otherwise `None`.
     """
 
-    def __init__(self, layers, saved_layers, companions):
+    def __init__(self, layers, saved_layers, train_bias, companions):
         self.layers = layers
         self.saved_layers = saved_layers
+        self.train_bias = train_bias
         self.companions = companions
         self.values = None
 
@@ -82,6 +90,7 @@ class Adaptation:
                 f"backbone. Received: model '{model.name}' with "
                 "trainable=False"
             )
+        self.scope = scope
         self.frozen = Frozen(scope)
         in_scope = {id(v) for v in scope.weights}
         self.head = [v for v in model.weights if id(v) not in in_scope]
@@ -95,19 +104,21 @@ class Adaptation:
         self._pretrained = {}
         self.suspended = 0
 
-    def add(self, name, layers, saved_layers, companions):
+    def add(self, name, layers, saved_layers, train_bias):
         """Records an adapter that is on its layers, and activates it."""
         if self.active is not None:
             self._put_away()
-        companions = list({id(v): v for v in companions}.values())
+        companions = self._companions(layers, saved_layers, train_bias)
         for variable in companions:
             self._pretrained.setdefault(id(variable), value_of(variable))
         for layer in layers.values():
             layer.adaptation = self
-        self.adapters[name] = NamedAdapter(layers, saved_layers, companions)
+        self.adapters[name] = NamedAdapter(
+            layers, saved_layers, train_bias, companions
+        )
         self._take_up(name)
 
-    def companions(self, layers, saved_layers, train_bias):
+    def _companions(self, layers, saved_layers, train_bias):
         """Returns what trains beside the factors of an adapter."""
         companions = list(self.head)
         for layer in saved_layers:
@@ -119,7 +130,7 @@ class Adaptation:
             for layer in layers.values():
                 if getattr(layer, "bias", None) is not None:
                     companions.append(layer.bias)
-        return companions
+        return list({id(v): v for v in companions}.values())
 
     def activate(self, name):
         """Makes one adapter the one that acts and trains."""
@@ -141,6 +152,68 @@ class Adaptation:
     def pretrained(self, variable):
         """Returns the value a companion had before training."""
         return self._pretrained[id(variable)]
+
+    def plan(self):
+        """Returns what `adapt_by_plan` needs to adapt the model again."""
+        path_of = {id(x): path for path, x in stable_paths(self.scope).items()}
+        return {
+            "active": self.active,
+            "frozen": [
+                path_of.get(id(layer), "")
+                for layer, trainable in self.frozen.layer_flags
+                if not trainable
+            ],
+            "adapters": [
+                {
+                    "name": name,
+                    "layers": {
+                        path_of[id(x)]: x.options_of(name)
+                        for x in adapter.layers.values()
+                    },
+                    "modules_to_save": [
+                        path_of[id(x)] for x in adapter.saved_layers
+                    ],
+                    "train_bias": adapter.train_bias,
+                }
+                for name, adapter in self.adapters.items()
+            ],
+        }
+
+    def stored_values(self):
+        """Returns what a file of the model's weights does not have, by key.
+
+        The values that companions had before training, and those of adapters
+        that are not active.
+        """
+        arrays = {
+            f"pretrained_{i}": self.pretrained(variable)
+            for i, variable in enumerate(self._all_companions())
+        }
+        for a, name in enumerate(self.adapters):
+            if name != self.active:
+                values = self.values(name).values()
+                arrays.update((f"{a}_{i}", x) for i, x in enumerate(values))
+        return arrays
+
+    def restore_values(self, arrays):
+        """Takes over the arrays of `stored_values`."""
+        for i, variable in enumerate(self._all_companions()):
+            self._pretrained[id(variable)] = np.array(arrays[f"pretrained_{i}"])
+        for a, (name, adapter) in enumerate(self.adapters.items()):
+            if name != self.active:
+                adapter.values = {
+                    id(v): np.array(arrays[f"{a}_{i}"])
+                    for i, v in enumerate(adapter.companions)
+                }
+
+    def _all_companions(self):
+        adapters = self.adapters.values()
+        companions = {id(v): v for a in adapters for v in a.companions}
+        return list(companions.values())
+
+    def is_companion(self, variable):
+        """Says whether a variable belongs to any adapter."""
+        return id(variable) in self._pretrained
 
     def is_statistic(self, variable):
         """Says whether a companion is one that no gradient moves."""

@@ -1,14 +1,24 @@
 """What an adapted model is: its class, its parts, and what it refuses."""
 
+import contextlib
 import functools
 import inspect
+import json
+import warnings
 
 import keras
+import numpy as np
 
+from keras_geolora.adaptation import Adaptation
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.layers.adapted import become_adapted, become_plain
 from keras_geolora.optimizer import GeoLoRA
-from keras_geolora.targeting import carriers, inside
+from keras_geolora.targeting import (
+    adapted_class,
+    carriers,
+    inside,
+    stable_paths,
+)
 
 # Attributes in which Keras and KerasHub keep compiled functions.
 FUNCTIONS = (
@@ -19,6 +29,15 @@ FUNCTIONS = (
 )
 
 
+# Keys in files of weights, beside the numbers that Keras uses.
+PREFIX = "geolora_"
+NAMES = "geolora_names"
+RANDOM = "geolora_random_"
+# What Keras prints when it cannot find the class of a file.
+TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
+
+
+@keras.saving.register_keras_serializable("keras_geolora")
 class AdaptedModel:
     """Mixin for the class of a model that carries adapters."""
 
@@ -29,12 +48,117 @@ class AdaptedModel:
         as long for small singular value decompositions as TensorFlow itself
         (`benchmarks/decompositions.py`).
         """
-        if keras.backend.backend() == "tensorflow":
-            kwargs.setdefault("jit_compile", False)
         optimizer = args[0] if args else kwargs.get("optimizer")
         if optimizer is not None and optimizer != "auto":
             check_optimizer(optimizer)
+        self.geolora_auto_compiled = kwargs.get("jit_compile", "auto") == "auto"
+        if (
+            self.geolora_auto_compiled
+            and keras.backend.backend() == "tensorflow"
+        ):
+            kwargs["jit_compile"] = False
         super().compile(*args, **kwargs)
+
+    def get_compile_config(self):
+        """As `keras.Model.get_compile_config`; `None` without a `GeoLoRA`."""
+        if not is_geolora(getattr(self, "optimizer", None)):
+            return None  # the model was compiled before it was adapted
+        config = super().get_compile_config()
+        if self.geolora_auto_compiled:
+            config["jit_compile"] = "auto"  # another backend chooses anew
+        return config
+
+    def compile_from_config(self, config):
+        """As `keras.Model.compile_from_config`, also for KerasHub's tasks.
+
+        Keras does not try where a class has a `compile` of its own, and the
+        state of the optimizer would be lost.
+        """
+        try:
+            inspect.signature(self.compile).bind(**config)
+        except TypeError:
+            return super().compile_from_config(config)
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def get_config(self):
+        """Returns the configuration of the plain model and of the adapters."""
+        check_not_suspended([self.geolora_adaptation])
+        with as_plain(self):
+            base = keras.saving.serialize_keras_object(self)
+        base.pop("compile_config", None)  # this model has its own
+        return {
+            "to_load": TO_LOAD,
+            "base": base,
+            "plan": self.geolora_adaptation.plan(),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Creates the plain model and adapts it as the configuration says."""
+        model = keras.saving.deserialize_keras_object(
+            config["base"], custom_objects=custom_objects
+        )
+        adapt_by_plan(model, config["plan"])
+        return model
+
+    def save_own_variables(self, store):
+        """Saves also the values that rest while another adapter is active."""
+        adaptation = self.geolora_adaptation
+        check_not_suspended([adaptation])
+        super().save_own_variables(store)
+        names = json.dumps([adaptation.active, *adaptation.adapters])
+        store[NAMES] = np.frombuffer(names.encode(), "uint8")
+        for key, value in adaptation.stored_values().items():
+            store[PREFIX + key] = value
+        for index, state in enumerate(random_states(self)):
+            store[f"{RANDOM}{index}"] = state
+
+    def load_own_variables(self, store):
+        """Loads what `save_own_variables` saved."""
+        adaptation = self.geolora_adaptation
+        check_not_suspended([adaptation])
+        arrays = {key: store[key] for key in store.keys()}
+        ours = {k: arrays.pop(k) for k in list(arrays) if k.startswith(PREFIX)}
+        super().load_own_variables(arrays)
+        if NAMES not in ours:
+            raise ValueError(
+                "These weights are not those of an adapted model. Load them "
+                "into the plain model, before `enable_geolora` or after "
+                "`remove_geolora`. "
+                f"Received: weights for model '{self.name}'"
+            )
+        active, *names = json.loads(ours[NAMES].tobytes())
+        if names != list(adaptation.adapters):
+            raise ValueError(
+                "The weights must belong to the adapters of the model, in "
+                f"the same order. Received: weights of adapters {names} for "
+                f"model '{self.name}' with {list(adaptation.adapters)}"
+            )
+        if active != adaptation.active:
+            adaptation.activate(active)
+            forget_traces(self)
+        adaptation.restore_values(
+            {key.removeprefix(PREFIX): x for key, x in ours.items()}
+        )
+        states = random_states(self)
+        if len(states) != sum(key.startswith(RANDOM) for key in ours):
+            warnings.warn(
+                "The states of dropout and other random layers were not "
+                "loaded, because the file has them for another number of "
+                "layers. Training goes on with other random numbers.",
+                stacklevel=2,
+            )
+            return
+        for index, state in enumerate(states):
+            state.assign(ours[f"{RANDOM}{index}"])
+
+    def load_weights(self, *args, **kwargs):
+        """As `keras.Model.load_weights`; the optimizer is built before."""
+        optimizer = getattr(self, "optimizer", None)
+        if is_geolora(optimizer) and not optimizer.built:
+            optimizer.build(self.trainable_variables)
+        super().load_weights(*args, **kwargs)
 
     def quantize(self, *args, **kwargs):
         """Refused: a model is quantized first and adapted then."""
@@ -79,11 +203,134 @@ def own_callbacks(callbacks):
 @functools.cache
 def adapted_model_class(plain_class):
     """Returns the class of an adapted model of class `plain_class`."""
-    return type(
-        f"GeoLoRA{plain_class.__name__}",
-        (AdaptedModel, plain_class),
-        {"plain_class": plain_class, "__module__": __name__},
+    members = {"plain_class": plain_class, "__module__": __name__}
+    if hasattr(plain_class, "save_to_preset"):
+        members["save_to_preset"] = save_to_preset
+    cls = type(
+        f"GeoLoRA{plain_class.__name__}", (AdaptedModel, plain_class), members
     )
+    # All are saved under one name, which a fresh process finds: `from_config`
+    # is the same for all.
+    register = keras.saving.register_keras_serializable
+    return register("keras_geolora", "AdaptedModel")(cls)
+
+
+def save_to_preset(self, *args, **kwargs):
+    """Refused: a preset is a plain model."""
+    raise ValueError(
+        "A preset holds a plain model. Merge first, save, and unmerge: "
+        "`model.merge_geolora()`, `model.save_to_preset(...)`, "
+        "`model.unmerge_geolora()`. Or save the adapted model by "
+        "`model.save('model.keras')`. "
+        f"Received: adapted model '{self.name}'"
+    )
+
+
+def scope_of(model):
+    """Returns the backbone of a KerasHub task, or else the model itself."""
+    # Some backbones have another one inside, which is only a part of them.
+    is_backbone = any(c.__name__ == "Backbone" for c in type(model).__mro__)
+    backbone = getattr(model, "backbone", None)
+    if is_backbone or not isinstance(backbone, keras.layers.Layer):
+        return model
+    return backbone
+
+
+def add_adapter(model, name, layers, options, saved_layers, train_bias):
+    """Adds a named adapter to a model, in place, and activates it.
+
+    Args:
+        model: Built `keras.Model`.
+        name: String, the name of the adapter.
+        layers: Dict from path to layer to adapt.
+        options: Dict from path to a dict of the arguments of `LowRankAdapter`.
+        saved_layers: List of layers that train as they are.
+        train_bias: Bool, whether the biases of the layers train.
+
+    Raises:
+        ValueError: If an option does not fit a layer, or the model is frozen
+            as a whole; it is as it was then.
+    """
+    adaptation = getattr(model, "geolora_adaptation", None)
+    first = adaptation is None
+    if first:
+        adaptation = Adaptation(model, scope_of(model))
+    adapted = []
+    try:
+        for path, layer in layers.items():
+            adapted_class(layer).adapt(
+                layer, name, train_bias=train_bias, **options[path]
+            )
+            adapted.append(layer)
+    except Exception as error:
+        for layer in adapted:
+            layer.delete_adapter(name)
+        if first:
+            adaptation.frozen.thaw()
+        else:
+            adaptation.activate_layers()
+        if isinstance(error, ValueError):
+            raise ValueError(
+                f"{error} This is about layer '{path}'; give it a rank of its "
+                "own by `rank_pattern`, or leave it out by `exclude`."
+            ) from error
+        raise
+    adaptation.add(name, layers, saved_layers, train_bias)
+    if first:
+        make_adapted(model, adaptation)
+    forget_traces(model)
+
+
+def adapt_by_plan(model, plan):
+    """Adapts a plain model as `Adaptation.plan` says."""
+    if not model.built:
+        raise ValueError(
+            "An adapted model is read by building the plain model first, "
+            "which its class must allow: give the class a "
+            "`build_from_config`, or its layers their input shapes. "
+            f"Received: model '{model.name}', which is not built"
+        )
+    paths = {"": scope_of(model), **stable_paths(scope_of(model))}
+    for path, layer in paths.items():
+        layer.trainable = path not in plan["frozen"]
+    for adapter in plan["adapters"]:
+        options = adapter["layers"]
+        named = [*options, *adapter["modules_to_save"]]
+        missing = [path for path in named if path not in paths]
+        if missing:
+            raise ValueError(
+                "The adapters belong to layers that the model must have. "
+                f"Received: model '{model.name}' without {missing}"
+            )
+        add_adapter(
+            model,
+            adapter["name"],
+            {path: paths[path] for path in options},
+            options,
+            [paths[path] for path in adapter["modules_to_save"]],
+            adapter["train_bias"],
+        )
+    model.geolora_adaptation.activate(plan["active"])
+
+
+def random_states(model):
+    """Returns the variables of random generators, which Keras does not save."""
+    saved = {id(v) for v in model.weights}
+    return [v for v in model.variables if id(v) not in saved]
+
+
+@contextlib.contextmanager
+def as_plain(model):
+    """Lets a model and its layers have their former classes for a while."""
+    adapted = [*carriers(model).values(), *adapted_parts(model)]
+    classes = [type(layer) for layer in adapted]
+    for layer in adapted:
+        become_plain(layer)
+    try:
+        yield
+    finally:
+        for layer, cls in zip(adapted, classes, strict=True):
+            become_adapted(layer, cls)
 
 
 def adapted_parts(model):
@@ -150,6 +397,39 @@ def check_name(name):
         )
 
 
+def check_can_adapt(model, name):
+    """Refuses a model that is not built, or adapted in another way."""
+    if not model.built:
+        raise ValueError(
+            "Only a built model has kernels to adapt. Call it on a batch of "
+            "data, or `model.build(input_shape)`, first. "
+            f"Received: model '{model.name}', which is not built"
+        )
+    adaptation = getattr(model, "geolora_adaptation", None)
+    strange = [
+        layer
+        for layer in carriers(model).values()
+        if adaptation is None or layer.adaptation is not adaptation
+    ]
+    if strange:
+        raise ValueError(
+            "A part of the model is adapted already, by itself. Adapt it "
+            "again there, or merge its adapters with `merge_geolora()`. "
+            f"Received: model '{model.name}' with {len(strange)} adapted "
+            "layers"
+        )
+    if adaptation is None:
+        return
+    if name in adaptation.adapters:
+        raise ValueError(
+            "A model has one adapter of a name. Choose another `name`, or "
+            "merge with `model.merge_geolora()`, or remove with "
+            f"`model.remove_geolora()`. Received: name='{name}', model "
+            f"'{model.name}' with {sorted(adaptation.adapters)}"
+        )
+    check_not_suspended([adaptation])
+
+
 def check_adapted(model, what):
     """Refuses a model without adapters, or with those of another model."""
     layers = carriers(model)
@@ -202,10 +482,15 @@ def check_optimizer_is_new(optimizer, variables):
         )
 
 
+def is_geolora(optimizer):
+    """Says whether an optimizer is a `GeoLoRA`, maybe in a loss scaling one."""
+    wrapped = getattr(optimizer, "inner_optimizer", None)
+    return isinstance(optimizer, GeoLoRA) or isinstance(wrapped, GeoLoRA)
+
+
 def check_optimizer(optimizer):
     """Refuses to train adapters with anything but `GeoLoRA`."""
-    wrapped = getattr(optimizer, "inner_optimizer", None)
-    if isinstance(optimizer, GeoLoRA) or isinstance(wrapped, GeoLoRA):
+    if is_geolora(optimizer):
         return
     raise ValueError(
         "Adapters are trained by GeoLoRA, around any Keras optimizer: "

@@ -2,24 +2,24 @@
 
 import hashlib
 
-import keras
 from keras import ops
 
-from keras_geolora.adaptation import Adaptation, value_of
+from keras_geolora.adaptation import value_of
 from keras_geolora.adapted_model import (
     adapted_parts,
+    add_adapter,
     check_at_rest,
+    check_can_adapt,
     check_model,
     check_name,
-    check_not_suspended,
     forget_traces,
     make_adapted,
     make_plain,
+    scope_of,
 )
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.targeting import (
     Layers,
-    adapted_class,
     adapted_layers,
     carriers,
 )
@@ -119,8 +119,7 @@ def enable_geolora(
     check_model(model)
     check_name(name)
     check_can_adapt(model, name)
-    scope = scope_of(model)
-    layers = Layers(scope)
+    layers = Layers(scope_of(model))
     saved = {}
     if modules_to_save is not None:
         saved = layers.named(modules_to_save, "modules_to_save")
@@ -142,46 +141,20 @@ def enable_geolora(
             )
         ranks.update((path, other) for path in found if path in chosen)
 
-    adaptation = getattr(model, "geolora_adaptation", None)
-    first = adaptation is None
-    if first:
-        adaptation = Adaptation(model, scope)
-    adapted = []
-    try:
-        for index, (path, layer) in enumerate(chosen.items()):
+    options = {
+        path: {
+            "rank": ranks[path],
+            "max_rank": max_rank,
+            "min_rank": min_rank,
+            "scale": scale,
+            "dropout": dropout,
             # Two seeds for the two bases of every layer.
-            layer_seed = None if seed is None else seed + 2 * index
-            adapted_class(layer).adapt(
-                layer,
-                name,
-                train_bias=train_bias,
-                rank=ranks[path],
-                max_rank=max_rank,
-                min_rank=min_rank,
-                scale=scale,
-                dropout=dropout,
-                seed=layer_seed,
-            )
-            adapted.append(layer)
-    except Exception as error:
-        for layer in adapted:
-            layer.delete_adapter(name)
-        if first:
-            adaptation.frozen.thaw()
-        else:
-            adaptation.activate_layers()
-        if isinstance(error, ValueError):
-            raise ValueError(
-                f"{error} This is about layer '{path}'; give it a rank of its "
-                "own by `rank_pattern`, or leave it out by `exclude`."
-            ) from error
-        raise
+            "seed": None if seed is None else seed + 2 * index,
+        }
+        for index, path in enumerate(chosen)
+    }
     saved = list(saved.values())
-    companions = adaptation.companions(chosen, saved, train_bias)
-    adaptation.add(name, chosen, saved, companions)
-    if first:
-        make_adapted(model, adaptation)
-    forget_traces(model)
+    add_adapter(model, name, chosen, options, saved, train_bias)
     return model
 
 
@@ -384,46 +357,3 @@ class Merged:
 def digest(variable):
     """Returns a hash of the bytes of a variable."""
     return hashlib.sha256(value_of(variable).tobytes()).digest()
-
-
-def scope_of(model):
-    """Returns the backbone of a KerasHub task, or else the model itself."""
-    # Some backbones have another one inside, which is only a part of them.
-    is_backbone = any(c.__name__ == "Backbone" for c in type(model).__mro__)
-    backbone = getattr(model, "backbone", None)
-    if is_backbone or not isinstance(backbone, keras.layers.Layer):
-        return model
-    return backbone
-
-
-def check_can_adapt(model, name):
-    """Refuses a model that is not built, or adapted in another way."""
-    if not model.built:
-        raise ValueError(
-            "Only a built model has kernels to adapt. Call it on a batch of "
-            "data, or `model.build(input_shape)`, first. "
-            f"Received: model '{model.name}', which is not built"
-        )
-    adaptation = getattr(model, "geolora_adaptation", None)
-    strange = [
-        layer
-        for layer in carriers(model).values()
-        if adaptation is None or layer.adaptation is not adaptation
-    ]
-    if strange:
-        raise ValueError(
-            "A part of the model is adapted already, by itself. Adapt it "
-            "again there, or merge its adapters with `merge_geolora()`. "
-            f"Received: model '{model.name}' with {len(strange)} adapted "
-            "layers"
-        )
-    if adaptation is None:
-        return
-    if name in adaptation.adapters:
-        raise ValueError(
-            "A model has one adapter of a name. Choose another `name`, or "
-            "merge with `model.merge_geolora()`, or remove with "
-            f"`model.remove_geolora()`. Received: name='{name}', model "
-            f"'{model.name}' with {sorted(adaptation.adapters)}"
-        )
-    check_not_suspended([adaptation])

@@ -266,9 +266,10 @@ def combine_geolora(model, name, weights, rank=None):
 
 def combine(adaptation, name, weights, rank):
     """Adds the weighted sum of adapters to an `Adaptation`."""
-    named = {other: adaptation.adapters[other] for other in weights}
+    adapters = [adaptation.adapters[other] for other in weights]
+    train_bias = any(adapter.train_bias for adapter in adapters)
     layers, saved, companions = {}, {}, {}
-    for adapter in named.values():
+    for adapter in adapters:
         layers.update(adapter.layers)
         saved.update((id(layer), layer) for layer in adapter.saved_layers)
         companions.update((id(v), v) for v in adapter.companions)
@@ -291,7 +292,7 @@ def combine(adaptation, name, weights, rank):
         layer.adapter.U.assign(U)
         layer.adapter.S.assign(np.diag(sigma))
         layer.adapter.V.assign(V)
-    adaptation.add(name, layers, list(saved.values()), companions.values())
+    adaptation.add(name, layers, list(saved.values()), train_bias)
     for key, variable in companions.items():
         variable.assign(values[key])
 

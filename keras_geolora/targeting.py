@@ -60,6 +60,42 @@ def inside(layer):
     return [child for _, child in walk(layer)]
 
 
+def stable_paths(layer):
+    """Returns the dict from path to layer of all layers inside a layer.
+
+    The paths of `walk`, but the same for every instance of a model: names
+    that Keras chose, such as `dense_7`, are counted anew inside each layer.
+    """
+    paths = {}
+    seen = set()
+
+    def visit(layer, path):
+        for child in layer._flatten_layers(include_self=False, recursive=False):
+            if id(child) in seen or isinstance(child, adapted.LowRankAdapter):
+                continue
+            seen.add(id(child))
+            first = (
+                f"{path}/{stable_name(child)}" if path else stable_name(child)
+            )
+            child_path, count = first, 0
+            while child_path in paths:
+                count += 1
+                child_path = f"{first}_{count}"
+            paths[child_path] = child
+            visit(child, child_path)
+
+    visit(layer, "")
+    return paths
+
+
+def stable_name(layer):
+    """Returns the name of a layer, without the number that Keras gave it."""
+    without_number = re.sub(r"_\d+$", "", layer.name)
+    cls = getattr(layer, "plain_class", type(layer))
+    automatic = without_number.replace("_", "") == cls.__name__.lower()
+    return without_number if automatic else layer.name
+
+
 def adapted_layers(model):
     """Returns the dict from path to layer of all layers that are adapted."""
     return {

@@ -21,12 +21,26 @@ MAY_IMPORT = {
     "callbacks": ["targeting"],
     "adaptation": ["layers.adapter", "targeting"],
     # It refuses to compile with an optimizer that is no GeoLoRA.
-    "adapted_model": ["layers.adapted", "targeting", "optimizer", "callbacks"],
+    "adapted_model": [
+        "layers.adapted",
+        "targeting",
+        "adaptation",
+        "optimizer",
+        "callbacks",
+    ],
     "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
     "lifecycle": ["layers.adapter", "adaptation", "adapted_model"],
     "report": ["targeting"],
-    "adapter_file": ["layers", "targeting", "conversion"],
-    "export": ["layers", "targeting", "conversion", "adapter_file"],
+    "files": [],  # bytes and paths
+    "version": [],
+    "adapter_file": [
+        "layers",
+        "targeting",
+        "adaptation",
+        "adapted_model",
+        "files",
+        "version",
+    ],
     "": [""],  # the package itself gathers the public names
 }
 

@@ -207,6 +207,12 @@ class AdaptedLayer:
         """List of the names of all adapters."""
         return list(self._adapters)
 
+    def options_of(self, name):
+        """Returns the arguments for `adapt` that lead to an adapter."""
+        config = self._adapters[name].get_config()
+        options = "rank", "max_rank", "min_rank", "scale", "dropout", "seed"
+        return {option: config[option] for option in options}
+
     def activate_adapter(self, name):
         """Makes one adapter the one that acts and trains.
 

@@ -51,16 +51,12 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
     plain_class = keras.layers.EinsumDense
 
     @property
-    def _view(self):
-        return matrix_view(self)
-
-    @property
     def kernel_matrix_shape(self):
-        view = self._view
+        view = matrix_view(self)
         return math.prod(view.contracted_shape), math.prod(view.kept_shape)
 
     def matrix_to_kernel(self, matrix):
-        return self._view.matrix_to_kernel(matrix)
+        return matrix_view(self).matrix_to_kernel(matrix)
 
     def call(self, inputs, training=None):
         return self._adapted_call(
@@ -71,13 +67,13 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         return ops.einsum(self.equation, inputs, kernel)
 
     def _update_product(self, inputs):
-        view = self._view
+        view = matrix_view(self)
         # Integers would mean rows of the update.
         x = ops.cast(inputs, self.compute_dtype)
         return view.rows_to_outputs(self.adapter(view.inputs_to_rows(x)))
 
     def _rows_to_inputs(self, rows):
-        return self._view.rows_to_inputs(rows)
+        return matrix_view(self).rows_to_inputs(rows)
 
 
 def matrix_view(layer):

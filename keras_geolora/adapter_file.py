@@ -1,0 +1,540 @@
+"""Adapters as files: what `save_geolora` writes and `load_geolora` reads."""
+
+import hashlib
+import json
+import os
+import warnings
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+from keras import ops
+
+from keras_geolora.adaptation import value_of
+from keras_geolora.adapted_model import (
+    add_adapter,
+    check_adapted,
+    check_can_adapt,
+    check_model,
+    check_name,
+    check_not_suspended,
+    forget_traces,
+    scope_of,
+)
+from keras_geolora.files import write_whole
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.targeting import adapted_class, refusal, stable_paths
+from keras_geolora.version import __version__
+
+FORMAT = 1
+# The entry of a safetensors header in which the description of a file is.
+ENTRY = "keras_geolora"
+DIGEST = "sha256"
+# safetensors has no bfloat16 for NumPy; float32 holds it exactly.
+WIDER = {"bfloat16": "float32"}
+# The arguments for the adapter of a layer, and what they may be.
+OPTIONS = {
+    "rank": [int],
+    "max_rank": [int],
+    "min_rank": [int],
+    "scale": [int, float],
+    "dropout": [int, float],
+    "seed": [int, type(None)],
+}
+
+
+class AdapterFileError(ValueError):
+    """A file is not a whole adapter file, or does not fit a model."""
+
+
+def save_geolora(model, path, name=None):
+    """Writes one adapter to a safetensors file.
+
+    The file holds the factors, cut to their ranks, and what trained beside
+    them: biases, `modules_to_save`, the head of a KerasHub task. It holds no
+    state of the optimizer (`model.save` does) and nothing of the pretrained
+    weights but a fingerprint. It is written whole or not at all.
+
+    Also a method of every `keras.Model`: `model.save_geolora(path)`.
+
+    Args:
+        model: `keras.Model` on which `enable_geolora` was called.
+        path: String or path, by custom ending in `.safetensors`.
+        name: String, the adapter to save. Defaults to the active one.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If the model has no such adapter, or the adapter has
+            numbers that are not finite.
+        OSError: If the file cannot be written; an older one is unchanged.
+
+    Example:
+
+    ```python
+    import tempfile
+
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    def pretrained():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+
+    model = pretrained()
+    model.enable_geolora(rank=2)
+    model.compile(keras_geolora.GeoLoRA("adam"), loss="mse")
+    x = np.ones((8, 8), "float32")
+    model.fit(x, np.ones((8, 4)), verbose=0)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_geolora(f"{folder}/mine.safetensors")
+        other = pretrained().load_geolora(f"{folder}/mine.safetensors")
+    np.testing.assert_allclose(
+        other.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
+    )
+    ```
+    """
+    check_model(model)
+    adaptation = adaptation_to_save(model)
+    name = adaptation.active if name is None else name
+    if name not in adaptation.adapters:
+        raise ValueError(
+            f"There is no adapter of this name. Received: name={name!r}; the "
+            f"adapters of model '{model.name}' are {list(adaptation.adapters)}"
+        )
+    (plan,) = (a for a in adaptation.plan()["adapters"] if a["name"] == name)
+    paths = stable_paths(adaptation.scope)
+    tensors = {}
+    for layer_path, options in plan["layers"].items():
+        factors = trimmed_factors(paths[layer_path]._adapters[name])
+        options["rank"] = len(factors["S"])
+        tensors.update(
+            (f"{layer_path}.{role}", x) for role, x in factors.items()
+        )
+    values = adaptation.values(name)
+    for key, variable in keyed_variables(model).items():
+        if id(variable) in values:
+            tensors[key] = as_saved(values[id(variable)])
+    spoilt = [key for key, x in tensors.items() if not np.isfinite(x).all()]
+    if spoilt:
+        raise ValueError(
+            "An adapter with numbers that are not finite is of no use to "
+            f"anybody. Received: such numbers in {spoilt[:5]}. '{path}' was "
+            "not written."
+        )
+    description = {
+        "format": FORMAT,
+        "keras_geolora": __version__,
+        "keras": keras.__version__,
+        "model": plain_class_name(model),
+        "adapter": plan,
+        "base": fingerprint(model, plan["layers"]),
+    }
+    write_whole(path, serialized(tensors, description))
+
+
+def load_geolora(model, path, name=None, strict=True):
+    """Reads an adapter of `save_geolora` into a model, and activates it.
+
+    A model without adapters is adapted as the file says: the same layers,
+    ranks and options. A model with adapters gets one more, or, if it has one
+    of this name, new values for it. Compile the model again before training.
+
+    Also a method of every `keras.Model`: `model.load_geolora(path)`.
+
+    Args:
+        model: Built `keras.Model`, the same base that the adapter was
+            trained on.
+        path: String or path.
+        name: String, what the adapter is called in this model. Defaults to
+            its name in the file.
+        strict: Bool. If the file is for other layers, shapes or base
+            weights, `True`, the default, refuses it; `False` takes what fits
+            and warns of the rest.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        OSError: If there is no such file.
+        AdapterFileError: A `ValueError`, if the file is damaged, of another
+            kind, or does not fit the model. The model is unchanged then.
+
+    Example: see `save_geolora`.
+    """
+    check_model(model)
+    description, tensors = read_adapter(path)
+    plan = description["adapter"]
+    name = plan["name"] if name is None else name
+    check_name(name)
+    adaptation = getattr(model, "geolora_adaptation", None)
+    known = adaptation is not None and name in adaptation.adapters
+    if known:
+        check_not_suspended([adaptation])
+    else:
+        check_can_adapt(model, name)
+    fit = Fit(model, name, description, tensors)
+    if fit.differences:
+        listed = "\n".join(f"- {line}" for line in fit.differences)
+        if strict:
+            raise AdapterFileError(
+                f"'{path}' does not fit model '{model.name}':\n{listed}\n"
+                "Nothing was loaded. `load_geolora(path, strict=False)` takes "
+                "what fits."
+            )
+        warnings.warn(
+            f"Of '{path}' only what fits model '{model.name}' is loaded:\n"
+            f"{listed}",
+            stacklevel=2,
+        )
+    if not fit.layers:
+        raise AdapterFileError(
+            f"No layer of model '{model.name}' fits '{path}'. Nothing was "
+            "loaded."
+        )
+    if known:
+        adaptation.activate(name)
+    else:
+        add_adapter(
+            model,
+            name,
+            fit.layers,
+            {p: plan["layers"][p] for p in fit.layers},
+            fit.saved_layers,
+            plan["train_bias"],
+        )
+    for layer_path, layer in fit.layers.items():
+        for role in "USV":
+            factor = getattr(layer._adapters[name], role)
+            factor.assign(padded(tensors[f"{layer_path}.{role}"], factor.shape))
+    for variable, value in fit.weights:
+        variable.assign(ops.cast(value, variable.dtype))
+    forget_traces(model)
+    return model
+
+
+class Fit:
+    """What of an adapter file fits a model.
+
+    Attributes:
+        layers: Dict from path to layer, those with a fitting adapter.
+        saved_layers: List of the layers in `modules_to_save`.
+        weights: List of pairs of a variable and its new value.
+        differences: List of sentences about what does not fit.
+    """
+
+    def __init__(self, model, name, description, tensors):
+        self.model = model
+        self.plan = description["adapter"]
+        self.tensors = tensors
+        self.differences = []
+        self.paths = stable_paths(scope_of(model))
+        self.existing = None
+        adaptation = getattr(model, "geolora_adaptation", None)
+        if adaptation is not None:
+            self.existing = adaptation.adapters.get(name)
+        self.layers = self._layers(name)
+        self.saved_layers = self._saved_layers()
+        self.weights = self._weights()
+        self._compare_base(description["base"])
+
+    def _layers(self, name):
+        layers, absent = {}, []
+        for path, options in self.plan["layers"].items():
+            layer = self.paths.get(path)
+            shape = kernel_shape(layer)
+            if shape is None:
+                absent.append(path)
+                continue
+            U, V = self.tensors[f"{path}.U"], self.tensors[f"{path}.V"]
+            room = options["max_rank"]
+            if self.existing is not None:
+                if name not in getattr(layer, "adapter_names", ()):
+                    self._note(f"the model's adapter is not on '{path}'")
+                    continue
+                adapter = layer._adapters[name]
+                room = adapter.max_rank
+                if adapter.scale != options["scale"]:
+                    self._note(
+                        f"scale of '{path}': {options['scale']} in the file, "
+                        f"{adapter.scale} in the model"
+                    )
+                    continue
+            if (len(U), len(V)) != shape:
+                self._note(
+                    f"shape of '{path}': {(len(U), len(V))} in the file, "
+                    f"{shape} in the model"
+                )
+            elif not options["rank"] <= room <= min(shape):
+                self._note(
+                    f"rank of '{path}': {options['rank']} in the file, room "
+                    f"for {room} in the model"
+                )
+            else:
+                layers[path] = layer
+        if absent:
+            self._note(
+                "the model has no layer that can be adapted at "
+                f"{some(absent)}; it has {some(self._candidates())}"
+            )
+        if self.existing is not None:
+            mine = {id(layer) for layer in self.existing.layers.values()}
+            extra = mine - {id(self.paths.get(p)) for p in self.plan["layers"]}
+            if extra:
+                places = [p for p, x in self.paths.items() if id(x) in extra]
+                self._note(f"the file has no adapter for {some(places)}")
+        return layers
+
+    def _saved_layers(self):
+        saved = self.plan["modules_to_save"]
+        absent = [path for path in saved if path not in self.paths]
+        if absent:
+            self._note(f"the model has no layer {some(absent)} to train")
+        return [self.paths[path] for path in saved if path in self.paths]
+
+    def _weights(self):
+        variables = keyed_variables(self.model)
+        factors = {f"{p}.{r}" for p in self.plan["layers"] for r in "USV"}
+        pairs = []
+        for key, value in self.tensors.items():
+            if key in factors:
+                continue
+            variable = variables.get(key)
+            if variable is None:
+                self._note(f"the model has no variable '{key}'")
+            elif tuple(variable.shape) != value.shape:
+                self._note(
+                    f"shape of '{key}': {value.shape} in the file, "
+                    f"{tuple(variable.shape)} in the model"
+                )
+            else:
+                pairs.append((variable, value))
+        return pairs
+
+    def _compare_base(self, base):
+        mine = fingerprint(self.model, self.plan["layers"])
+        other = [p for p in self.layers if mine[p] != base[p]]
+        if other:
+            self._note(
+                f"the pretrained kernels of {len(other)} of "
+                f"{len(self.layers)} layers are not those that the adapter "
+                f"was trained on: {some(other)}"
+            )
+        elif len(self.layers) == len(self.plan["layers"]) and (
+            mine[""] != base[""]
+        ):
+            self._note(
+                "pretrained weights outside of the adapted layers are not "
+                "those that the adapter was trained on"
+            )
+
+    def _candidates(self):
+        return [p for p, x in self.paths.items() if kernel_shape(x) is not None]
+
+    def _note(self, sentence):
+        self.differences.append(sentence)
+
+
+def read_adapter(path):
+    """Reads an adapter file and checks that it is whole.
+
+    Args:
+        path: String or path.
+
+    Returns:
+        `(description, tensors)`: what the file says of itself, and a dict
+        from key to array.
+
+    Raises:
+        OSError: If there is no such file, or it cannot be read.
+        AdapterFileError: If the file is damaged or of another kind.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"'{path}' is a folder, not an adapter file.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            # A foreign file may be of any size: look before reading it.
+            ours = ENTRY in metadata and DIGEST in metadata
+            keys = file.keys() if ours else ()
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except OSError:
+        raise
+    except Exception as error:
+        raise AdapterFileError(
+            f"'{path}' is damaged, or no safetensors file: {error}."
+        ) from error
+    if not ours:
+        raise AdapterFileError(
+            f"'{path}' is a safetensors file, but not one of `save_geolora`. "
+            "`keras_geolora.import_peft` reads adapters of Hugging Face PEFT."
+        )
+    if digest(metadata[ENTRY], tensors) != metadata[DIGEST]:
+        raise AdapterFileError(
+            f"'{path}' is damaged: its contents do not match its checksum."
+        )
+    try:
+        description = json.loads(metadata[ENTRY])
+        version = description["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"'{path}' has no description.") from error
+    if version != FORMAT:
+        raise AdapterFileError(
+            f"'{path}' has format {version!r}; this version of keras_geolora "
+            f"reads format {FORMAT}. Upgrade: `pip install -U keras_geolora`."
+        )
+    try:
+        check_contents(description, tensors)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterFileError(
+            f"'{path}' contradicts itself: {error!r}."
+        ) from error
+    return description, tensors
+
+
+def check_contents(description, tensors):
+    """Raises what shows that a description and its tensors do not agree."""
+    plan = description["adapter"]
+    require(isinstance(plan["name"], str), "name")
+    require(isinstance(plan["train_bias"], bool), "train_bias")
+    require(all(isinstance(p, str) for p in plan["modules_to_save"]), "paths")
+    require(isinstance(description["base"][""], str), "base")
+    for path, options in plan["layers"].items():
+        U, S, V = (tensors[f"{path}.{role}"] for role in "USV")
+        rank = options["rank"]
+        shapes = (len(U), rank), (rank, rank), (len(V), rank)
+        require((U.shape, S.shape, V.shape) == shapes, path)
+        require(all(x.dtype == "float32" for x in (U, S, V)), path)
+        require(set(options) == set(OPTIONS), path)
+        require(all(type(options[o]) in OPTIONS[o] for o in options), path)
+        require(isinstance(description["base"][path], str), path)
+    for key, x in tensors.items():
+        require(np.isfinite(x).all(), key)
+
+
+def require(condition, what):
+    """Raises the name of what is not as it must be."""
+    if not condition:
+        raise ValueError(what)
+
+
+def serialized(tensors, description):
+    """Returns the bytes of an adapter file."""
+    text = json.dumps(description, indent=1)
+    tensors = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+    metadata = {ENTRY: text, DIGEST: digest(text, tensors)}
+    return safetensors.numpy.save(tensors, metadata)
+
+
+def digest(text, tensors):
+    """Returns a checksum over all that a file says and holds."""
+    total = hashlib.sha256(text.encode())
+    for key in sorted(tensors):
+        x = tensors[key]
+        total.update(f"\n{key} {x.dtype.str} {x.shape}\n".encode())
+        total.update(x.tobytes())
+    return total.hexdigest()
+
+
+def fingerprint(model, layers):
+    """Returns checksums of the pretrained weights that adapters stand on.
+
+    Args:
+        model: `keras.Model`, adapted or not.
+        layers: Paths of layers in the model's `scope_of`.
+
+    Returns:
+        Dict from path to string; under `""` what is in no such layer.
+    """
+    adaptation = getattr(model, "geolora_adaptation", None)
+    sums = {path: hashlib.sha256() for path in ("", *layers)}
+    for key, variable in sorted(keyed_variables(scope_of(model)).items()):
+        if adaptation is not None and adaptation.is_companion(variable):
+            value = adaptation.pretrained(variable)
+        else:
+            value = value_of(variable)
+        total = sums.get(key.rpartition("/")[0], sums[""])
+        total.update(f"\n{key} {value.dtype} {value.shape}\n".encode())
+        total.update(value.tobytes())
+    return {path: total.hexdigest()[:32] for path, total in sums.items()}
+
+
+def keyed_variables(model):
+    """Returns the dict from key to variable of a model, without factors.
+
+    Keys are the same for every instance of a model, and for a KerasHub task
+    and its backbone: `path/name`, and `head:path/name` for what is only in
+    the task.
+    """
+    keyed, seen = {}, set()
+    scope = scope_of(model)
+    for part, prefix in ((scope, ""), (model, "head:")):
+        paths = {"": part, **stable_paths(part)}
+        # What is inside comes first, so that each has its own variables.
+        for path, layer in reversed(paths.items()):
+            for variable in layer.weights:
+                if id(variable) in seen or isinstance(
+                    variable.constraint, Factor
+                ):
+                    continue
+                seen.add(id(variable))
+                key = first = f"{prefix}{path}/{variable.name}"
+                count = 0
+                while key in keyed:
+                    count += 1
+                    key = f"{first}_{count}"
+                keyed[key] = variable
+    return keyed
+
+
+def trimmed_factors(adapter):
+    """Returns `U`, `S` and `V` of an adapter as arrays of its rank."""
+    rank = adapter.rank
+    U, S, V = (value_of(x) for x in (adapter.U, adapter.S, adapter.V))
+    return {"U": U[:, :rank], "S": S[:rank, :rank], "V": V[:, :rank]}
+
+
+def padded(factor, shape):
+    """Returns a factor with columns, or rows and columns, of zeros added."""
+    whole = np.zeros(shape, "float32")
+    whole[tuple(slice(n) for n in factor.shape)] = factor
+    return whole
+
+
+def as_saved(value):
+    """Returns an array in a type that safetensors has, without loss."""
+    return value.astype(WIDER.get(str(value.dtype), value.dtype))
+
+
+def kernel_shape(layer):
+    """Returns the shape of a layer's kernel as a matrix, or `None`."""
+    if layer is None or refusal(layer) is not None:
+        return None
+    return tuple(adapted_class(layer).kernel_matrix_shape.fget(layer))
+
+
+def adaptation_to_save(model):
+    """Returns the adaptation of a model itself, which a file describes."""
+    check_adapted(model, "saved")
+    adaptation = getattr(model, "geolora_adaptation", None)
+    if adaptation is None:
+        raise ValueError(
+            "An adapter file is for the model on which `enable_geolora` was "
+            "called: save that part of this model, or `model.save()` the "
+            f"whole. Received: model '{model.name}'"
+        )
+    return adaptation
+
+
+def plain_class_name(model):
+    """Returns the name of a model's class before it was adapted."""
+    return getattr(model, "plain_class", type(model)).__name__
+
+
+def some(paths, count=4):
+    """Returns the first of some paths, and how many there are."""
+    paths = list(paths)
+    listed = ", ".join(f"'{path}'" for path in paths[:count])
+    return listed if len(paths) <= count else f"{listed}, ... ({len(paths)})"

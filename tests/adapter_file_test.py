@@ -1,0 +1,514 @@
+"""Adapter files: exact, strict, whole, and safe to open."""
+
+import contextlib
+import os
+import pathlib
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import families
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import safetensors.numpy
+from keras import ops
+
+import keras_geolora
+from keras_geolora import AdapterFileError, GeoLoRA, adapter_file, files
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(32, 8)).astype("float32")
+Y = np.tanh(X @ RNG.normal(size=(8, 3))).astype("float32")
+
+
+def plain(seed=0, width=16):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(width, activation="relu"),
+            keras.layers.LayerNormalization(),
+            keras.layers.Dense(width),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def trained(**options):
+    model = plain()
+    head, norm = model.layers[-1], model.layers[1]
+    options = {
+        "rank": 2,
+        "exclude": head.name,
+        "modules_to_save": [head.name, norm.name],
+        "train_bias": True,
+        "seed": 0,
+        **options,
+    }
+    model.enable_geolora(**options)
+    model.compile(GeoLoRA(keras.optimizers.Adam(1e-2), cut_interval=5), "mse")
+    model.fit(X, Y, batch_size=8, epochs=5, verbose=0)
+    return model
+
+
+def predict(model, inputs=X):
+    return np.array(model.predict(inputs, verbose=0))
+
+
+def everything(model):
+    """All that can be seen of a model."""
+    return (
+        [type(layer) for layer in model.layers],
+        [v.trainable for v in model.variables],
+        [ops.convert_to_numpy(v).tobytes() for v in model.variables],
+        model.geolora_adapters(),
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+# What comes back.
+
+
+def test_a_fresh_base_becomes_the_trained_model(path):
+    model = trained()
+    model.save_geolora(path)
+    fresh = plain().load_geolora(path)
+    np.testing.assert_allclose(predict(fresh), predict(model), atol=1e-6)
+    ranks = [layer.rank for layer in model.layers if hasattr(layer, "rank")]
+    assert ranks == [x.rank for x in fresh.layers if hasattr(x, "rank")]
+    for one, other in zip(
+        fresh.trainable_variables, model.trainable_variables, strict=True
+    ):
+        assert one.shape == other.shape
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, other)))
+    fresh.merge_geolora()
+    np.testing.assert_allclose(predict(fresh), predict(model), atol=1e-5)
+    fresh.unmerge_geolora()
+    fresh.remove_geolora()
+    np.testing.assert_array_equal(predict(fresh), predict(plain()))
+
+
+def test_factors_are_cut_to_their_ranks(path):
+    model = trained(max_rank=3)
+    model.save_geolora(path)
+    _, tensors = adapter_file.read_adapter(path)
+    layers = [layer for layer in model.layers if hasattr(layer, "rank")]
+    assert [tensors[f"{name}.S"].shape for name in ("dense", "dense_1")] == [
+        (layer.rank, layer.rank) for layer in layers
+    ]
+
+
+def test_an_adapted_model_gets_one_more(path):
+    model = trained()
+    model.save_geolora(path)
+    other = plain()
+    other.enable_geolora(rank=1, name="mine", exclude=other.layers[-1].name)
+    other.load_geolora(path, name="theirs")
+    assert other.geolora_adapters() == ["theirs", "mine"]
+    np.testing.assert_allclose(predict(other), predict(model), atol=1e-6)
+    other.activate_geolora("mine")
+    np.testing.assert_array_equal(predict(other), predict(plain()))
+
+
+def test_an_adapter_of_the_same_name_gets_new_values(path):
+    model = trained()
+    model.save_geolora(path)
+    expected = predict(model)
+    model.fit(X, -Y, batch_size=8, verbose=0)
+    assert not np.allclose(predict(model), expected, atol=1e-4)
+    model.load_geolora(path)
+    np.testing.assert_allclose(predict(model), expected, atol=1e-6)
+
+
+def test_an_adapter_that_is_not_active_can_be_saved(path):
+    model = trained(name="first")
+    expected = predict(model)
+    model.enable_geolora(rank=1, name="second")
+    model.save_geolora(path, name="first")
+    fresh = plain().load_geolora(path)
+    assert fresh.geolora_adapters() == ["first"]
+    np.testing.assert_allclose(predict(fresh), expected, atol=1e-6)
+
+
+def test_training_goes_on(path):
+    model = trained()
+    model.save_geolora(path)
+    fresh = plain().load_geolora(path)
+    fresh.compile(GeoLoRA("adam"), "mse")
+    before = fresh.evaluate(X, Y, verbose=0)
+    fresh.fit(X, Y, epochs=5, verbose=0)
+    assert fresh.evaluate(X, Y, verbose=0) < before
+
+
+def move(model):
+    rng = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        value = ops.convert_to_numpy(variable)
+        noise = rng.normal(size=value.shape).astype("float32") * 0.1
+        variable.assign(np.where(value != 0, value, noise))
+
+
+def classifier(classes=2):
+    keras.utils.set_random_seed(0)
+    backbone, inputs = families.build("BertBackbone")
+    task = keras_hub.models.BertTextClassifier(
+        backbone, num_classes=classes, preprocessor=None
+    )
+    return task, inputs
+
+
+def test_a_task_brings_its_head(path):
+    task, inputs = classifier()
+    task.enable_geolora(rank=2, seed=0)
+    move(task)
+    task.save_geolora(path)
+    keras.utils.set_random_seed(5)
+    fresh, _ = classifier()
+    fresh.get_layer("logits").kernel.assign(np.zeros((16, 2)))
+    fresh.load_geolora(path)
+    np.testing.assert_allclose(
+        predict(fresh, inputs), predict(task, inputs), atol=1e-5
+    )
+
+
+def test_a_backbone_takes_the_adapter_of_a_task(path):
+    task, inputs = classifier()
+    task.enable_geolora(rank=2, seed=0)
+    move(task)
+    task.save_geolora(path)
+    other, _ = classifier()
+    with pytest.raises(AdapterFileError, match="no variable 'head:logits/"):
+        other.backbone.load_geolora(path)
+    with pytest.warns(UserWarning, match="head:logits"):
+        other.backbone.load_geolora(path, strict=False)
+    outputs = [
+        predict_all(model.backbone, inputs)["pooled_output"]
+        for model in (other, task)
+    ]
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+def predict_all(model, inputs):
+    return model.predict(inputs, verbose=0)
+
+
+def test_bfloat16_weights_come_back_exactly(path):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        models = plain(), plain()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    models[0].enable_geolora(
+        rank=2, modules_to_save=models[0].layers[1].name, train_bias=True
+    )
+    move(models[0])
+    models[0].save_geolora(path)
+    models[1].load_geolora(path)
+    for one, other in zip(*(m.weights for m in models), strict=True):
+        assert one.dtype == other.dtype
+        if len(one.shape) == 1:
+            np.testing.assert_array_equal(
+                *(np.float32(ops.convert_to_numpy(v)) for v in (one, other))
+            )
+
+
+# What does not fit.
+
+
+def pruned():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((8,)), keras.layers.Dense(16)])
+
+
+@pytest.mark.parametrize(
+    "create, sentence",
+    [
+        (lambda: plain(width=12), r"shape of 'dense': \(8, 16\) in the file"),
+        (lambda: plain(seed=1), "pretrained kernels of 2 of 2 layers"),
+        (pruned, "no layer that can be adapted at 'dense_1'"),
+    ],
+)
+def test_another_base_is_refused_and_left_alone(path, create, sentence):
+    trained().save_geolora(path)
+    model = create()
+    before = everything(model)
+    with pytest.raises(AdapterFileError, match=sentence) as caught:
+        model.load_geolora(path)
+    assert "strict=False" in str(caught.value)
+    assert everything(model) == before
+
+
+def test_another_base_outside_of_the_adapters_is_refused(path):
+    trained(modules_to_save=None, exclude=None).save_geolora(path)
+    model = plain()
+    model.layers[1].gamma.assign(np.full(16, 2.0))
+    with pytest.raises(AdapterFileError, match="outside of the adapted"):
+        model.load_geolora(path)
+
+
+def test_what_fits_can_be_loaded(path):
+    model = trained()
+    model.save_geolora(path)
+    other = plain(seed=1)
+    with pytest.warns(UserWarning, match="pretrained kernels of 2"):
+        other.load_geolora(path, strict=False)
+    np.testing.assert_allclose(
+        *(ops.convert_to_numpy(m.layers[0].delta()) for m in (model, other)),
+        atol=1e-6,
+    )
+
+
+def test_an_adapter_on_other_layers_is_refused(path):
+    trained().save_geolora(path)
+    model = plain()
+    model.enable_geolora(rank=2, targets=model.layers[0].name)
+    before = everything(model)
+    with pytest.raises(AdapterFileError, match="adapter is not on 'dense_1'"):
+        model.load_geolora(path)
+    assert everything(model) == before
+
+
+def test_a_rank_without_room_is_refused(path):
+    trained(rank=4, min_rank=4).save_geolora(path)
+    model = plain()
+    head, norm = model.layers[-1].name, model.layers[1].name
+    model.enable_geolora(
+        rank=1, max_rank=2, exclude=head, modules_to_save=[head, norm]
+    )
+    with pytest.raises(AdapterFileError, match="room for 2 in the model"):
+        model.load_geolora(path)
+
+
+def test_a_plain_model_has_nothing_to_save(path):
+    with pytest.raises(ValueError, match="enable_geolora"):
+        plain().save_geolora(path)
+    with pytest.raises(ValueError, match="no adapter of this name"):
+        trained().save_geolora(path, name="other")
+    assert not path.exists()
+
+
+def test_numbers_that_are_not_finite_are_not_saved(path):
+    model = trained()
+    model.save_geolora(path)
+    before = path.read_bytes()
+    model.layers[-1].bias.assign([0, np.nan, 0])
+    with pytest.raises(ValueError, match="not finite.*dense_2/bias"):
+        model.save_geolora(path)
+    assert path.read_bytes() == before
+
+
+# Damaged files.
+
+
+def test_no_damage_goes_unnoticed(path, tmp_path):
+    """1,200 mutations: each is refused, or what is read is the same."""
+    trained().save_geolora(path)
+    whole = path.read_bytes()
+    description, tensors = adapter_file.read_adapter(path)
+    rng = random.Random(0)
+    broken = tmp_path / "broken.safetensors"
+    header = struct.unpack("<Q", whole[:8])[0]
+    same = 0
+    for kind in range(1200):
+        data = bytearray(whole)
+        match kind % 6:
+            case 0:  # cut off
+                del data[rng.randrange(len(data)) :]
+            case 1:  # one bit anywhere
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            case 2:  # one bit in the header
+                data[8 + rng.randrange(header)] ^= 1 << rng.randrange(8)
+            case 3:  # another length of the header
+                length = rng.choice(
+                    [0, 1, header - 1, header + 1, 2**40, 2**63]
+                )
+                data[:8] = struct.pack("<Q", length)
+            case 4:  # a digit of the header: offsets, shapes, options
+                digits = [
+                    i for i in range(8, 8 + header) if chr(data[i]).isdigit()
+                ]
+                data[rng.choice(digits)] = ord(rng.choice("0123456789"))
+            case 5:  # rubbish in the middle or at the end
+                at = rng.choice([rng.randrange(len(data)), len(data)])
+                data[at:at] = rng.randbytes(rng.randrange(1, 64))
+        broken.write_bytes(data)
+        try:
+            other, others = adapter_file.read_adapter(broken)
+        except AdapterFileError:
+            continue
+        same += 1
+        assert other == description
+        assert others.keys() == tensors.keys()
+        for key in tensors:
+            np.testing.assert_array_equal(others[key], tensors[key])
+    # A digit may be replaced by itself; little else can go unpunished.
+    assert same < 60
+
+
+@pytest.mark.parametrize("mutation", range(6))
+def test_a_damaged_file_leaves_the_model_alone(path, mutation):
+    trained().save_geolora(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) * (mutation + 1) // 8] ^= 1
+    path.write_bytes(data)
+    model = plain()
+    before = everything(model)
+    with pytest.raises(AdapterFileError, match="damaged"):
+        model.load_geolora(path)
+    assert everything(model) == before
+
+
+def rewritten(path, change):
+    """Writes a file that contradicts itself, with the right checksum."""
+    description, tensors = adapter_file.read_adapter(path)
+    change(description, tensors)
+    path.write_bytes(adapter_file.serialized(tensors, description))
+
+
+FORGED = {
+    "an extra tensor": lambda d, t: t.update(foreign=np.ones(3, "float32")),
+    "a missing factor": lambda d, t: t.pop("dense.V"),
+    "another rank": lambda d, t: d["adapter"]["layers"]["dense"].update(rank=9),
+    "a huge buffer": lambda d, t: d["adapter"]["layers"]["dense"].update(
+        max_rank=10**12
+    ),
+    "no rank": lambda d, t: d["adapter"]["layers"]["dense"].pop("rank"),
+    "an option": lambda d, t: d["adapter"]["layers"]["dense"].update(x=1),
+    "a zero scale": lambda d, t: d["adapter"]["layers"]["dense"].update(
+        scale=0.0
+    ),
+    "text as dropout": lambda d, t: d["adapter"]["layers"]["dense"].update(
+        dropout="much"
+    ),
+    "another type": lambda d, t: t.update(
+        {"dense.U": t["dense.U"].astype("float64")}
+    ),
+    "not finite": lambda d, t: t["dense.S"].fill(np.nan),
+    "no layers": lambda d, t: d["adapter"].pop("layers"),
+    "layers as a list": lambda d, t: d["adapter"].update(layers=["dense"]),
+    "a name": lambda d, t: d["adapter"].update(name="a/b"),
+    "no base": lambda d, t: d.pop("base"),
+    "the future": lambda d, t: d.update(format=2),
+    "a foreign layer": lambda d, t: d["adapter"]["modules_to_save"].append("x"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_forged_file_is_refused(path, forgery):
+    trained().save_geolora(path)
+    rewritten(path, FORGED[forgery])
+    model = plain()
+    before = everything(model)
+    with pytest.raises(ValueError):
+        model.load_geolora(path)
+    assert everything(model) == before
+
+
+def test_foreign_files_are_refused(path):
+    path.write_bytes(safetensors.numpy.save({"x": np.ones(3)}))
+    with pytest.raises(AdapterFileError, match="import_peft"):
+        plain().load_geolora(path)
+    path.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(AdapterFileError, match="no safetensors file"):
+        plain().load_geolora(path)
+    with pytest.raises(FileNotFoundError):
+        plain().load_geolora(path.with_name("none"))
+    with pytest.raises(IsADirectoryError):
+        plain().load_geolora(path.parent)
+
+
+# Writing.
+
+WRITER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+print("ready", flush=True)
+i = 0
+while True:
+    i += 1
+    files.write_whole(sys.argv[2], bytes([i % 256]) * 3_000_000, b"end")
+"""
+
+
+def test_a_file_is_whole_whenever_the_writer_is_killed(path):
+    rng = random.Random(0)
+    for _ in range(15):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, files.__file__, str(path)],
+            stdout=subprocess.PIPE,
+        )
+        writer.stdout.readline()
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.05))
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+        data = path.read_bytes()
+        assert len(data) == 3_000_003 and data.endswith(b"end")
+        assert len(set(data[:-3])) == 1
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """Files cannot become larger than this."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_loses_nothing(path):
+    model = trained()
+    model.save_geolora(path)
+    before = path.read_bytes()
+    with disk_of(1000):
+        with pytest.raises(OSError, match="could not be written.*unchanged"):
+            model.save_geolora(path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_folder_that_is_not_there(path):
+    with pytest.raises(FileNotFoundError, match="could not be written"):
+        trained().save_geolora(path.parent / "none" / path.name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(path):
+    model = trained()
+    path.parent.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError, match="could not be written"):
+            model.save_geolora(path)
+    finally:
+        path.parent.chmod(0o700)
+
+
+def test_a_path_may_be_a_string_or_an_object(path):
+    model = trained()
+    model.save_geolora(str(path))
+    assert pathlib.Path(path).stat().st_mode & 0o777 == 0o666 & ~umask()
+    keras_geolora.load_geolora(plain(), str(path))
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,512 @@
+"""A run that is interrupted and resumed equals one that was not."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import families
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_geolora import GeoLoRA, GeoLoRADense
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(32, 8)).astype("float32")
+Y = np.tanh(X @ RNG.normal(size=(8, 3))).astype("float32")
+BACKENDS = "tensorflow", "jax", "torch"
+OTHERS = [name for name in BACKENDS if name != keras.backend.backend()]
+
+INNER = {
+    "adamw": lambda: keras.optimizers.AdamW(1e-2),
+    "momentum": lambda: keras.optimizers.SGD(
+        keras.optimizers.schedules.CosineDecay(0.1, 20), momentum=0.9
+    ),
+    "accumulating": lambda: keras.optimizers.Adam(
+        1e-2, gradient_accumulation_steps=3
+    ),
+    "adafactor": lambda: keras.optimizers.Adafactor(1e-2),
+}
+
+
+def plain():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="relu"),
+            # On torch, dropout without a seed draws from a generator of the
+            # process, which no file of a model can hold.
+            keras.layers.Dropout(0.2, seed=1),
+            keras.layers.Dense(16),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def adapted(inner="adamw"):
+    model = plain()
+    model.enable_geolora(rank=2, dropout=0.1, train_bias=True, seed=0)
+    optimizer = GeoLoRA(INNER[inner](), cut_interval=3)
+    if inner == "momentum":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+def fit(model, epochs, start=0, **options):
+    return model.fit(
+        X,
+        Y,
+        8,
+        epochs,
+        verbose=0,
+        shuffle=False,
+        initial_epoch=start,
+        **options,
+    )
+
+
+def state(model):
+    variables = [*model.weights, *model.optimizer.variables]
+    return [np.array(ops.convert_to_numpy(v)) for v in variables]
+
+
+def assert_same(these, those):
+    for one, other in zip(these, those, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def through_weights(model, folder, inner):
+    model.save_weights(folder / "run.weights.h5")
+    fresh = adapted(inner)
+    fresh.load_weights(folder / "run.weights.h5")
+    return fresh
+
+
+def through_keras_file(model, folder, inner):
+    model.save(folder / "run.keras")
+    return keras.saving.load_model(folder / "run.keras")
+
+
+@pytest.mark.parametrize("route", [through_weights, through_keras_file])
+@pytest.mark.parametrize("inner", INNER)
+def test_a_saved_run_goes_on_as_if_nothing_had_happened(tmp_path, inner, route):
+    whole = adapted(inner)
+    fit(whole, 4)
+    part = adapted(inner)
+    fit(part, 2)
+    resumed = route(part, tmp_path, inner)
+    assert_same(state(resumed), state(part))
+    fit(resumed, 4, start=2)
+    assert_same(state(resumed), state(whole))
+    ranks = [layer.rank for layer in whole.layers if hasattr(layer, "rank")]
+    assert len(ranks) == 3 and ranks == [
+        layer.rank for layer in resumed.layers if hasattr(layer, "rank")
+    ]
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_checkpoints_hold_every_epoch(tmp_path, weights_only):
+    name = "{epoch}.weights.h5" if weights_only else "{epoch}.keras"
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / name, save_weights_only=weights_only
+    )
+    whole = adapted()
+    fit(whole, 3, callbacks=[checkpoint])
+    for epoch in 1, 2:
+        path = tmp_path / name.format(epoch=epoch)
+        if weights_only:
+            resumed = adapted()
+            resumed.load_weights(path)
+        else:
+            resumed = keras.saving.load_model(path)
+        fit(resumed, 3, start=epoch)
+        assert_same(state(resumed), state(whole))
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Stops a run in the middle of an epoch."""
+
+    def __init__(self, epoch, batch):
+        super().__init__()
+        self.at = epoch, batch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_backup_and_restore_continues_an_interrupted_run(tmp_path, epoch):
+    whole = adapted()
+    fit(whole, 4)
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(adapted(), 4, callbacks=[backup(), Interrupt(epoch, 2)])
+    resumed = adapted()
+    history = fit(resumed, 4, callbacks=[backup()])
+    assert history.epoch == list(range(epoch, 4))
+    assert_same(state(resumed), state(whole))
+
+
+def test_early_stopping_restores_the_best_epoch():
+    best = adapted()
+    fit(best, 1)
+    model = adapted()
+    stop = keras.callbacks.EarlyStopping(
+        monitor="loss", mode="max", patience=2, restore_best_weights=True
+    )
+    fit(model, 6, callbacks=[stop])
+    for one, other in zip(best.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, other)))
+
+
+FRESH = """
+import sys
+import keras, numpy as np
+{imports}
+model = keras.saving.load_model("run.keras")
+data = np.load("data.npz")
+prediction = model.predict(data["x"], verbose=0)
+options = dict(batch_size=8, epochs=2, verbose=0, shuffle=False)
+model.fit(data["x"], data["y"], **options)
+np.savez(
+    "fresh.npz",
+    *[np.array(keras.ops.convert_to_numpy(v)) for v in model.weights],
+    prediction=prediction,
+)
+"""
+
+
+def run_fresh(folder, backend, imports):
+    """Loads and trains the model of a folder in a process of its own."""
+    np.savez(folder / "data.npz", x=X, y=Y)
+    root = str(pathlib.Path(__file__).parents[1])
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", FRESH.format(imports=imports)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_fresh_process_continues_bit_for_bit(tmp_path):
+    model = adapted()
+    fit(model, 2)
+    model.save(tmp_path / "run.keras")
+    run = run_fresh(tmp_path, keras.backend.backend(), "import keras_geolora")
+    assert run.returncode == 0, run.stderr
+    fit(model, 2)
+    arrays = np.load(tmp_path / "fresh.npz")
+    for index, variable in enumerate(model.weights):
+        np.testing.assert_array_equal(
+            arrays[f"arr_{index}"], ops.convert_to_numpy(variable)
+        )
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_another_backend_takes_over(tmp_path, backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    model = adapted()
+    fit(model, 2)
+    model.save(tmp_path / "run.keras")
+    run = run_fresh(tmp_path, backend, "import keras_geolora")
+    assert run.returncode == 0, run.stderr
+    arrays = np.load(tmp_path / "fresh.npz")
+    expected = np.array(model.predict(X, verbose=0))
+    np.testing.assert_allclose(arrays["prediction"], expected, atol=1e-5)
+    core = ops.convert_to_numpy(model.layers[0].adapter.S)
+    assert not np.array_equal(arrays["arr_3"], core)
+
+
+def test_without_the_library_the_error_names_the_import(tmp_path):
+    adapted().save(tmp_path / "run.keras")
+    run = run_fresh(tmp_path, keras.backend.backend(), "")
+    assert run.returncode != 0
+    assert "`import keras_geolora` before loading" in run.stderr
+
+
+# KerasHub.
+
+
+def predict(model, inputs):
+    return np.array(model.predict(inputs, verbose=0))
+
+
+def reload(model, folder):
+    model.save(folder / "model.keras")
+    return keras.saving.load_model(folder / "model.keras")
+
+
+def move(model):
+    """Gives every adapter and what trains beside it other values."""
+    rng = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        value = ops.convert_to_numpy(variable)
+        noise = rng.normal(size=value.shape).astype("float32") * 0.1
+        variable.assign(np.where(value != 0, value, noise))
+
+
+def bert():
+    return families.build("BertBackbone")
+
+
+def classifier(backbone):
+    return keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None
+    )
+
+
+def test_a_backbone_is_one_again(tmp_path):
+    backbone, inputs = bert()
+    backbone.enable_geolora(rank=2, targets="all", seed=0)
+    move(backbone)
+    loaded = reload(backbone, tmp_path)
+    assert isinstance(loaded, keras_hub.models.BertBackbone)
+    after, before = predict(loaded, inputs), predict(backbone, inputs)
+    for key in before.item() if before.shape == () else ():
+        np.testing.assert_array_equal(after.item()[key], before.item()[key])
+    assert loaded.geolora_adapters() == ["default"]
+    loaded.merge_geolora()
+    assert type(loaded) is keras_hub.models.BertBackbone
+
+
+# Keras does not compile KerasHub's tasks; ours, with GeoLoRA, are compiled.
+@pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called")
+@pytest.mark.parametrize("part", ["backbone", "task"])
+def test_a_task_is_one_again(tmp_path, part):
+    backbone, inputs = bert()
+    task = classifier(backbone)
+    pretrained = predict(task, inputs)
+    (task if part == "task" else backbone).enable_geolora(rank=2, seed=0)
+    move(task if part == "task" else backbone)
+    loaded = reload(task, tmp_path)
+    assert isinstance(loaded, keras_hub.models.BertTextClassifier)
+    assert isinstance(loaded.backbone, keras_hub.models.BertBackbone)
+    np.testing.assert_array_equal(
+        predict(loaded, inputs), predict(task, inputs)
+    )
+    assert [v.shape for v in loaded.trainable_variables] == [
+        v.shape for v in task.trainable_variables
+    ]
+    loaded.remove_geolora()
+    np.testing.assert_array_equal(predict(loaded, inputs), pretrained)
+
+
+def test_a_task_trains_on_where_it_was(tmp_path):
+    backbone, inputs = bert()
+    task = classifier(backbone)
+    task.enable_geolora(rank=2, seed=0)
+    labels = np.array([0, 1])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    task.compile(GeoLoRA("adam"), loss=loss)
+    task.fit(inputs, labels, epochs=2, verbose=0)
+    loaded = reload(task, tmp_path)
+    assert_same(state(loaded), state(task))
+
+
+def test_a_quantized_base_stays_quantized(tmp_path):
+    backbone, inputs = bert()
+    # KerasHub cannot load a task whose head is quantized.
+    backbone.quantize("int8")
+    task = classifier(backbone)
+    task.enable_geolora(rank=2, seed=0)
+    move(task)
+    loaded = reload(task, tmp_path)
+    np.testing.assert_array_equal(
+        predict(loaded, inputs), predict(task, inputs)
+    )
+
+
+def test_a_bfloat16_base_keeps_its_factors(tmp_path):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        model = plain()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.enable_geolora(rank=2, seed=0, modules_to_save=model.layers[-1].name)
+    move(model)
+    loaded = reload(model, tmp_path)
+    for one, other in zip(model.weights, loaded.weights, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, other)))
+
+
+def test_a_preset_is_refused(tmp_path):
+    backbone, _ = bert()
+    backbone.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="merge_geolora.*save_to_preset"):
+        backbone.save_to_preset(tmp_path / "preset")
+    backbone.merge_geolora()
+    backbone.save_to_preset(tmp_path / "preset")
+
+
+# Everything that belongs to a model.
+
+
+def two_adapters():
+    model = plain()
+    head = model.layers[-1].name
+    model.enable_geolora(
+        rank=2, name="a", exclude=head, modules_to_save=head, seed=0
+    )
+    move(model)
+    model.enable_geolora(
+        rank=3, name="b", exclude=head, modules_to_save=head, seed=7
+    )
+    move(model)
+    model.layers[-1].bias.assign([1, 2, 3])
+    return model
+
+
+def loaded_weights(model, folder):
+    model.save_weights(folder / "m.weights.h5")
+    other = two_adapters()
+    move(other)
+    other.load_weights(folder / "m.weights.h5")
+    return other
+
+
+@pytest.mark.parametrize("route", [reload, loaded_weights])
+@pytest.mark.parametrize("active", ["a", "b"])
+def test_all_adapters_and_their_heads_come_back(tmp_path, route, active):
+    model = two_adapters()
+    model.activate_geolora(active)
+    expected = predict(model, X)
+    other = route(model, tmp_path)
+    assert other.geolora_adapters() == model.geolora_adapters()
+    np.testing.assert_array_equal(predict(other, X), expected)
+    for name in "ab":
+        for one in model, other:
+            one.activate_geolora(name)
+        np.testing.assert_array_equal(predict(other, X), predict(model, X))
+    for one in model, other:
+        one.remove_geolora()
+    np.testing.assert_array_equal(predict(other, X), predict(model, X))
+    assert [v.trainable for v in other.weights] == [
+        v.trainable for v in model.weights
+    ]
+
+
+def test_what_was_frozen_before_is_frozen_after(tmp_path):
+    model = plain()
+    model.layers[0].trainable = False
+    model.enable_geolora(rank=2)
+    loaded = reload(model, tmp_path)
+    assert loaded.layers[0].trainable
+    loaded.merge_geolora()
+    assert [layer.trainable for layer in loaded.layers] == [
+        False,
+        *[True] * (len(model.layers) - 1),
+    ]
+
+
+def test_an_adapted_part_of_a_model(tmp_path):
+    part = plain()
+    part.enable_geolora(rank=2, seed=0)
+    move(part)
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(part(inputs)))
+    model.compile(GeoLoRA("adam"), loss="mse")
+    model.fit(X, Y[:, :2], verbose=0)
+    loaded = reload(model, tmp_path)
+    assert_same(state(loaded), state(model))
+    assert loaded.geolora_adapters() == ["default"]
+    np.testing.assert_array_equal(predict(loaded, X), predict(model, X))
+
+
+def test_a_layer_with_an_adapter_of_its_own(tmp_path):
+    model = keras.Sequential([keras.Input((8,)), GeoLoRADense(4, rank=2)])
+    move(model)
+    np.testing.assert_array_equal(
+        predict(reload(model, tmp_path), X), predict(model, X)
+    )
+
+
+def test_a_backend_chooses_its_own_compilation(tmp_path):
+    model = adapted()
+    assert model.get_compile_config()["jit_compile"] == "auto"
+    model.compile(GeoLoRA("adam"), loss="mse", jit_compile=False)
+    assert model.get_compile_config()["jit_compile"] is False
+
+
+def test_weights_without_an_optimizer_load_without_a_warning(tmp_path):
+    model = plain()
+    model.enable_geolora(rank=2, seed=0)
+    move(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = plain()
+    other.enable_geolora(rank=2, seed=1)
+    other.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(predict(other, X), predict(model, X))
+
+
+# Mistakes.
+
+
+def test_weights_of_other_adapters_are_refused(tmp_path):
+    two_adapters().save_weights(tmp_path / "m.weights.h5")
+    model = plain()
+    model.enable_geolora(rank=2, name="a")
+    with pytest.raises(ValueError, match=r"weights of adapters \['a', 'b'\]"):
+        model.load_weights(tmp_path / "m.weights.h5")
+
+
+def test_weights_of_a_plain_model_are_refused(tmp_path):
+    plain().save_weights(tmp_path / "m.weights.h5")
+    model = plain()
+    model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="not those of an adapted model"):
+        model.load_weights(tmp_path / "m.weights.h5")
+
+
+@pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
+def test_nothing_is_saved_while_adapters_are_disabled(tmp_path, name):
+    model = two_adapters()
+    save = model.save_weights if "weights" in name else model.save
+    with model.geolora_disabled():
+        with pytest.raises(ValueError, match="geolora_disabled"):
+            save(tmp_path / name)
+    save(tmp_path / name)
+
+
+class Unbuildable(keras.Model):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dense = keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def get_build_config(self):
+        return None
+
+
+def test_a_model_that_cannot_be_built_again_says_so(tmp_path):
+    model = Unbuildable()
+    model(X)
+    model.enable_geolora(rank=2)
+    config = model.get_config()
+    config["base"]["class_name"] = "Unbuildable"
+    with keras.saving.custom_object_scope({"Unbuildable": Unbuildable}):
+        with pytest.raises(ValueError, match="build_from_config"):
+            type(model).from_config(config)
