@@ -303,7 +303,7 @@ def test_the_adapters_of_a_part_are_merged_where_they_were_made():
     outer.merge_geolora()
     inner.enable_geolora(rank=2)
     outer.merge_geolora()
-    assert type(inner) is keras.Model or not hasattr(inner, "plain_class")
+    assert not hasattr(inner, "plain_class")
 
 
 def test_a_model_that_is_not_built_is_refused():

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_geolora import GeoLoRADense, GeoLoRAEinsumDense, LowRankAdapter
+from keras_geolora import (
+    GeoLoRA,
+    GeoLoRADense,
+    GeoLoRAEinsumDense,
+    GeoLoRAEmbedding,
+    LowRankAdapter,
+)
+from keras_geolora.layers.adapter import low_rank_rows
 from keras_geolora.layers.einsum_dense import MatrixView
 
 # Every kind of equation that Keras and KerasHub use: inputs' shape,
@@ -292,3 +299,48 @@ def test_merging_keeps_the_precision_of_a_kernel():
     model.enable_geolora(rank=2)
     model.merge_geolora()
     np.testing.assert_array_equal(ops.convert_to_numpy(layer.kernel), before)
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_adapters_train_inside_a_branch(integers):
+    """As in the prompt encoder of SAM."""
+
+    class Branching(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            if integers:
+                self.inner = GeoLoRAEmbedding(5, 4, rank=2, seed=0)
+            else:
+                self.inner = GeoLoRADense(4, rank=2, seed=0)
+            self.inner.build((None, 4))
+
+        def call(self, x):
+            inputs = ops.cast(x[:, 0] > 0, "int32") if integers else x
+            return ops.cond(
+                ops.max(x) > 0, lambda: self.inner(inputs), lambda: x
+            )
+
+        def compute_output_shape(self, input_shape):
+            return input_shape
+
+    model = keras.Sequential([keras.Input((4,)), Branching()])
+    model.compile(GeoLoRA("adam"), loss="mse", jit_compile=False)
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    model.fit(x, x, epochs=2, verbose=0)
+    core = model.layers[0].inner.adapter.S
+    assert np.any(ops.convert_to_numpy(core))
+
+
+def test_rows_are_counted_exactly():
+    U = np.zeros((2**24 + 1, 1), "float32")
+    S, V = np.ones((1, 1), "float32"), np.ones((2, 1), "float32")
+    ids = np.array([0])
+    with pytest.raises(ValueError, match="16777217 rows"):
+        low_rank_rows(ids, U, S, V, 1.0, "float32")
+    U = U[:-1]
+    U[-1], U[-2] = 3, 5
+    last = np.array([2**24 - 1, 2**24 - 2])
+    y = low_rank_rows(
+        last, *map(ops.convert_to_tensor, (U, S, V)), 1.0, "float32"
+    )
+    np.testing.assert_array_equal(ops.convert_to_numpy(y)[:, 0], [3, 5])

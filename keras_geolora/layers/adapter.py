@@ -301,7 +301,7 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
     """Computes rows of `scale * U @ S @ V.T`, with the geometric gradients.
 
     Args:
-        ids: Int tensor of shape `(batch,)`, the rows.
+        ids: Int tensor of shape `(batch,)`, the rows, below 2**24.
         U: Tensor of shape `(input_dim, max_rank)`.
         S: Tensor of shape `(max_rank, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
@@ -312,10 +312,17 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
         Tensor of shape `(batch, output_dim)`. Its gradients are those of
         `low_rank_product` for one-hot inputs, which are never formed.
     """
-    ids = ops.stop_gradient(ids)
+    if U.shape[0] > 2**24:
+        raise ValueError(
+            "An adapter selects rows of a matrix with at most 2**24 rows. "
+            f"Received: {U.shape[0]} rows"
+        )
 
+    # JAX cannot close over the ids inside a branch of `cond`, and has no
+    # gradient for integers: they travel as numbers, exact below 2**24.
     @ops.custom_gradient
-    def rows(U, S, V):
+    def rows(numbers, U, S, V):
+        ids = ops.cast(numbers, "int32")
         rows_of_U = ops.cast(ops.take(U, ids, axis=0), dtype)
         V_x, S_x = ops.cast(V, dtype), ops.cast(S * scale, dtype)
 
@@ -325,12 +332,13 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
             grad_K = ops.segment_sum(gV, ids, num_segments=U.shape[0]) * scale
             grad_L = ops.matmul(ops.transpose(g), rows_of_U)
             grad_L = ops.cast(grad_L, U.dtype) * scale
-            return grad_K, ops.matmul(ops.transpose(U), grad_K), grad_L
+            grad_S = ops.matmul(ops.transpose(U), grad_K)
+            return ops.zeros_like(numbers), grad_K, grad_S, grad_L
 
         y = ops.matmul(ops.matmul(rows_of_U, S_x), ops.transpose(V_x))
         return y, gradients
 
-    return rows(U, S, V)
+    return rows(ops.cast(ids, "float32"), U, S, V)
 
 
 def low_rank_matrix(U, S, V, scale):
