@@ -14,6 +14,11 @@ from keras_geolora.conversion import (
     remove_geolora,
     unmerge_geolora,
 )
+from keras_geolora.exchange import (
+    export_peft,
+    import_keras_lora,
+    import_peft,
+)
 from keras_geolora.layers import (
     GeoLoRAConv1D,
     GeoLoRAConv2D,
@@ -52,9 +57,12 @@ __all__ = [
     "combine_geolora",
     "delete_geolora",
     "enable_geolora",
+    "export_peft",
     "geolora_adapters",
     "geolora_disabled",
     "geolora_summary",
+    "import_keras_lora",
+    "import_peft",
     "load_geolora",
     "merge_geolora",
     "register_slot_rules",

@@ -97,12 +97,7 @@ def save_geolora(model, path, name=None):
     """
     check_model(model)
     adaptation = adaptation_to_save(model)
-    name = adaptation.active if name is None else name
-    if name not in adaptation.adapters:
-        raise ValueError(
-            f"There is no adapter of this name. Received: name={name!r}; the "
-            f"adapters of model '{model.name}' are {list(adaptation.adapters)}"
-        )
+    name = chosen_adapter(adaptation, name)
     (plan,) = (a for a in adaptation.plan()["adapters"] if a["name"] == name)
     paths = stable_paths(adaptation.scope)
     tensors = {}
@@ -526,6 +521,18 @@ def adaptation_to_save(model):
             f"whole. Received: model '{model.name}'"
         )
     return adaptation
+
+
+def chosen_adapter(adaptation, name):
+    """Returns the name of an adapter that exists, by default the active one."""
+    name = adaptation.active if name is None else name
+    if name not in adaptation.adapters:
+        raise ValueError(
+            f"There is no adapter of this name. Received: name={name!r}; those "
+            f"of model '{adaptation.model_name}' are "
+            f"{list(adaptation.adapters)}"
+        )
+    return name
 
 
 def plain_class_name(model):

@@ -1,0 +1,603 @@
+"""Adapters in the formats of others: Hugging Face PEFT and KerasHub's LoRA."""
+
+import json
+import pathlib
+import re
+import warnings
+
+import h5py
+import numpy as np
+import safetensors.numpy
+from keras import ops
+
+from keras_geolora.adapted_model import (
+    add_adapter,
+    check_can_adapt,
+    check_model,
+    check_name,
+    scope_of,
+)
+from keras_geolora.adapter_file import (
+    AdapterFileError,
+    adaptation_to_save,
+    chosen_adapter,
+    kernel_shape,
+    keyed_variables,
+    padded,
+    some,
+    trimmed_factors,
+)
+from keras_geolora.files import write_whole
+from keras_geolora.layers.adapted import DEFAULT
+from keras_geolora.targeting import adapted_class, stable_paths
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+ENCODER = {
+    "self_attention_layer/query": "attention.self.query",
+    "self_attention_layer/key": "attention.self.key",
+    "self_attention_layer/value": "attention.self.value",
+    "self_attention_layer/attention_output": "attention.output.dense",
+    "feedforward_intermediate_dense": "intermediate.dense",
+    "feedforward_output_dense": "output.dense",
+}
+DECODER = {
+    "self_attention/query": "self_attn.q_proj",
+    "self_attention/key": "self_attn.k_proj",
+    "self_attention/value": "self_attn.v_proj",
+    "self_attention/attention_output": "self_attn.o_proj",
+    "feedforward_gate_dense": "mlp.gate_proj",
+    "feedforward_intermediate_dense": "mlp.up_proj",
+    "feedforward_output_dense": "mlp.down_proj",
+}
+LLAMA = ("transformer_layer_", "layers.", DECODER)
+# What transformers 5 calls the layers of KerasHub's backbones: how the path of
+# a block begins before its number, how its name does, and what is in a block.
+# `[1/3]` is the second third of the columns of a kernel.
+FAMILIES = {
+    "BertBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
+    "RobertaBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
+    "XLMRobertaBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
+    "DebertaV3Backbone": (
+        "disentangled_attention_encoder_layer_",
+        "encoder.layer.",
+        {
+            **ENCODER,
+            "self_attention_layer/query": "attention.self.query_proj",
+            "self_attention_layer/key": "attention.self.key_proj",
+            "self_attention_layer/value": "attention.self.value_proj",
+        },
+    ),
+    "DistilBertBackbone": (
+        "transformer_layer_",
+        "transformer.layer.",
+        {
+            "self_attention_layer/query": "attention.q_lin",
+            "self_attention_layer/key": "attention.k_lin",
+            "self_attention_layer/value": "attention.v_lin",
+            "self_attention_layer/attention_output": "attention.out_lin",
+            "feedforward_intermediate_dense": "ffn.lin1",
+            "feedforward_output_dense": "ffn.lin2",
+        },
+    ),
+    "LlamaBackbone": LLAMA,
+    "MistralBackbone": LLAMA,
+    "QwenBackbone": LLAMA,
+    "Qwen3Backbone": LLAMA,
+    "GemmaBackbone": (
+        "decoder_block_",
+        "layers.",
+        {
+            "attention/query": "self_attn.q_proj",
+            "attention/key": "self_attn.k_proj",
+            "attention/value": "self_attn.v_proj",
+            "attention/attention_output": "self_attn.o_proj",
+            "ffw_gating": "mlp.gate_proj",
+            "ffw_gating_2": "mlp.up_proj",
+            "ffw_linear": "mlp.down_proj",
+        },
+    ),
+    "GPT2Backbone": (
+        "transformer_layer_",
+        "h.",
+        {
+            "self_attention/query": "attn.c_attn[0/3]",
+            "self_attention/key": "attn.c_attn[1/3]",
+            "self_attention/value": "attn.c_attn[2/3]",
+            "self_attention/attention_output": "attn.c_proj",
+            "feedforward_intermediate_dense": "mlp.c_fc",
+            "feedforward_output_dense": "mlp.c_proj",
+        },
+    ),
+    "ViTBackbone": (
+        "vit_encoder/transformer_block_",
+        "layers.",
+        {
+            "mha/query": "attention.q_proj",
+            "mha/key": "attention.k_proj",
+            "mha/value": "attention.v_proj",
+            "mha/attention_output": "attention.o_proj",
+            "mlp/dense": "mlp.fc1",
+            "mlp/dense_1": "mlp.fc2",
+        },
+    ),
+}
+OTHERS = {"BertBackbone": {"pooled_dense": "pooler.dense"}}
+FIRST_BLOCK = {"ViTBackbone": 1}
+# Families whose kernels transformers stores as we do, not transposed.
+TRANSPOSED = {"GPT2Backbone"}
+
+
+def export_peft(
+    model, folder, name=None, names=None, prefix="", base_model=None, pad=False
+):
+    """Writes an adapter as a LoRA adapter of Hugging Face PEFT.
+
+    The folder gets `adapter_config.json` and `adapter_model.safetensors`, for
+    `peft.PeftModel.from_pretrained(hf_model, folder)`. A layer's update
+    `scale * U S V.T` becomes `lora_A = U.T` and `lora_B = scale * V S`; the
+    ranks are in `rank_pattern`. What trained beside the factors, such as
+    biases and heads, has no place in the format; a warning lists it.
+
+    Names are known for the backbones Bert, Roberta, XLMRoberta, DebertaV3,
+    DistilBert, Llama, Llama3, Mistral, Qwen, Qwen3, Gemma, GPT2 and ViT, as
+    transformers 5 has them.
+
+    Args:
+        model: `keras.Model` on which `enable_geolora` was called.
+        folder: String or path, created if it is not there.
+        name: String, the adapter. Defaults to the active one.
+        names: Dict from the paths of layers to the names of modules, or a
+            callable `path -> name`, for other families. Defaults to `None`.
+        prefix: String, where the backbone is in the Hugging Face model, such
+            as `"bert"` or `"model"` for one with a head. Defaults to `""`.
+        base_model: String, the Hugging Face name of the base model, which is
+            written into the config. Defaults to `None`.
+        pad: Bool, whether all layers get the largest rank, filled up with
+            zeros, for readers such as vLLM that expect one rank. Defaults to
+            `False`.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If there is no such adapter, or a layer has no name or no
+            counterpart in PEFT's LoRA.
+        OSError: If a file cannot be written.
+
+    Example:
+
+    ```python
+    import tempfile
+
+    import keras
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    path = model.layers[0].name
+    model.enable_geolora(rank=2)
+    with tempfile.TemporaryDirectory() as folder:
+        keras_geolora.export_peft(model, folder, names={"dense": "score"})
+    ```
+    """
+    check_model(model)
+    adaptation = adaptation_to_save(model)
+    name = chosen_adapter(adaptation, name)
+    layers = {
+        path: layer
+        for path, layer in stable_paths(adaptation.scope).items()
+        if name in getattr(layer, "adapter_names", ())
+    }
+    named = module_names(model, layers, names)
+    for path, layer in layers.items():
+        if not is_product(layer):
+            raise ValueError(
+                "PEFT's LoRA of linear layers has no counterpart for an "
+                f"adapter of a {layer.plain_class.__name__}. Leave it out by "
+                "`enable_geolora(exclude=...)`, or merge and export the whole "
+                f"model. Received: adapted layer '{path}'"
+            )
+    parts = {}
+    for path, layer in layers.items():
+        module, part, count = split_name(named[path])
+        factors = trimmed_factors(layer._adapters[name])
+        strength = factors["S"] * layer._adapters[name].scale
+        A, B = factors["U"].T, factors["V"] @ strength
+        parts.setdefault(module, []).append((A, B, part, count))
+    pairs = {module: fused(blocks) for module, blocks in parts.items()}
+    largest = max(len(A) for A, _ in pairs.values())
+    if pad:
+        pairs = {
+            module: (
+                padded(A, (largest, A.shape[1])),
+                padded(B, (len(B), largest)),
+            )
+            for module, (A, B) in pairs.items()
+        }
+    dotted = f"{prefix}." if prefix else ""
+    tensors, ranks = {}, {}
+    for module, (A, B) in pairs.items():
+        key = f"{PREFIX}{dotted}{module}"
+        tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(A)
+        tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(B)
+        ranks[f"{dotted}{module}"] = len(A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "target_modules": list(ranks),
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": {m: r for m, r in ranks.items() if r != largest},
+        # PEFT multiplies by `alpha / r`, and ours is in `lora_B` already.
+        "alpha_pattern": {m: r for m, r in ranks.items() if r != largest},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": bool(family_of(model, TRANSPOSED)),
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    companions = {id(v) for v in adaptation.adapters[name].companions}
+    left = [k for k, v in keyed_variables(model).items() if id(v) in companions]
+    if left:
+        warnings.warn(
+            "PEFT's LoRA format holds factors only. These variables trained "
+            f"too and are not in '{folder}': {some(left)}. Save them by "
+            "`model.save_geolora(...)`.",
+            stacklevel=2,
+        )
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        folder / WEIGHTS, safetensors.numpy.save(tensors, {"format": "pt"})
+    )
+    write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
+
+
+def import_peft(model, folder, name=DEFAULT, names=None):
+    """Reads a LoRA adapter of Hugging Face PEFT into a model, exactly.
+
+    Every product `B A` becomes orthonormal bases and singular values, by QR
+    decompositions of the factors and a small singular value decomposition.
+    The adapter is activated and trains on like any other.
+
+    Args:
+        model: Built `keras.Model`, the same base model.
+        folder: String or path of the folder with `adapter_config.json` and
+            `adapter_model.safetensors`.
+        name: String, the name of the adapter. Defaults to `"default"`.
+        names: As in `export_peft`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        OSError: If a file is missing.
+        ValueError: If the adapter is none of LoRA, has parts that cannot be
+            expressed as an update of kernels, or does not fit the model,
+            which is unchanged then.
+
+    Example:
+
+    ```python
+    import tempfile
+
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    names = {"dense": "score"}
+    with tempfile.TemporaryDirectory() as folder:
+        keras_geolora.export_peft(model, folder, names=names)
+        model.remove_geolora()
+        keras_geolora.import_peft(model, folder, names=names)
+    assert model.layers[0].is_adapted
+    ```
+    """
+    check_model(model)
+    check_name(name)
+    check_can_adapt(model, name)
+    folder = pathlib.Path(folder)
+    config = read_peft_config(folder / CONFIG)
+    pairs = read_peft_weights(folder / WEIGHTS, config)
+    layers = {
+        path: layer
+        for path, layer in stable_paths(scope_of(model)).items()
+        if kernel_shape(layer) is not None and is_product(layer)
+    }
+    named = module_names(model, layers, names, complete=False)
+    updates, used = {}, set()
+    for path, full_name in named.items():
+        module, part, count = split_name(full_name)
+        for key, (A, B) in pairs.items():
+            if key == module or key.endswith(f".{module}"):
+                used.add(key)
+                rows = len(B) // count
+                updates[path] = A.T, B[part * rows : (part + 1) * rows].T
+    unknown = sorted(set(pairs) - used)
+    if unknown or not updates:
+        raise AdapterFileError(
+            f"'{folder}' adapts modules that model '{model.name}' has under "
+            f"no known name: {some(unknown)}. Its own are called "
+            f"{some(named.values())}. Say which are meant by "
+            "`names={path: module}`. Nothing was loaded."
+        )
+    add_products(model, name, {p: layers[p] for p in updates}, updates)
+    return model
+
+
+def import_keras_lora(model, path, name=DEFAULT):
+    """Reads a file of KerasHub's `save_lora_weights` into a model, exactly.
+
+    Keras factors a kernel of three axes along the last one only, so that its
+    rank as a matrix can be higher than that of the file.
+
+    Args:
+        model: Built KerasHub backbone, or task holding it, without Keras'
+            own LoRA.
+        path: String or path, ending in `.lora.h5`.
+        name: String, the name of the adapter. Defaults to `"default"`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        OSError: If there is no such file, or it is no HDF5 file.
+        ValueError: If the file does not fit the model, which is unchanged
+            then.
+
+    Example:
+
+    ```python
+    import keras_geolora
+
+    # backbone.load_lora_weights("mine.lora.h5") in KerasHub becomes
+    # keras_geolora.import_keras_lora(backbone, "mine.lora.h5")
+    ```
+    """
+    check_model(model)
+    check_name(name)
+    check_can_adapt(model, name)
+    scope = scope_of(model)
+    # KerasHub counts the layers that have weights.
+    counted = [
+        x for x in scope._flatten_layers(include_self=False) if x.weights
+    ]
+    path_of = {id(layer): p for p, layer in stable_paths(scope).items()}
+    layers, updates = {}, {}
+    with h5py.File(path, "r") as file:
+        entries = {
+            key: {k: np.array(v) for k, v in group["vars"].items()}
+            for key, group in file["lora"].items()
+            if key.isdigit()
+        }
+    for key, arrays in entries.items():
+        layer = counted[int(key)] if int(key) < len(counted) else None
+        a, b = arrays["lora_kernel_a"], arrays["lora_kernel_b"]
+        shape = kernel_shape(layer)
+        kernel = (*a.shape[:-1], b.shape[-1])
+        if shape is None or kernel != tuple(plain_kernel_shape(layer)):
+            raise AdapterFileError(
+                f"'{path}' has an update of shape {kernel} for layer {key} of "
+                f"those with weights, which in model '{model.name}' is "
+                f"{layer!r}. It belongs to another model. Nothing was loaded."
+            )
+        place = path_of[id(layer)]
+        layers[place] = layer
+        matrix = kernel_to_matrix(layer, np.tensordot(a, b, 1))
+        updates[place] = matrix, np.eye(matrix.shape[1])
+    if not layers:
+        raise AdapterFileError(f"'{path}' has no LoRA weights of KerasHub.")
+    add_products(model, name, layers, updates)
+    return model
+
+
+def add_products(model, name, layers, products):
+    """Adds an adapter whose updates are given as products of two matrices."""
+    factors = {path: svd_of_product(*products[path]) for path in layers}
+    options = {}
+    for path, (_, sigma, _) in factors.items():
+        largest = min(kernel_shape(layers[path]))
+        options[path] = {
+            "rank": len(sigma),
+            "max_rank": min(2 * len(sigma), largest),
+            "min_rank": 1,
+            "scale": 1.0,
+            "dropout": 0.0,
+            "seed": None,
+        }
+    for path, (U, _, V) in factors.items():
+        if (len(U), len(V)) != kernel_shape(layers[path]):
+            raise AdapterFileError(
+                f"The update of layer '{path}' has shape {(len(U), len(V))}, "
+                f"the kernel {kernel_shape(layers[path])}. Nothing was loaded."
+            )
+    add_adapter(model, name, layers, options, [], train_bias=False)
+    for path, (U, sigma, V) in factors.items():
+        adapter = layers[path]._adapters[name]
+        for role, factor in zip("USV", (U, np.diag(sigma), V), strict=True):
+            variable = getattr(adapter, role)
+            variable.assign(padded(factor, variable.shape))
+
+
+def svd_of_product(left, right):
+    """Returns `U, sigma, V` with `U diag(sigma) V.T = left @ right`.
+
+    Two QR decompositions leave a small matrix; the product is not formed.
+    Singular values that are rounding noise are left out, but for one.
+    """
+    Q, R = np.linalg.qr(left.astype("float64"))
+    P, T = np.linalg.qr(right.T.astype("float64"))
+    U, sigma, Vt = np.linalg.svd(R @ T.T)
+    count = max(int((sigma > 1e-7 * sigma[0]).sum()), 1)
+    return Q @ U[:, :count], sigma[:count], P @ Vt[:count].T
+
+
+def module_names(model, layers, names, complete=True):
+    """Returns the dict from path to the name of the module in transformers."""
+    if names is not None:
+        find = names if callable(names) else names.get
+        unknown = [] if callable(names) else sorted(set(names) - set(layers))
+        if unknown:
+            raise ValueError(
+                "`names` is about layers that are adapted. Received: names for "
+                f"{some(unknown)}; known are {some(layers)}"
+            )
+    else:
+        family = family_of(model, FAMILIES)
+        if family is None:
+            raise ValueError(
+                "The names of modules are known for "
+                f"{', '.join(FAMILIES)}. For others write "
+                "`names={path: module}`, or a callable. Received: model "
+                f"'{model.name}' with layers {some(layers)}"
+            )
+
+        def find(path):
+            return name_in(family, path)
+
+    found = {path: find(path) for path in layers}
+    nameless = [path for path, name in found.items() if name is None]
+    if nameless and complete:
+        raise ValueError(
+            "Every adapted layer needs the name of its module. Give it by "
+            "`names={path: module}`, or do not adapt the layer. Received: no "
+            f"name for {some(nameless)}"
+        )
+    return {path: name for path, name in found.items() if name is not None}
+
+
+def name_in(family, path):
+    """Returns the name of the module at a path, or `None`."""
+    if path in OTHERS.get(family, {}):
+        return OTHERS[family][path]
+    block, name, inner = FAMILIES[family]
+    match = re.fullmatch(rf"{block}(\d+)/(.+)", path)
+    if match is None or match[2] not in inner:
+        return None
+    number = int(match[1]) - FIRST_BLOCK.get(family, 0)
+    return f"{name}{number}.{inner[match[2]]}"
+
+
+def family_of(model, families):
+    """Returns the name of the class of a backbone in a table, or `None`."""
+    mro = (cls.__name__ for cls in type(scope_of(model)).__mro__)
+    return next((name for name in mro if name in families), None)
+
+
+def split_name(name):
+    """Splits `module[part/count]`; without brackets it is all of the module."""
+    match = re.fullmatch(r"(.+)\[(\d+)/(\d+)\]", name)
+    return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 1)
+
+
+def fused(blocks):
+    """Returns `A, B` of a module whose parts are adapted one by one."""
+    rank = sum(len(A) for A, *_ in blocks)
+    _, first, _, count = blocks[0]
+    B = np.zeros((count * len(first), rank), "float32")
+    at = 0
+    for A, block, part, _ in blocks:
+        rows = slice(part * len(block), (part + 1) * len(block))
+        B[rows, at : at + len(A)] = block
+        at += len(A)
+    return np.concatenate([A for A, *_ in blocks]), B
+
+
+def is_product(layer):
+    """Says whether a layer multiplies its inputs with a kernel, and no more."""
+    name = adapted_class(layer).__name__
+    return not any(word in name for word in ("Conv", "Embedding"))
+
+
+def read_peft_config(path):
+    """Reads what PEFT says of an adapter, and refuses what is no plain LoRA."""
+    try:
+        config = json.loads(path.read_text())
+        kind = config["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"'{path}' is no config of PEFT.") from error
+    unsupported = [
+        key
+        for key in (
+            "use_dora",
+            "modules_to_save",
+            "lora_bias",
+            "layer_replication",
+        )
+        if config.get(key)
+    ]
+    if config.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if kind != "LORA" or unsupported:
+        raise AdapterFileError(
+            "Only plain LoRA is an update of kernels and nothing else. "
+            f"Received: '{path}' with peft_type='{kind}'"
+            + (f" and {unsupported}" if unsupported else "")
+        )
+    return config
+
+
+def read_peft_weights(path, config):
+    """Returns the dict from module to `A, B`, with the scaling in `B`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no '{path}'.")
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except Exception as error:
+        raise AdapterFileError(
+            f"'{path}' is damaged, or in a type that NumPy does not have: "
+            f"{error}."
+        ) from error
+    pairs = {}
+    for key in tensors:
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise AdapterFileError(
+                f"'{path}' has '{key}', which is no factor of a linear layer. "
+                "Nothing was loaded."
+            )
+        pairs.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = key
+    result = {}
+    for module, keys in pairs.items():
+        if set(keys) != {"A", "B"}:
+            raise AdapterFileError(f"'{path}' has half of '{module}' only.")
+        A, B = (tensors[keys[half]].astype("float64") for half in "AB")
+        if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+            raise AdapterFileError(f"The factors of '{module}' do not fit.")
+        if not (np.isfinite(A).all() and np.isfinite(B).all()):
+            raise AdapterFileError(f"'{module}' has numbers not finite.")
+        alpha = in_pattern(config.get("alpha_pattern"), module)
+        alpha = config["lora_alpha"] if alpha is None else alpha
+        root = 0.5 if config.get("use_rslora") else 1
+        result[module] = A, B * (alpha / len(A) ** root)
+    return result
+
+
+def in_pattern(patterns, module):
+    """Returns what a `rank_pattern` or `alpha_pattern` says of a module."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return None
+
+
+def plain_kernel_shape(layer):
+    """Returns the shape of a kernel, also of one that is quantized."""
+    return getattr(layer, "original_kernel_shape", None) or layer.kernel.shape
+
+
+def kernel_to_matrix(layer, kernel):
+    """Undoes `matrix_to_kernel` of the adapted class, for an array."""
+    shape = kernel_shape(layer)
+    indices = np.arange(kernel.size, dtype="int32").reshape(shape)
+    order = adapted_class(layer).matrix_to_kernel(layer, indices)
+    matrix = np.empty(kernel.size, kernel.dtype)
+    matrix[ops.convert_to_numpy(order).ravel()] = kernel.ravel()
+    return matrix.reshape(shape)
