@@ -123,6 +123,8 @@ def save_geolora(model, path, name=None):
         "keras_geolora": __version__,
         "keras": keras.__version__,
         "model": plain_class_name(model),
+        "backbone": plain_class_name(adaptation.scope),
+        "classes": {p: plain_class_name(paths[p]) for p in plan["layers"]},
         "adapter": plan,
         "base": fingerprint(model, plan["layers"]),
     }
@@ -396,6 +398,7 @@ def check_contents(description, tensors):
     require(isinstance(plan["train_bias"], bool), "train_bias")
     require(all(isinstance(p, str) for p in plan["modules_to_save"]), "paths")
     require(isinstance(description["base"][""], str), "base")
+    require(isinstance(description["backbone"], str), "backbone")
     for path, options in plan["layers"].items():
         U, S, V = (tensors[f"{path}.{role}"] for role in "USV")
         rank = options["rank"]
@@ -405,6 +408,7 @@ def check_contents(description, tensors):
         require(set(options) == set(OPTIONS), path)
         require(all(type(options[o]) in OPTIONS[o] for o in options), path)
         require(isinstance(description["base"][path], str), path)
+        require(isinstance(description["classes"][path], str), path)
     for key, x in tensors.items():
         require(np.isfinite(x).all(), key)
 
@@ -535,9 +539,9 @@ def chosen_adapter(adaptation, name):
     return name
 
 
-def plain_class_name(model):
-    """Returns the name of a model's class before it was adapted."""
-    return getattr(model, "plain_class", type(model)).__name__
+def plain_class_name(layer):
+    """Returns the name of a layer's or model's class before it was adapted."""
+    return getattr(layer, "plain_class", type(layer)).__name__
 
 
 def some(paths, count=4):

@@ -24,6 +24,7 @@ from keras_geolora.adapter_file import (
     kernel_shape,
     keyed_variables,
     padded,
+    plain_class_name,
     some,
     trimmed_factors,
 )
@@ -188,39 +189,68 @@ def export_peft(
         for path, layer in stable_paths(adaptation.scope).items()
         if name in getattr(layer, "adapter_names", ())
     }
-    named = module_names(model, layers, names)
+    updates = {}
     for path, layer in layers.items():
-        if not is_product(layer):
+        adapter = layer._adapters[name]
+        updates[path] = (*trimmed_factors(adapter).values(), adapter.scale)
+    companions = {id(v) for v in adaptation.adapters[name].companions}
+    left = [k for k, v in keyed_variables(model).items() if id(v) in companions]
+    write_peft(
+        folder,
+        updates,
+        classes={path: plain_class_name(x) for path, x in layers.items()},
+        family=family_of(model),
+        names=names,
+        prefix=prefix,
+        base_model=base_model,
+        pad=pad,
+        left=left,
+    )
+
+
+def write_peft(
+    folder, updates, classes, family, names, prefix, base_model, pad, left
+):
+    """Writes the two files of `export_peft`.
+
+    Args:
+        folder: String or path.
+        updates: Dict from path to `(U, S, V, scale)`.
+        classes: Dict from path to the name of the Keras layer's class.
+        family: String, the name of the backbone's class, or `None`.
+        names: As in `export_peft`.
+        prefix: As in `export_peft`.
+        base_model: As in `export_peft`.
+        pad: As in `export_peft`.
+        left: List of strings, what trained beside the factors.
+    """
+    for path, name in classes.items():
+        if not is_product(name):
             raise ValueError(
                 "PEFT's LoRA of linear layers has no counterpart for an "
-                f"adapter of a {layer.plain_class.__name__}. Leave it out by "
+                f"adapter of a layer of class {name}. Leave it out by "
                 "`enable_geolora(exclude=...)`, or merge and export the whole "
                 f"model. Received: adapted layer '{path}'"
             )
+    named = module_names(family, updates, names)
     parts = {}
-    for path, layer in layers.items():
+    for path, (U, S, V, scale) in updates.items():
         module, part, count = split_name(named[path])
-        factors = trimmed_factors(layer._adapters[name])
-        strength = factors["S"] * layer._adapters[name].scale
-        A, B = factors["U"].T, factors["V"] @ strength
-        parts.setdefault(module, []).append((A, B, part, count))
+        block = U.T, V @ (S.T * scale), part, count
+        parts.setdefault(module, []).append(block)
     pairs = {module: fused(blocks) for module, blocks in parts.items()}
     largest = max(len(A) for A, _ in pairs.values())
-    if pad:
-        pairs = {
-            module: (
-                padded(A, (largest, A.shape[1])),
-                padded(B, (len(B), largest)),
-            )
-            for module, (A, B) in pairs.items()
-        }
     dotted = f"{prefix}." if prefix else ""
     tensors, ranks = {}, {}
     for module, (A, B) in pairs.items():
+        if pad:
+            A = padded(A, (largest, A.shape[1]))
+            B = padded(B, (len(B), largest))
         key = f"{PREFIX}{dotted}{module}"
         tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(A)
         tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(B)
         ranks[f"{dotted}{module}"] = len(A)
+    smaller = {module: r for module, r in ranks.items() if r != largest}
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -228,31 +258,28 @@ def export_peft(
         "inference_mode": True,
         "target_modules": list(ranks),
         "r": largest,
+        "rank_pattern": smaller,
+        # PEFT multiplies by `alpha / r`; our scale is in `lora_B` already.
         "lora_alpha": largest,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != largest},
-        # PEFT multiplies by `alpha / r`, and ours is in `lora_B` already.
-        "alpha_pattern": {m: r for m, r in ranks.items() if r != largest},
+        "alpha_pattern": smaller,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": bool(family_of(model, TRANSPOSED)),
+        "fan_in_fan_out": family in TRANSPOSED,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
     }
-    companions = {id(v) for v in adaptation.adapters[name].companions}
-    left = [k for k, v in keyed_variables(model).items() if id(v) in companions]
     if left:
         warnings.warn(
             "PEFT's LoRA format holds factors only. These variables trained "
             f"too and are not in '{folder}': {some(left)}. Save them by "
             "`model.save_geolora(...)`.",
-            stacklevel=2,
+            stacklevel=3,
         )
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        folder / WEIGHTS, safetensors.numpy.save(tensors, {"format": "pt"})
-    )
+    weights = safetensors.numpy.save(tensors, {"format": "pt"})
+    write_whole(folder / WEIGHTS, weights)
     write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
@@ -308,9 +335,10 @@ def import_peft(model, folder, name=DEFAULT, names=None):
     layers = {
         path: layer
         for path, layer in stable_paths(scope_of(model)).items()
-        if kernel_shape(layer) is not None and is_product(layer)
+        if kernel_shape(layer) is not None
+        and is_product(plain_class_name(layer))
     }
-    named = module_names(model, layers, names, complete=False)
+    named = module_names(family_of(model), layers, names, complete=False)
     updates, used = {}, set()
     for path, full_name in named.items():
         module, part, count = split_name(full_name)
@@ -439,8 +467,16 @@ def svd_of_product(left, right):
     return Q @ U[:, :count], sigma[:count], P @ Vt[:count].T
 
 
-def module_names(model, layers, names, complete=True):
-    """Returns the dict from path to the name of the module in transformers."""
+def module_names(family, layers, names, complete=True):
+    """Returns the dict from path to the name of the module in transformers.
+
+    Args:
+        family: String, the name of the backbone's class in `FAMILIES`, or
+            `None`.
+        layers: Paths of layers.
+        names: As in `export_peft`.
+        complete: Bool, whether a layer without a name is an error.
+    """
     if names is not None:
         find = names if callable(names) else names.get
         unknown = [] if callable(names) else sorted(set(names) - set(layers))
@@ -450,13 +486,12 @@ def module_names(model, layers, names, complete=True):
                 f"{some(unknown)}; known are {some(layers)}"
             )
     else:
-        family = family_of(model, FAMILIES)
         if family is None:
             raise ValueError(
                 "The names of modules are known for "
                 f"{', '.join(FAMILIES)}. For others write "
-                "`names={path: module}`, or a callable. Received: model "
-                f"'{model.name}' with layers {some(layers)}"
+                "`names={path: module}`, or a callable. Received: another "
+                f"model, with layers {some(layers)}"
             )
 
         def find(path):
@@ -485,10 +520,10 @@ def name_in(family, path):
     return f"{name}{number}.{inner[match[2]]}"
 
 
-def family_of(model, families):
-    """Returns the name of the class of a backbone in a table, or `None`."""
+def family_of(model):
+    """Returns the name of the class of a backbone in `FAMILIES`, or `None`."""
     mro = (cls.__name__ for cls in type(scope_of(model)).__mro__)
-    return next((name for name in mro if name in families), None)
+    return next((name for name in mro if name in FAMILIES), None)
 
 
 def split_name(name):
@@ -510,9 +545,8 @@ def fused(blocks):
     return np.concatenate([A for A, *_ in blocks]), B
 
 
-def is_product(layer):
-    """Says whether a layer multiplies its inputs with a kernel, and no more."""
-    name = adapted_class(layer).__name__
+def is_product(name):
+    """Says whether a layer of a class multiplies its inputs with a kernel."""
     return not any(word in name for word in ("Conv", "Embedding"))
 
 

@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "adapter_file",
         "files",
     ],
+    "__main__": ["adapter_file", "exchange"],
     "": [""],  # the package itself gathers the public names
 }
 

@@ -9,13 +9,14 @@ import numpy as np
 import peft
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 import transformers
 from keras import ops
 
 import keras_geolora
 from keras_geolora import AdapterFileError
-from keras_geolora.exchange import FAMILIES, svd_of_product
+from keras_geolora.exchange import FAMILIES, family_of, module_names
 from keras_geolora.targeting import adapted_layers, stable_paths
 
 pytestmark = [
@@ -43,7 +44,8 @@ GROUPED = {
 }
 # The KerasHub class, the class and the configuration in transformers.
 MODELS = {
-    "Bert": (transformers.BertModel, SMALL),
+    # KerasHub approximates GELU.
+    "Bert": (transformers.BertModel, {**SMALL, "hidden_act": "gelu_new"}),
     "Roberta": (transformers.RobertaModel, {**SMALL, "pad_token_id": 1}),
     "DebertaV3": (
         transformers.DebertaV2Model,
@@ -195,15 +197,235 @@ def test_every_linear_layer_of_a_family_has_a_name(family):
     short = family.removesuffix("Backbone")
     cls, options = MODELS[{"XLMRoberta": "Roberta"}.get(short, short)]
     modules = dict(cls(cls.config_class(**options)).named_modules())
-    names = keras_geolora.exchange.module_names(
-        backbone,
-        {p: x for p, x in stable_paths(backbone).items() if is_linear(x)},
-        None,
-    )
+    adapted = {id(layer) for layer in adapted_layers(backbone).values()}
+    paths = [p for p, x in stable_paths(backbone).items() if id(x) in adapted]
+    names = module_names(family_of(backbone), paths, None)
     assert len(names) > 5
     for name in names.values():
         assert name.split("[")[0] in modules, name
 
 
-def is_linear(layer):
-    return getattr(layer, "is_adapted", False)
+# What Hugging Face wrote.
+
+
+def peft_adapter(folder, hf, **options):
+    """A random LoRA adapter that PEFT itself makes and saves."""
+    options = {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": "all-linear",
+    } | options
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(
+        hf, peft.LoraConfig(init_lora_weights=False, **options)
+    ).eval()
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"query": 2}, "alpha_pattern": {"layer.0": 9}},
+        {"target_modules": ["query", "value"]},
+    ],
+)
+def test_adapters_of_peft_are_read(tmp_path, options):
+    hf = hugging_face("Bert", tmp_path)
+    model = keras_model("Bert", tmp_path)
+    adapted = peft_adapter(tmp_path / "adapter", hf, **options)
+    keras_geolora.import_peft(model, tmp_path / "adapter")
+    np.testing.assert_allclose(
+        keras_hidden(model, "Bert"), torch_hidden(adapted, "Bert"), atol=1e-4
+    )
+    for layer in adapted_layers(model).values():
+        U = ops.convert_to_numpy(layer.adapter.U)
+        np.testing.assert_allclose(
+            (U.T @ U)[: layer.rank, : layer.rank], np.eye(layer.rank), atol=1e-5
+        )
+
+
+def test_bfloat16_adapters_are_read(tmp_path):
+    hf = hugging_face("Bert", tmp_path)
+    model = keras_model("Bert", tmp_path)
+    adapted = peft_adapter(tmp_path / "adapter", hf)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors = {key: x.bfloat16() for key, x in tensors.items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    keras_geolora.import_peft(model, tmp_path / "adapter")
+    np.testing.assert_allclose(
+        keras_hidden(model, "Bert"), torch_hidden(adapted, "Bert"), atol=0.1
+    )
+
+
+def test_an_adapter_of_a_model_with_a_head_is_read(tmp_path):
+    hf = hugging_face("Bert", tmp_path)
+    model = keras_model("Bert", tmp_path)
+    whole = transformers.BertForMaskedLM(hf.config)
+    whole.bert.load_state_dict(hf.state_dict(), strict=False)
+    peft_adapter(tmp_path / "adapter", whole, target_modules=["query", "key"])
+    keras_geolora.import_peft(model, tmp_path / "adapter")
+    np.testing.assert_allclose(
+        keras_hidden(model, "Bert"), torch_hidden(whole.bert, "Bert"), atol=1e-4
+    )
+
+
+def test_a_prefix_and_one_rank_for_all(tmp_path):
+    hf = hugging_face("Bert", tmp_path)
+    model = keras_model("Bert", tmp_path)
+    model.enable_geolora(
+        rank=2, rank_pattern={".*query": 3}, exclude="pooled_dense", seed=0
+    )
+    move(model)
+    folder = tmp_path / "adapter"
+    keras_geolora.export_peft(
+        model, folder, prefix="bert", base_model="someone/bert", pad=True
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {} and config["r"] == 3
+    assert config["base_model_name_or_path"] == "someone/bert"
+    whole = transformers.BertForMaskedLM(hf.config)
+    whole.bert.load_state_dict(hf.state_dict(), strict=False)
+    peft.PeftModel.from_pretrained(whole, folder).eval()
+    np.testing.assert_allclose(
+        torch_hidden(whole.bert, "Bert"), keras_hidden(model, "Bert"), atol=1e-4
+    )
+
+
+# Mistakes.
+
+
+def small():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+
+
+def test_an_unknown_family_needs_names(tmp_path):
+    model = small()
+    model.enable_geolora(rank=2, seed=0)
+    move(model)
+    expected = ops.convert_to_numpy(model.layers[0].delta())
+    with pytest.raises(ValueError, match=r"names=\{path: module\}.*'dense'"):
+        keras_geolora.export_peft(model, tmp_path)
+    with pytest.raises(ValueError, match="no name for 'dense'"):
+        keras_geolora.export_peft(model, tmp_path, names={})
+    with pytest.raises(ValueError, match="names for 'other'"):
+        keras_geolora.export_peft(model, tmp_path, names={"other": "x"})
+    assert not list(tmp_path.iterdir())
+    keras_geolora.export_peft(model, tmp_path, names=lambda path: f"my.{path}")
+    fresh = small()
+    with pytest.raises(ValueError, match="names={path: module}"):
+        keras_geolora.import_peft(fresh, tmp_path)
+    keras_geolora.import_peft(fresh, tmp_path, names={"dense": "my.dense"})
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(fresh.layers[0].delta()), expected, atol=1e-6
+    )
+
+
+def test_what_trained_beside_is_named(tmp_path):
+    model = small()
+    model.enable_geolora(rank=2, train_bias=True)
+    with pytest.warns(UserWarning, match="'dense/bias'"):
+        keras_geolora.export_peft(model, tmp_path, names={"dense": "x"})
+
+
+def test_an_embedding_has_no_counterpart(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Embedding(9, 4)])
+    model.enable_geolora(rank=2, targets="all")
+    with pytest.raises(ValueError, match="class Embedding.*exclude"):
+        keras_geolora.export_peft(model, tmp_path, names={"embedding": "x"})
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        (
+            {"modules_to_save": ["pooler"], "target_modules": ["query"]},
+            "modules_to_save",
+        ),
+    ],
+)
+def test_more_than_lora_is_refused(tmp_path, options, word):
+    hf = hugging_face("Bert", tmp_path)
+    peft_adapter(tmp_path / "adapter", hf, **options)
+    model = keras_model("Bert", tmp_path)
+    with pytest.raises(AdapterFileError, match=word):
+        keras_geolora.import_peft(model, tmp_path / "adapter")
+    assert not adapted_layers(model)
+
+
+def damage(folder, what):
+    config = folder / "adapter_config.json"
+    weights = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    key = next(iter(tensors))
+    if what == "config":
+        config.write_text("[1]")
+    elif what == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif what == "half":
+        tensors.pop(key)
+    elif what == "shape":
+        tensors[key] = np.ones((2, 3), "float32")
+    elif what == "not finite":
+        tensors[key] = tensors[key] * np.nan
+    elif what == "foreign":
+        tensors["x"] = np.ones(3)
+    elif what == "module":
+        tensors["a.lora_A.weight"] = tensors["a.lora_B.weight"] = np.eye(3)
+    if what != "cut off":
+        safetensors.numpy.save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["config", "cut off", "half", "shape", "not finite", "foreign", "module"],
+)
+def test_a_damaged_adapter_leaves_the_model_alone(tmp_path, what):
+    model = small()
+    model.enable_geolora(rank=2, seed=0)
+    keras_geolora.export_peft(model, tmp_path, names={"dense": "x"})
+    damage(tmp_path, what)
+    fresh = small()
+    with pytest.raises(ValueError):
+        keras_geolora.import_peft(fresh, tmp_path, names={"dense": "x"})
+    assert type(fresh.layers[0]) is keras.layers.Dense
+    assert fresh.layers[0].kernel.trainable
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        keras_geolora.import_peft(small(), tmp_path)
+
+
+# KerasHub.
+
+
+@pytest.mark.parametrize("name", ["BertBackbone", "GemmaBackbone"])
+def test_lora_of_keras_hub_is_read(tmp_path, name):
+    backbone, inputs = families.build(name)
+    backbone.enable_lora(2)
+    rng = np.random.default_rng(0)
+    for variable in backbone.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape) / 3)
+    expected = keras.tree.flatten(backbone.predict(inputs, verbose=0))
+    backbone.save_lora_weights(tmp_path / "mine.lora.h5")
+    fresh, _ = families.build(name)
+    for variable, value in zip(
+        fresh.weights,
+        [v for v in backbone.weights if "lora" not in v.name],
+        strict=True,
+    ):
+        variable.assign(value)
+    keras_geolora.import_keras_lora(fresh, tmp_path / "mine.lora.h5")
+    found = keras.tree.flatten(fresh.predict(inputs, verbose=0))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    other, _ = families.build("ViTBackbone")
+    with pytest.raises(AdapterFileError, match="another model"):
+        keras_geolora.import_keras_lora(other, tmp_path / "mine.lora.h5")
