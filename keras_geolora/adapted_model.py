@@ -206,6 +206,9 @@ def adapted_model_class(plain_class):
     members = {"plain_class": plain_class, "__module__": __name__}
     if hasattr(plain_class, "save_to_preset"):
         members["save_to_preset"] = save_to_preset
+    if hasattr(plain_class, "backbone_cls"):
+        # `from_preset` of KerasHub looks for subclasses by their backbone.
+        members["backbone_cls"] = None
     cls = type(
         f"GeoLoRA{plain_class.__name__}", (AdaptedModel, plain_class), members
     )

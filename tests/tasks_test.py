@@ -130,3 +130,14 @@ def test_generation_goes_on_from_adapters_to_merged_kernels(name):
     np.testing.assert_array_equal(generate(), after)
     task.merge_geolora()
     np.testing.assert_array_equal(generate(), after)
+
+
+def test_a_preset_gives_plain_tasks_also_after_one_was_adapted(tmp_path):
+    task, _, _ = text_classifier()
+    task.backbone.save_to_preset(tmp_path)
+    for _ in range(2):
+        task = models.TextClassifier.from_preset(
+            str(tmp_path), num_classes=2, preprocessor=None
+        )
+        assert type(task) is models.BertTextClassifier
+        task.enable_geolora(rank=2)
