@@ -41,6 +41,9 @@ TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
 class AdaptedModel:
     """Mixin for the class of a model that carries adapters."""
 
+    # Whether `compile` was left to choose `jit_compile`.
+    geolora_auto_compiled = False
+
     def compile(self, *args, **kwargs):
         """As `keras.Model.compile`; an optimizer must be a `GeoLoRA`.
 
@@ -79,7 +82,7 @@ class AdaptedModel:
         except TypeError:
             return super().compile_from_config(config)
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        self._build_optimizer()
 
     def get_config(self):
         """Returns the configuration of the plain model and of the adapters."""
@@ -106,6 +109,7 @@ class AdaptedModel:
         """Saves also the values that rest while another adapter is active."""
         adaptation = self.geolora_adaptation
         check_not_suspended([adaptation])
+        self._build_optimizer()
         super().save_own_variables(store)
         names = json.dumps([adaptation.active, *adaptation.adapters])
         store[NAMES] = np.frombuffer(names.encode(), "uint8")
@@ -154,11 +158,15 @@ class AdaptedModel:
             state.assign(ours[f"{RANDOM}{index}"])
 
     def load_weights(self, *args, **kwargs):
-        """As `keras.Model.load_weights`; the optimizer is built before."""
+        """As `keras.Model.load_weights`, with the state of the optimizer."""
+        self._build_optimizer()
+        super().load_weights(*args, **kwargs)
+
+    def _build_optimizer(self):
+        # Keras does not load into an optimizer that is not built.
         optimizer = getattr(self, "optimizer", None)
         if is_geolora(optimizer) and not optimizer.built:
             optimizer.build(self.trainable_variables)
-        super().load_weights(*args, **kwargs)
 
     def quantize(self, *args, **kwargs):
         """Refused: a model is quantized first and adapted then."""

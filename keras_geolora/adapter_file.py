@@ -306,6 +306,11 @@ class Fit:
                     f"shape of '{key}': {value.shape} in the file, "
                     f"{tuple(variable.shape)} in the model"
                 )
+            elif is_float(variable.dtype) != is_float(str(value.dtype)):
+                self._note(
+                    f"type of '{key}': {value.dtype} in the file, "
+                    f"{variable.dtype} in the model"
+                )
             else:
                 pairs.append((variable, value))
         return pairs
@@ -542,6 +547,11 @@ def chosen_adapter(adaptation, name):
 def plain_class_name(layer):
     """Returns the name of a layer's or model's class before it was adapted."""
     return getattr(layer, "plain_class", type(layer)).__name__
+
+
+def is_float(dtype):
+    """Says whether a type is one of real numbers."""
+    return keras.backend.is_float_dtype(dtype)
 
 
 def some(paths, count=4):

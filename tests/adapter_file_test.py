@@ -268,6 +268,34 @@ def test_what_fits_can_be_loaded(path):
     )
 
 
+def test_a_quantized_base_takes_the_adapter(path):
+    task, inputs = classifier()
+    task.enable_geolora(rank=2, seed=0)
+    move(task)
+    task.save_geolora(path)
+    keras.utils.set_random_seed(0)
+    backbone, _ = families.build("BertBackbone")
+    backbone.quantize("int8")
+    quantized = keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None
+    )
+    with pytest.raises(AdapterFileError, match="pretrained kernels of 13"):
+        quantized.load_geolora(path)
+    with pytest.warns(UserWarning, match="pretrained kernels of 13"):
+        quantized.load_geolora(path, strict=False)
+    np.testing.assert_allclose(
+        predict(quantized, inputs), predict(task, inputs), atol=0.05
+    )
+
+
+def test_numbers_are_not_put_into_integers(path):
+    trained().save_geolora(path)
+    quantized = plain()
+    quantized.quantize("int8")
+    with pytest.raises(AdapterFileError, match="type of 'dense_2/kernel'"):
+        quantized.load_geolora(path)
+
+
 def test_an_adapter_on_other_layers_is_refused(path):
     trained().save_geolora(path)
     model = plain()

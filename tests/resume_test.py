@@ -449,6 +449,16 @@ def test_a_backend_chooses_its_own_compilation(tmp_path):
     assert model.get_compile_config()["jit_compile"] is False
 
 
+@pytest.mark.parametrize("optimizer", [GeoLoRA("adam"), "adam"])
+def test_a_model_that_was_compiled_before_it_was_adapted(tmp_path, optimizer):
+    model = plain()
+    model.compile(optimizer, loss="mse")
+    model.enable_geolora(rank=2)
+    loaded = reload(model, tmp_path)
+    np.testing.assert_array_equal(predict(loaded, X), predict(model, X))
+    assert loaded.compiled == isinstance(optimizer, GeoLoRA)
+
+
 def test_weights_without_an_optimizer_load_without_a_warning(tmp_path):
     model = plain()
     model.enable_geolora(rank=2, seed=0)
