@@ -26,7 +26,10 @@ class Frozen:
         layers = [model, *inside(model)]
         self.layer_flags = [(layer, layer.trainable) for layer in layers]
         self.variable_flags = [(v, v.trainable) for v in model.variables]
-        model.trainable = True
+        for layer in layers:
+            # One by one: TensorFlow's tracking skips an attribute that is
+            # set to what it is already, and with it the layers inside.
+            layer.trainable = True
         self.variables = [v for v in model.variables if v.trainable]
         self.layers = [
             layer

@@ -406,3 +406,14 @@ def test_the_summary_shows_what_was_found(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("hidden") and "8x12" in line for line in lines)
     assert lines[-1].startswith("3 adapters, mean rank")
+
+
+def test_a_layer_that_was_frozen_trains_its_adapter():
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(4)]
+    )
+    model.layers[0].trainable = False
+    model.enable_geolora(rank=2)
+    assert len(model.layers[0].trainable_variables) == 3
+    model.remove_geolora()
+    assert not model.layers[0].trainable and model.layers[1].trainable

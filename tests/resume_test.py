@@ -299,6 +299,8 @@ def test_a_task_is_one_again(tmp_path, part):
     pretrained = predict(task, inputs)
     (task if part == "task" else backbone).enable_geolora(rank=2, seed=0)
     move(task if part == "task" else backbone)
+    if part == "backbone":
+        task.compile()  # it does not know what happened to its backbone
     loaded = reload(task, tmp_path)
     assert isinstance(loaded, keras_hub.models.BertTextClassifier)
     assert isinstance(loaded.backbone, keras_hub.models.BertBackbone)
