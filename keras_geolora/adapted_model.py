@@ -27,8 +27,6 @@ FUNCTIONS = (
     "predict_function",
     "generate_function",
 )
-
-
 # Keys in files of weights, beside the numbers that Keras uses.
 PREFIX = "geolora_"
 NAMES = "geolora_names"

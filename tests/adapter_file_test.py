@@ -347,6 +347,7 @@ def test_no_damage_goes_unnoticed(path, tmp_path):
     broken = tmp_path / "broken.safetensors"
     header = struct.unpack("<Q", whole[:8])[0]
     same = 0
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for kind in range(1200):
         data = bytearray(whole)
         match kind % 6:
@@ -381,6 +382,9 @@ def test_no_damage_goes_unnoticed(path, tmp_path):
             np.testing.assert_array_equal(others[key], tensors[key])
     # A digit may be replaced by itself; little else can go unpunished.
     assert same < 60
+    # In kilobytes: declared sizes of terabytes reserve nothing.
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    assert grown < 100_000
 
 
 @pytest.mark.parametrize("mutation", range(6))
