@@ -344,6 +344,12 @@ def import_peft(model, folder, name=DEFAULT, names=None):
         module, part, count = split_name(full_name)
         for key, (A, B) in pairs.items():
             if key == module or key.endswith(f".{module}"):
+                if path in updates:
+                    raise AdapterFileError(
+                        f"'{folder}' has more than one module that could be "
+                        f"layer '{path}'. Say which by `names`. Nothing was "
+                        "loaded."
+                    )
                 used.add(key)
                 rows = len(B) // count
                 updates[path] = A.T, B[part * rows : (part + 1) * rows].T
@@ -383,10 +389,27 @@ def import_keras_lora(model, path, name=DEFAULT):
     Example:
 
     ```python
+    import tempfile
+
+    import keras_hub
     import keras_geolora
 
-    # backbone.load_lora_weights("mine.lora.h5") in KerasHub becomes
-    # keras_geolora.import_keras_lora(backbone, "mine.lora.h5")
+    def pretrained():
+        return keras_hub.models.BertBackbone(
+            vocabulary_size=32,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=16,
+            intermediate_dim=32,
+        )
+
+    other = pretrained()
+    other.enable_lora(rank=2)
+    model = pretrained()
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_lora_weights(f"{folder}/mine.lora.h5")
+        keras_geolora.import_keras_lora(model, f"{folder}/mine.lora.h5")
+    assert model.geolora_adapters() == ["default"]
     ```
     """
     check_model(model)
@@ -399,29 +422,20 @@ def import_keras_lora(model, path, name=DEFAULT):
     ]
     path_of = {id(layer): p for p, layer in stable_paths(scope).items()}
     layers, updates = {}, {}
-    with h5py.File(path, "r") as file:
-        entries = {
-            key: {k: np.array(v) for k, v in group["vars"].items()}
-            for key, group in file["lora"].items()
-            if key.isdigit()
-        }
-    for key, arrays in entries.items():
-        layer = counted[int(key)] if int(key) < len(counted) else None
-        a, b = arrays["lora_kernel_a"], arrays["lora_kernel_b"]
+    for index, (a, b) in read_keras_lora(path).items():
+        layer = counted[index] if index < len(counted) else None
         shape = kernel_shape(layer)
         kernel = (*a.shape[:-1], b.shape[-1])
         if shape is None or kernel != tuple(plain_kernel_shape(layer)):
             raise AdapterFileError(
-                f"'{path}' has an update of shape {kernel} for layer {key} of "
-                f"those with weights, which in model '{model.name}' is "
+                f"'{path}' has an update of shape {kernel} for number {index} "
+                f"of the layers with weights, which in model '{model.name}' is "
                 f"{layer!r}. It belongs to another model. Nothing was loaded."
             )
         place = path_of[id(layer)]
         layers[place] = layer
         matrix = kernel_to_matrix(layer, np.tensordot(a, b, 1))
         updates[place] = matrix, np.eye(matrix.shape[1])
-    if not layers:
-        raise AdapterFileError(f"'{path}' has no LoRA weights of KerasHub.")
     add_products(model, name, layers, updates)
     return model
 
@@ -569,6 +583,8 @@ def read_peft_config(path):
     ]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
+    if not isinstance(config.get("lora_alpha"), (int, float)):
+        raise AdapterFileError(f"'{path}' does not say `lora_alpha`.")
     if kind != "LORA" or unsupported:
         raise AdapterFileError(
             "Only plain LoRA is an update of kernels and nothing else. "
@@ -617,9 +633,41 @@ def read_peft_weights(path, config):
 def in_pattern(patterns, module):
     """Returns what a `rank_pattern` or `alpha_pattern` says of a module."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise AdapterFileError(
+                f"'{pattern}' in the config is no regular expression: {error}."
+            ) from error
+        if found:
             return value
     return None
+
+
+def read_keras_lora(path):
+    """Returns the dict from the number of a layer to its two factors."""
+    with h5py.File(path, "r") as file:
+        try:
+            pairs = {
+                int(key): [
+                    np.array(group["vars"][f"lora_kernel_{half}"])
+                    for half in "ab"
+                ]
+                for key, group in file["lora"].items()
+                if key.isdigit()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AdapterFileError(
+                f"'{path}' is no file of KerasHub's `save_lora_weights`."
+            ) from error
+    if not pairs:
+        raise AdapterFileError(f"'{path}' has no LoRA weights.")
+    for index, (a, b) in pairs.items():
+        if a.ndim < 2 or b.ndim != 2 or a.shape[-1] != len(b):
+            raise AdapterFileError(f"The factors of layer {index} do not fit.")
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise AdapterFileError(f"Layer {index} has numbers not finite.")
+    return pairs
 
 
 def plain_kernel_shape(layer):

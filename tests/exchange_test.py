@@ -3,6 +3,7 @@
 import json
 
 import families
+import h5py
 import keras
 import keras_hub
 import numpy as np
@@ -376,6 +377,16 @@ def damage(folder, what):
         tensors[key] = tensors[key] * np.nan
     elif what == "foreign":
         tensors["x"] = np.ones(3)
+    elif what == "pattern":
+        options = json.loads(config.read_text())
+        config.write_text(json.dumps({**options, "alpha_pattern": {"(": 1}}))
+    elif what == "alpha":
+        config.write_text('{"peft_type": "LORA"}')
+    elif what == "twice":
+        for half in "AB":
+            tensors[f"other.x.lora_{half}.weight"] = tensors[
+                f"base_model.model.x.lora_{half}.weight"
+            ]
     elif what == "module":
         tensors["a.lora_A.weight"] = tensors["a.lora_B.weight"] = np.eye(3)
     if what != "cut off":
@@ -384,7 +395,18 @@ def damage(folder, what):
 
 @pytest.mark.parametrize(
     "what",
-    ["config", "cut off", "half", "shape", "not finite", "foreign", "module"],
+    [
+        "config",
+        "cut off",
+        "half",
+        "shape",
+        "not finite",
+        "foreign",
+        "module",
+        "pattern",
+        "alpha",
+        "twice",
+    ],
 )
 def test_a_damaged_adapter_leaves_the_model_alone(tmp_path, what):
     model = small()
@@ -429,3 +451,16 @@ def test_lora_of_keras_hub_is_read(tmp_path, name):
     other, _ = families.build("ViTBackbone")
     with pytest.raises(AdapterFileError, match="another model"):
         keras_geolora.import_keras_lora(other, tmp_path / "mine.lora.h5")
+
+
+def test_files_that_are_not_of_keras_hub(tmp_path):
+    model, _ = families.build("BertBackbone")
+    path = tmp_path / "my.lora.h5"
+    path.write_bytes(b"no")
+    with pytest.raises(OSError):
+        keras_geolora.import_keras_lora(model, path)
+    with h5py.File(path, "w") as file:
+        file.create_group("lora/3")
+    with pytest.raises(AdapterFileError, match="save_lora_weights"):
+        keras_geolora.import_keras_lora(model, path)
+    assert not adapted_layers(model)
