@@ -59,7 +59,7 @@ class NamedAdapter:
     """An adapter of a model: one of every adapted layer, and companions.
 
     Attributes:
-        layers: Dict from path to adapted layer.
+        layers: Dict from stable path to adapted layer.
         saved_layers: List of the layers in `modules_to_save`.
         train_bias: Bool, whether the biases of the layers train.
         companions: List of the variables that train beside the factors, or
@@ -114,10 +114,14 @@ class Adaptation:
         companions = self._companions(layers, saved_layers, train_bias)
         for variable in companions:
             self._pretrained.setdefault(id(variable), value_of(variable))
-        for layer in layers.values():
+        for layer in layers:
             layer.adaptation = self
+        path_of = self._path_of()
         self.adapters[name] = NamedAdapter(
-            layers, saved_layers, train_bias, companions
+            {path_of[id(layer)]: layer for layer in layers},
+            saved_layers,
+            train_bias,
+            companions,
         )
         self._take_up(name)
 
@@ -130,7 +134,7 @@ class Adaptation:
                 v for v in layer.weights if not isinstance(v.constraint, Factor)
             )
         if train_bias:
-            for layer in layers.values():
+            for layer in layers:
                 if getattr(layer, "bias", None) is not None:
                     companions.append(layer.bias)
         return list({id(v): v for v in companions}.values())
@@ -158,7 +162,7 @@ class Adaptation:
 
     def plan(self):
         """Returns what `adapt_by_plan` needs to adapt the model again."""
-        path_of = {id(x): path for path, x in stable_paths(self.scope).items()}
+        path_of = self._path_of()
         return {
             "active": self.active,
             "frozen": [
@@ -170,8 +174,8 @@ class Adaptation:
                 {
                     "name": name,
                     "layers": {
-                        path_of[id(x)]: x.options_of(name)
-                        for x in adapter.layers.values()
+                        path: layer.options_of(name)
+                        for path, layer in adapter.layers.items()
                     },
                     "modules_to_save": [
                         path_of[id(x)] for x in adapter.saved_layers
@@ -181,6 +185,24 @@ class Adaptation:
                 for name, adapter in self.adapters.items()
             ],
         }
+
+    def _path_of(self):
+        return {id(x): path for path, x in stable_paths(self.scope).items()}
+
+    def signature(self):
+        """Returns what two models must share to share weights, as JSON.
+
+        The adapters in their order, where they are, and what trains beside.
+        """
+        return [
+            [
+                adapter["name"],
+                sorted(adapter["layers"]),
+                adapter["modules_to_save"],
+                adapter["train_bias"],
+            ]
+            for adapter in self.plan()["adapters"]
+        ]
 
     def stored_values(self):
         """Returns what a file of the model's weights does not have, by key.

@@ -29,16 +29,23 @@ FUNCTIONS = (
 )
 # Keys in files of weights, beside the numbers that Keras uses.
 PREFIX = "geolora_"
-NAMES = "geolora_names"
+SIGNATURE = "geolora_signature"
 RANDOM = "geolora_random_"
 # What Keras prints when it cannot find the class of a file.
 TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
+BELONGS = "The adapters of this backbone belong to the task that was adapted."
+
+
+class WeightsRefused(BaseException):
+    """Stops `load_weights`, which would go on after any `Exception`."""
 
 
 @keras.saving.register_keras_serializable("keras_geolora")
 class AdaptedModel:
     """Mixin for the class of a model that carries adapters."""
 
+    # What stops the loading of weights.
+    geolora_refusal = ValueError
     # Whether `compile` was left to choose `jit_compile`.
     geolora_auto_compiled = False
 
@@ -76,7 +83,7 @@ class AdaptedModel:
         state of the optimizer would be lost.
         """
         try:
-            inspect.signature(self.compile).bind(**config)
+            inspect.signature(super().compile).bind(**config)
         except TypeError:
             return super().compile_from_config(config)
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -85,6 +92,13 @@ class AdaptedModel:
     def get_config(self):
         """Returns the configuration of the plain model and of the adapters."""
         check_not_suspended([self.geolora_adaptation])
+        if len(adapted_parts(self)) > 1:
+            raise ValueError(
+                "A model is saved with the adapters of one `enable_geolora`. "
+                "Adapt it all by one call, or save weights only. Received: "
+                f"model '{self.name}' with parts that are adapted by "
+                f"themselves: {[x.name for x in adapted_parts(self)[1:]]}"
+            )
         with as_plain(self):
             base = keras.saving.serialize_keras_object(self)
         base.pop("compile_config", None)  # this model has its own
@@ -109,8 +123,8 @@ class AdaptedModel:
         check_not_suspended([adaptation])
         self._build_optimizer()
         super().save_own_variables(store)
-        names = json.dumps([adaptation.active, *adaptation.adapters])
-        store[NAMES] = np.frombuffer(names.encode(), "uint8")
+        said = json.dumps([adaptation.active, adaptation.signature()])
+        store[SIGNATURE] = np.frombuffer(said.encode(), "uint8")
         for key, value in adaptation.stored_values().items():
             store[PREFIX + key] = value
         for index, state in enumerate(random_states(self)):
@@ -122,21 +136,23 @@ class AdaptedModel:
         check_not_suspended([adaptation])
         arrays = {key: store[key] for key in store.keys()}
         ours = {k: arrays.pop(k) for k in list(arrays) if k.startswith(PREFIX)}
-        super().load_own_variables(arrays)
-        if NAMES not in ours:
-            raise ValueError(
+        if SIGNATURE not in ours:
+            self._refuse_weights(
                 "These weights are not those of an adapted model. Load them "
                 "into the plain model, before `enable_geolora` or after "
                 "`remove_geolora`. "
                 f"Received: weights for model '{self.name}'"
             )
-        active, *names = json.loads(ours[NAMES].tobytes())
-        if names != list(adaptation.adapters):
-            raise ValueError(
-                "The weights must belong to the adapters of the model, in "
-                f"the same order. Received: weights of adapters {names} for "
-                f"model '{self.name}' with {list(adaptation.adapters)}"
+        active, signature = json.loads(ours[SIGNATURE].tobytes())
+        if signature != adaptation.signature():
+            self._refuse_weights(
+                "The weights must belong to the adapters of the model, in the "
+                "same order, on the same layers, with the same "
+                "`modules_to_save` and `train_bias`. Received: weights of "
+                f"adapters {[name for name, *_ in signature]} for model "
+                f"'{self.name}' with {list(adaptation.adapters)}"
             )
+        super().load_own_variables(arrays)
         if active != adaptation.active:
             adaptation.activate(active)
             forget_traces(self)
@@ -158,7 +174,16 @@ class AdaptedModel:
     def load_weights(self, *args, **kwargs):
         """As `keras.Model.load_weights`, with the state of the optimizer."""
         self._build_optimizer()
-        super().load_weights(*args, **kwargs)
+        self.geolora_refusal = WeightsRefused
+        try:
+            super().load_weights(*args, **kwargs)
+        except WeightsRefused as error:
+            raise ValueError(str(error)) from None
+        finally:
+            self.geolora_refusal = ValueError
+
+    def _refuse_weights(self, message):
+        raise self.geolora_refusal(message)
 
     def _build_optimizer(self):
         # Keras does not load into an optimizer that is not built.
@@ -192,6 +217,25 @@ class AdaptedModel:
         return super().fit(*args, **kwargs)
 
 
+class AdaptedScope:
+    """Mixin for the class of a backbone that was adapted with its task."""
+
+    def get_config(self):
+        """Refused: adapters and their state belong to the task."""
+        raise ValueError(
+            f"{BELONGS} Save the task, or merge first: "
+            f"`task.merge_geolora()`. Received: backbone '{self.name}'"
+        )
+
+    def save_weights(self, *args, **kwargs):
+        """Refused: adapters and their state belong to the task."""
+        self.get_config()
+
+    def save_to_preset(self, *args, **kwargs):
+        """Refused: adapters and their state belong to the task."""
+        self.get_config()
+
+
 def own_callbacks(callbacks):
     """Returns the callbacks of `fit`, with ours in front."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -222,6 +266,16 @@ def adapted_model_class(plain_class):
     # is the same for all.
     register = keras.saving.register_keras_serializable
     return register("keras_geolora", "AdaptedModel")(cls)
+
+
+@functools.cache
+def adapted_scope_class(plain_class):
+    """Returns the class of a backbone that was adapted with its task."""
+    return type(
+        f"GeoLoRA{plain_class.__name__}",
+        (AdaptedScope, plain_class),
+        {"plain_class": plain_class, "__module__": __name__},
+    )
 
 
 def save_to_preset(self, *args, **kwargs):
@@ -284,7 +338,7 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
                 "own by `rank_pattern`, or leave it out by `exclude`."
             ) from error
         raise
-    adaptation.add(name, layers, saved_layers, train_bias)
+    adaptation.add(name, list(layers.values()), saved_layers, train_bias)
     if first:
         make_adapted(model, adaptation)
     forget_traces(model)
@@ -331,7 +385,9 @@ def random_states(model):
 @contextlib.contextmanager
 def as_plain(model):
     """Lets a model and its layers have their former classes for a while."""
-    adapted = [*carriers(model).values(), *adapted_parts(model)]
+    scope = model.geolora_adaptation.scope
+    parts = [model] if scope is model else [model, scope]
+    adapted = [*carriers(model).values(), *parts]
     classes = [type(layer) for layer in adapted]
     for layer in adapted:
         become_plain(layer)
@@ -353,14 +409,20 @@ def adaptations_of(model):
 
 
 def make_adapted(part, adaptation):
-    """Gives a model the class of an adapted one."""
+    """Gives a model, and its backbone, the classes of adapted ones."""
     part.geolora_adaptation = adaptation
     become_adapted(part, adapted_model_class(type(part)))
+    scope = adaptation.scope
+    if scope is not part:
+        become_adapted(scope, adapted_scope_class(type(scope)))
 
 
 def make_plain(part):
-    """Gives an adapted model its former class."""
+    """Gives an adapted model, and its backbone, their former classes."""
+    scope = part.geolora_adaptation.scope
     become_plain(part)
+    if scope is not part:
+        become_plain(scope)
     del part.geolora_adaptation
     forget_traces(part)
 

@@ -292,7 +292,9 @@ def combine(adaptation, name, weights, rank):
         layer.adapter.U.assign(U)
         layer.adapter.S.assign(np.diag(sigma))
         layer.adapter.V.assign(V)
-    adaptation.add(name, layers, list(saved.values()), train_bias)
+    adaptation.add(
+        name, list(layers.values()), list(saved.values()), train_bias
+    )
     for key, variable in companions.items():
         variable.assign(values[key])
 

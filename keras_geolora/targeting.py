@@ -1,6 +1,7 @@
 """Which layers of a model are meant: words and patterns."""
 
 import functools
+import operator
 import re
 
 import keras
@@ -24,21 +25,27 @@ ADAPTED_CLASSES = {
 WORDS = ("all-linear", "attention", "all")
 
 
-def walk(layer, path=""):
+def walk(layer, path="", name_of=operator.attrgetter("name")):
     """Yields `(path, layer)` for every layer inside a layer, each once.
 
     Paths join the layers' names with `/`, from the outside in; a shared
-    layer has the path at which it comes first. What is inside an adapter
-    belongs to no one else and is left out.
+    layer has the path at which it comes first, and of layers with equal names
+    the later ones get a number. What is inside an adapter belongs to no one
+    else and is left out.
     """
-    seen = set()
+    seen, taken = set(), set()
 
     def visit(layer, path):
         for child in layer._flatten_layers(include_self=False, recursive=False):
             if id(child) in seen or isinstance(child, adapted.LowRankAdapter):
                 continue
             seen.add(id(child))
-            child_path = f"{path}/{child.name}" if path else child.name
+            first = f"{path}/{name_of(child)}" if path else name_of(child)
+            child_path, count = first, 0
+            while child_path in taken:
+                count += 1
+                child_path = f"{first}_{count}"
+            taken.add(child_path)
             yield child_path, child
             yield from visit(child, child_path)
 
@@ -66,26 +73,7 @@ def stable_paths(layer):
     The paths of `walk`, but the same for every instance of a model: names
     that Keras chose, such as `dense_7`, are counted anew inside each layer.
     """
-    paths = {}
-    seen = set()
-
-    def visit(layer, path):
-        for child in layer._flatten_layers(include_self=False, recursive=False):
-            if id(child) in seen or isinstance(child, adapted.LowRankAdapter):
-                continue
-            seen.add(id(child))
-            first = (
-                f"{path}/{stable_name(child)}" if path else stable_name(child)
-            )
-            child_path, count = first, 0
-            while child_path in paths:
-                count += 1
-                child_path = f"{first}_{count}"
-            paths[child_path] = child
-            visit(child, child_path)
-
-    visit(layer, "")
-    return paths
+    return dict(walk(layer, name_of=stable_name))
 
 
 def stable_name(layer):

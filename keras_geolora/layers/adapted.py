@@ -345,6 +345,13 @@ class AdaptedLayer:
         return ops.sqrt(ops.sum(ops.square(kernel)))
 
     def get_config(self):
+        if self.adaptation is not None:
+            raise ValueError(
+                "The adapters of a layer belong to the model on which "
+                "`enable_geolora` was called. Save that model, or merge it "
+                "first. Received: layer "
+                f"'{self.name}' of model '{self.adaptation.model_name}'"
+            )
         config = super().get_config()
         if self._adapter_options:
             config.update(self._adapter_options, train_bias=self.train_bias)

@@ -1,6 +1,7 @@
 """The adapter: three factors, and the only formula that applies them."""
 
 import math
+import random
 
 import keras
 from keras import ops
@@ -158,8 +159,11 @@ class LowRankAdapter(keras.layers.Layer):
         self.min_rank = min_rank
         self.scale = float(scale)
         self.seed = seed
+        # Without a seed torch would use a generator of the process, whose
+        # state is in no file.
+        dropout_seed = random.randrange(2**31) if seed is None else seed
         self.dropout = keras.layers.Dropout(
-            dropout, seed=seed, dtype=self.dtype_policy
+            dropout, seed=dropout_seed, dtype=self.dtype_policy
         )
         self.build()
 
