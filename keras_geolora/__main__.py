@@ -104,6 +104,13 @@ def convert(args):
     names = None
     if args.names is not None:
         names = json.loads(pathlib.Path(args.names).read_text())
+        if not isinstance(names, dict) or not all(
+            isinstance(name, str) for name in names.values()
+        ):
+            raise ValueError(
+                f"'{args.names}' must be an object of paths and names, "
+                'for example {"dense": "classifier"}.'
+            )
     family = description["backbone"]
     write_peft(
         folder,

@@ -33,6 +33,8 @@ ENTRY = "keras_geolora"
 DIGEST = "sha256"
 # safetensors has no bfloat16 for NumPy; float32 holds it exactly.
 WIDER = {"bfloat16": "float32"}
+# How the keys of variables begin that are in a task, not in its backbone.
+HEAD = "head:"
 # The arguments for the adapter of a layer, and what they may be.
 OPTIONS = {
     "rank": [int],
@@ -42,6 +44,17 @@ OPTIONS = {
     "dropout": [int, float],
     "seed": [int, type(None)],
 }
+
+
+# What comes of looking at values that are not what they should be.
+CONTRADICTIONS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class AdapterFileError(ValueError):
@@ -292,15 +305,14 @@ class Fit:
         return [self.paths[path] for path in saved if path in self.paths]
 
     def _weights(self):
-        variables = keyed_variables(self.model)
+        expected = self._expected()
         factors = {f"{p}.{r}" for p in self.plan["layers"] for r in "USV"}
+        given = set(self.tensors) - factors
         pairs = []
-        for key, value in self.tensors.items():
-            if key in factors:
-                continue
-            variable = variables.get(key)
+        for key in sorted(given):
+            value, variable = self.tensors[key], expected.get(key)
             if variable is None:
-                self._note(f"the model has no variable '{key}'")
+                self._note(f"nothing in the model that trains is '{key}'")
             elif tuple(variable.shape) != value.shape:
                 self._note(
                     f"shape of '{key}': {value.shape} in the file, "
@@ -313,7 +325,35 @@ class Fit:
                 )
             else:
                 pairs.append((variable, value))
+        # The adapter of a backbone leaves the head of a task as it is.
+        headless = not any(key.startswith(HEAD) for key in given)
+        missing = [
+            key
+            for key in expected
+            if key not in given and not (headless and key.startswith(HEAD))
+        ]
+        if missing:
+            self._note(f"the file has no values for {some(missing)}")
         return pairs
+
+    def _expected(self):
+        """Returns the dict from key to variable that may train beside."""
+        keyed = keyed_variables(self.model)
+        if self.existing is not None:
+            train = {id(v) for v in self.existing.companions}
+        else:
+            train = {
+                id(v) for layer in self.saved_layers for v in layer.weights
+            }
+            if self.plan["train_bias"]:
+                layers = self.layers.values()
+                train |= {id(getattr(layer, "bias", None)) for layer in layers}
+        return {
+            key: variable
+            for key, variable in keyed.items()
+            if id(variable) in train
+            or (self.existing is None and key.startswith(HEAD))
+        }
 
     def _compare_base(self, base):
         mine = fingerprint(self.model, self.plan["layers"])
@@ -380,7 +420,7 @@ def read_adapter(path):
     try:
         description = json.loads(metadata[ENTRY])
         version = description["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"'{path}' has no description.") from error
     if version != FORMAT:
         raise AdapterFileError(
@@ -389,7 +429,7 @@ def read_adapter(path):
         )
     try:
         check_contents(description, tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CONTRADICTIONS as error:
         raise AdapterFileError(
             f"'{path}' contradicts itself: {error!r}."
         ) from error
@@ -403,7 +443,9 @@ def check_contents(description, tensors):
     require(isinstance(plan["train_bias"], bool), "train_bias")
     require(all(isinstance(p, str) for p in plan["modules_to_save"]), "paths")
     require(isinstance(description["base"][""], str), "base")
-    require(isinstance(description["backbone"], str), "backbone")
+    for key in ("keras_geolora", "keras", "model", "backbone"):
+        require(isinstance(description[key], str), key)
+    require(set(description["classes"]) == set(plan["layers"]), "classes")
     for path, options in plan["layers"].items():
         U, S, V = (tensors[f"{path}.{role}"] for role in "USV")
         rank = options["rank"]
@@ -412,6 +454,9 @@ def check_contents(description, tensors):
         require(all(x.dtype == "float32" for x in (U, S, V)), path)
         require(set(options) == set(OPTIONS), path)
         require(all(type(options[o]) in OPTIONS[o] for o in options), path)
+        require(
+            np.isfinite([float(x) for x in options.values() if x]).all(), path
+        )
         require(isinstance(description["base"][path], str), path)
         require(isinstance(description["classes"][path], str), path)
     for key, x in tensors.items():
@@ -474,7 +519,7 @@ def keyed_variables(model):
     """
     keyed, seen = {}, set()
     scope = scope_of(model)
-    for part, prefix in ((scope, ""), (model, "head:")):
+    for part, prefix in ((scope, ""), (model, HEAD)):
         paths = {"": part, **stable_paths(part)}
         # What is inside comes first, so that each has its own variables.
         for path, layer in reversed(paths.items()):

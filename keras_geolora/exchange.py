@@ -18,6 +18,7 @@ from keras_geolora.adapted_model import (
     scope_of,
 )
 from keras_geolora.adapter_file import (
+    CONTRADICTIONS,
     AdapterFileError,
     adaptation_to_save,
     chosen_adapter,
@@ -237,7 +238,14 @@ def write_peft(
     for path, (U, S, V, scale) in updates.items():
         module, part, count = split_name(named[path])
         block = U.T, V @ (S.T * scale), part, count
-        parts.setdefault(module, []).append(block)
+        others = parts.setdefault(module, [])
+        if any(part == p or count != c for _, _, p, c in others):
+            raise ValueError(
+                "Every layer needs a module of its own, or a part of one. "
+                f"Received: the name '{named[path]}' for layer '{path}' and "
+                "for another layer"
+            )
+        others.append(block)
     pairs = {module: fused(blocks) for module, blocks in parts.items()}
     largest = max(len(A) for A, _ in pairs.values())
     dotted = f"{prefix}." if prefix else ""
@@ -421,17 +429,14 @@ def import_keras_lora(model, path, name=DEFAULT):
         x for x in scope._flatten_layers(include_self=False) if x.weights
     ]
     path_of = {id(layer): p for p, layer in stable_paths(scope).items()}
+    shapes = {
+        index: tuple(plain_kernel_shape(layer))
+        for index, layer in enumerate(counted)
+        if kernel_shape(layer) is not None and hasattr(layer, "kernel")
+    }
     layers, updates = {}, {}
-    for index, (a, b) in read_keras_lora(path).items():
-        layer = counted[index] if index < len(counted) else None
-        shape = kernel_shape(layer)
-        kernel = (*a.shape[:-1], b.shape[-1])
-        if shape is None or kernel != tuple(plain_kernel_shape(layer)):
-            raise AdapterFileError(
-                f"'{path}' has an update of shape {kernel} for number {index} "
-                f"of the layers with weights, which in model '{model.name}' is "
-                f"{layer!r}. It belongs to another model. Nothing was loaded."
-            )
+    for index, (a, b) in read_keras_lora(path, shapes).items():
+        layer = counted[index]
         place = path_of[id(layer)]
         layers[place] = layer
         matrix = kernel_to_matrix(layer, np.tensordot(a, b, 1))
@@ -442,7 +447,16 @@ def import_keras_lora(model, path, name=DEFAULT):
 
 def add_products(model, name, layers, products):
     """Adds an adapter whose updates are given as products of two matrices."""
-    factors = {path: svd_of_product(*products[path]) for path in layers}
+    factors = {}
+    for path in layers:
+        found = svd_of_product(*products[path])
+        # A finite product may be too large for float32.
+        factors[path] = tuple(x.astype("float32") for x in found)
+        if not all(np.isfinite(x).all() for x in factors[path]):
+            raise AdapterFileError(
+                f"The update of layer '{path}' is too large for float32. "
+                "Nothing was loaded."
+            )
     options = {}
     for path, (_, sigma, _) in factors.items():
         largest = min(kernel_shape(layers[path]))
@@ -569,8 +583,13 @@ def read_peft_config(path):
     try:
         config = json.loads(path.read_text())
         kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterFileError(f"'{path}' is no config of PEFT.") from error
+        alphas = [
+            config["lora_alpha"],
+            *(config.get("alpha_pattern") or {}).values(),
+        ]
+        usable = np.isfinite([float(alpha) for alpha in alphas]).all()
+    except CONTRADICTIONS as error:
+        raise AdapterFileError(f"'{path}' is no config of LoRA.") from error
     unsupported = [
         key
         for key in (
@@ -583,8 +602,8 @@ def read_peft_config(path):
     ]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
-    if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise AdapterFileError(f"'{path}' does not say `lora_alpha`.")
+    if not usable:
+        raise AdapterFileError(f"'{path}' has a `lora_alpha` not finite.")
     if kind != "LORA" or unsupported:
         raise AdapterFileError(
             "Only plain LoRA is an update of kernels and nothing else. "
@@ -619,12 +638,13 @@ def read_peft_weights(path, config):
         if set(keys) != {"A", "B"}:
             raise AdapterFileError(f"'{path}' has half of '{module}' only.")
         A, B = (tensors[keys[half]].astype("float64") for half in "AB")
-        if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+        fit = A.ndim == B.ndim == 2 and len(A) == B.shape[1]
+        if not (fit and A.size and B.size):
             raise AdapterFileError(f"The factors of '{module}' do not fit.")
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
             raise AdapterFileError(f"'{module}' has numbers not finite.")
         alpha = in_pattern(config.get("alpha_pattern"), module)
-        alpha = config["lora_alpha"] if alpha is None else alpha
+        alpha = float(config["lora_alpha"] if alpha is None else alpha)
         root = 0.5 if config.get("use_rslora") else 1
         result[module] = A, B * (alpha / len(A) ** root)
     return result
@@ -644,28 +664,45 @@ def in_pattern(patterns, module):
     return None
 
 
-def read_keras_lora(path):
-    """Returns the dict from the number of a layer to its two factors."""
+def read_keras_lora(path, shapes):
+    """Returns the dict from the number of a layer to its two factors.
+
+    Args:
+        path: String or path.
+        shapes: Dict from the number of a layer to the shape of its kernel.
+    """
+    pairs = {}
     with h5py.File(path, "r") as file:
         try:
-            pairs = {
-                int(key): [
-                    np.array(group["vars"][f"lora_kernel_{half}"])
-                    for half in "ab"
-                ]
-                for key, group in file["lora"].items()
-                if key.isdigit()
-            }
-        except (KeyError, TypeError, AttributeError) as error:
+            for key, group in file["lora"].items():
+                if key.isdecimal():
+                    a, b = (group["vars"][f"lora_kernel_{x}"] for x in "ab")
+                    # A file may declare any size: look before reading.
+                    found = (*a.shape[:-1], b.shape[1])
+                    rank = min(np.prod(found[:-1]), found[-1])
+                    if (
+                        found != shapes.get(int(key))
+                        or not a.shape[-1] == b.shape[0] <= rank
+                        or (a.dtype.kind, b.dtype.kind) != ("f", "f")
+                    ):
+                        raise AdapterFileError(
+                            f"'{path}' has factors of shapes {a.shape} and "
+                            f"{b.shape} for number {key} of the layers with "
+                            "weights, whose kernel has the shape "
+                            f"{shapes.get(int(key))}. It belongs to another "
+                            "model. Nothing was loaded."
+                        )
+                    pairs[int(key)] = np.array(a), np.array(b)
+        except AdapterFileError:
+            raise
+        except (*CONTRADICTIONS, IndexError) as error:
             raise AdapterFileError(
                 f"'{path}' is no file of KerasHub's `save_lora_weights`."
             ) from error
     if not pairs:
         raise AdapterFileError(f"'{path}' has no LoRA weights.")
-    for index, (a, b) in pairs.items():
-        if a.ndim < 2 or b.ndim != 2 or a.shape[-1] != len(b):
-            raise AdapterFileError(f"The factors of layer {index} do not fit.")
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    for index, factors in pairs.items():
+        if not all(np.isfinite(x).all() for x in factors):
             raise AdapterFileError(f"Layer {index} has numbers not finite.")
     return pairs
 

@@ -271,18 +271,6 @@ class GeoLoRA(keras.optimizers.Optimizer):
         for group in self._groups.content if self.built else ():
             GroupStep(group).cut(self.tolerance)
 
-    def save_own_variables(self, store):
-        """Saves what is not of the inner optimizer, which saves itself."""
-        for index, variable in enumerate(self._variables):
-            store[str(index)] = variable.numpy()
-
-    def load_own_variables(self, store):
-        """Loads what `save_own_variables` saved."""
-        if len(store.keys()) != len(self._variables):
-            return super().load_own_variables(store)  # which warns
-        for index, variable in enumerate(self._variables):
-            variable.assign(store[str(index)])
-
     def get_config(self):
         """Returns the configuration, the inner optimizer's included."""
         inner_optimizer = keras.saving.serialize_keras_object(

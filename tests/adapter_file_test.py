@@ -187,7 +187,7 @@ def test_a_backbone_takes_the_adapter_of_a_task(path):
     move(task)
     task.save_geolora(path)
     other, _ = classifier()
-    with pytest.raises(AdapterFileError, match="no variable 'head:logits/"):
+    with pytest.raises(AdapterFileError, match="trains is 'head:logits/"):
         other.backbone.load_geolora(path)
     with pytest.warns(UserWarning, match="head:logits"):
         other.backbone.load_geolora(path, strict=False)
@@ -294,6 +294,23 @@ def test_numbers_are_not_put_into_integers(path):
     quantized.quantize("int8")
     with pytest.raises(AdapterFileError, match="type of 'dense_2/kernel'"):
         quantized.load_geolora(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"train_bias": False}])
+def test_an_adapter_with_other_companions_is_refused(path, options):
+    model = trained()
+    other = trained(**options, modules_to_save=None, exclude=None)
+    model.save_geolora(path)
+    before = everything(other)
+    with pytest.raises(AdapterFileError, match="nothing in the model that"):
+        other.load_geolora(path)
+    assert everything(other) == before
+
+
+def test_an_adapter_without_the_companions_is_refused(path):
+    trained(train_bias=False).save_geolora(path)
+    with pytest.raises(AdapterFileError, match="no values for 'dense"):
+        trained().load_geolora(path)
 
 
 def test_an_adapter_on_other_layers_is_refused(path):
@@ -429,6 +446,14 @@ FORGED = {
     "no layers": lambda d, t: d["adapter"].pop("layers"),
     "layers as a list": lambda d, t: d["adapter"].update(layers=["dense"]),
     "a name": lambda d, t: d["adapter"].update(name="a/b"),
+    "a kernel": lambda d, t: t.update(
+        {"dense/kernel": np.ones((8, 16), "float32")}
+    ),
+    "a scale too large": lambda d, t: d["adapter"]["layers"]["dense"].update(
+        scale=10**400
+    ),
+    "no model": lambda d, t: d.pop("model"),
+    "a strange class": lambda d, t: d["classes"].update(x=[1]),
     "no base": lambda d, t: d.pop("base"),
     "the future": lambda d, t: d.update(format=2),
     "a foreign layer": lambda d, t: d["adapter"]["modules_to_save"].append("x"),
@@ -444,6 +469,17 @@ def test_a_forged_file_is_refused(path, forgery):
     with pytest.raises(ValueError):
         model.load_geolora(path)
     assert everything(model) == before
+
+
+def test_nested_descriptions_are_refused(path):
+    text = "[" * 100_000
+    metadata = {
+        adapter_file.ENTRY: text,
+        adapter_file.DIGEST: adapter_file.digest(text, {}),
+    }
+    path.write_bytes(safetensors.numpy.save({}, metadata))
+    with pytest.raises(AdapterFileError, match="no description"):
+        plain().load_geolora(path)
 
 
 def test_foreign_files_are_refused(path):

@@ -326,6 +326,15 @@ def test_an_unknown_family_needs_names(tmp_path):
     )
 
 
+def test_two_layers_cannot_be_one_module(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(8)]
+    )
+    model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="module of its own"):
+        keras_geolora.export_peft(model, tmp_path, names=lambda path: "q")
+
+
 def test_what_trained_beside_is_named(tmp_path):
     model = small()
     model.enable_geolora(rank=2, train_bias=True)
@@ -380,6 +389,19 @@ def damage(folder, what):
     elif what == "pattern":
         options = json.loads(config.read_text())
         config.write_text(json.dumps({**options, "alpha_pattern": {"(": 1}}))
+    elif what in ("alpha too large", "alpha not finite", "alpha as text"):
+        alpha = {"alpha too large": "1" + "0" * 400, "alpha as text": '"x"'}
+        text = (
+            f'{{"peft_type": "LORA", "lora_alpha": {alpha.get(what, "NaN")}}}'
+        )
+        config.write_text(text)
+    elif what == "nested":
+        config.write_text("[" * 100_000)
+    elif what == "empty":
+        for half, shape in ("A", (0, 8)), ("B", (4, 0)):
+            tensors[f"base_model.model.x.lora_{half}.weight"] = np.ones(shape)
+    elif what == "too large":
+        tensors = {key: x * 0 + 3e38 for key, x in tensors.items()}
     elif what == "alpha":
         config.write_text('{"peft_type": "LORA"}')
     elif what == "twice":
@@ -405,6 +427,12 @@ def damage(folder, what):
         "module",
         "pattern",
         "alpha",
+        "alpha too large",
+        "alpha not finite",
+        "alpha as text",
+        "nested",
+        "empty",
+        "too large",
         "twice",
     ],
 )
@@ -458,6 +486,16 @@ def test_files_that_are_not_of_keras_hub(tmp_path):
     path = tmp_path / "my.lora.h5"
     path.write_bytes(b"no")
     with pytest.raises(OSError):
+        keras_geolora.import_keras_lora(model, path)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("lora/3/vars")
+        # As large as declared it would fill the memory.
+        size = 4_000_000
+        for half in "ab":
+            group.create_dataset(
+                f"lora_kernel_{half}", (size, size), "f4", chunks=(1, 64)
+            )
+    with pytest.raises(AdapterFileError, match="another model"):
         keras_geolora.import_keras_lora(model, path)
     with h5py.File(path, "w") as file:
         file.create_group("lora/3")

@@ -472,7 +472,111 @@ def test_weights_without_an_optimizer_load_without_a_warning(tmp_path):
     np.testing.assert_array_equal(predict(other, X), predict(model, X))
 
 
+def test_adapters_under_their_own_names_can_be_added_up(tmp_path):
+    model = two_adapters()
+    model.activate_geolora("a")
+    model.save_geolora(tmp_path / "a.safetensors")
+    other = plain()
+    head = other.layers[-1].name
+    other.enable_geolora(
+        rank=1, name="mine", exclude=head, modules_to_save=head
+    )
+    other.load_geolora(tmp_path / "a.safetensors")
+    other.combine_geolora("sum", {"a": 1.0, "mine": 1.0})
+    np.testing.assert_allclose(predict(other, X), predict(model, X), atol=1e-5)
+
+
+class Alike(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.one = keras.layers.Dense(8, name="same")
+        self.two = keras.layers.Dense(8, name="same")
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+
+def test_layers_of_the_same_name_are_all_adapted():
+    model = Alike()
+    model(X)
+    model.enable_geolora(rank=2)
+    assert model.one.is_adapted and model.two.is_adapted
+    model.merge_geolora()
+    assert type(model.one) is type(model.two) is keras.layers.Dense
+
+
+@keras.saving.register_keras_serializable("tests")
+class OwnCompile(keras.Sequential):
+    def compile(self, optimizer, strength):
+        super().compile(optimizer, loss="mse")
+        self.strength = strength
+
+
+def test_a_model_with_its_own_compile_loads_as_in_keras(tmp_path):
+    model = OwnCompile([keras.Input((8,)), keras.layers.Dense(3)])
+    model.enable_geolora(rank=2)
+    model.compile(GeoLoRA("adam"), strength=2)
+    with pytest.warns(UserWarning, match="was not called"):
+        loaded = reload(model, tmp_path)
+    np.testing.assert_array_equal(predict(loaded, X), predict(model, X))
+
+
 # Mistakes.
+
+
+def test_the_backbone_of_an_adapted_task_is_not_saved_alone(tmp_path):
+    backbone, inputs = bert()
+    task = classifier(backbone)
+    task.enable_geolora(rank=2)
+    for save in (
+        lambda: backbone.save(tmp_path / "b.keras"),
+        lambda: backbone.save_weights(tmp_path / "b.weights.h5"),
+        lambda: backbone.save_to_preset(tmp_path / "preset"),
+    ):
+        with pytest.raises(ValueError, match="belong to the task"):
+            save()
+    assert isinstance(backbone, keras_hub.models.BertBackbone)
+    task.remove_geolora()
+    assert type(backbone) is keras_hub.models.BertBackbone
+    backbone.save(tmp_path / "b.keras")
+
+
+def test_a_model_over_adapted_layers_is_not_saved(tmp_path):
+    model = two_adapters()
+    part = keras.Model(model.inputs, model.layers[1].output)
+    with pytest.raises(ValueError, match="belong to the model"):
+        part.save(tmp_path / "part.keras")
+
+
+def test_a_model_with_parts_adapted_one_by_one_is_not_saved(tmp_path):
+    inner = plain()
+    inputs = keras.Input((8,))
+    outputs = keras.layers.Dense(2)(inner(inputs))
+    model = keras.Model(inputs, outputs)
+    model.enable_geolora(rank=2, exclude=inner.name)
+    inner.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="one `enable_geolora`"):
+        model.save(tmp_path / "m.keras")
+    model.save_weights(tmp_path / "m.weights.h5")
+
+
+@pytest.mark.parametrize("options", [{"train_bias": True}, {"exclude": "none"}])
+def test_weights_with_other_companions_change_nothing(tmp_path, options):
+    model = plain()
+    if "exclude" in options:
+        options = {"modules_to_save": model.layers[0].name}
+    model.enable_geolora(rank=2, **options)
+    move(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    for weights in (model, plain()):
+        weights.save_weights(tmp_path / "m.weights.h5")
+        other = plain()
+        other.enable_geolora(rank=2)
+        before = [ops.convert_to_numpy(v) for v in other.weights]
+        with pytest.raises(ValueError, match="weights"):
+            other.load_weights(tmp_path / "m.weights.h5")
+        for variable, value in zip(other.weights, before, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
 
 
 def test_weights_of_other_adapters_are_refused(tmp_path):
