@@ -48,6 +48,10 @@ MODELS = {
     # KerasHub approximates GELU.
     "Bert": (transformers.BertModel, {**SMALL, "hidden_act": "gelu_new"}),
     "Roberta": (transformers.RobertaModel, {**SMALL, "pad_token_id": 1}),
+    "XLMRoberta": (
+        transformers.XLMRobertaModel,
+        {**SMALL, "pad_token_id": 1},
+    ),
     "DebertaV3": (
         transformers.DebertaV2Model,
         {
@@ -112,7 +116,7 @@ def hugging_face(name, folder):
     config = cls.config_class(**options)
     # Some of KerasHub's converters round weights to float16.
     model = cls(config).half().float().eval()
-    if name == "Roberta":  # KerasHub leaves it out
+    if "Roberta" in name:  # KerasHub leaves it out
         model.embeddings.token_type_embeddings.weight.data.zero_()
     model.save_pretrained(folder)
     path = folder / "config.json"
@@ -196,7 +200,7 @@ def test_every_linear_layer_of_a_family_has_a_name(family):
     backbone, _ = families.build(family)
     backbone.enable_geolora(rank=1)
     short = family.removesuffix("Backbone")
-    cls, options = MODELS[{"XLMRoberta": "Roberta"}.get(short, short)]
+    cls, options = MODELS[short]
     modules = dict(cls(cls.config_class(**options)).named_modules())
     adapted = {id(layer) for layer in adapted_layers(backbone).values()}
     paths = [p for p, x in stable_paths(backbone).items() if id(x) in adapted]

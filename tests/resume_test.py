@@ -50,7 +50,7 @@ def plain():
 
 def adapted(inner="adamw"):
     model = plain()
-    model.enable_geolora(rank=2, dropout=0.1, train_bias=True, seed=0)
+    model.enable_geolora(rank=2, dropout=0.1, train_bias=True)
     optimizer = GeoLoRA(INNER[inner](), cut_interval=3)
     if inner == "momentum":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
