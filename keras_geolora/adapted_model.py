@@ -60,12 +60,10 @@ class AdaptedModel:
         if optimizer is not None and optimizer != "auto":
             check_optimizer(optimizer)
         self.geolora_auto_compiled = kwargs.get("jit_compile", "auto") == "auto"
-        if (
-            self.geolora_auto_compiled
-            and keras.backend.backend() == "tensorflow"
-        ):
-            kwargs["jit_compile"] = False
         super().compile(*args, **kwargs)
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        if self.geolora_auto_compiled and on_tensorflow:
+            self.jit_compile = False
 
     def get_compile_config(self):
         """As `keras.Model.get_compile_config`; `None` without a `GeoLoRA`."""
