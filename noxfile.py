@@ -51,7 +51,9 @@ def tests(session):
     for name in [backend] if backend else BACKENDS:
         session.log(f"Testing on {name}")
         try:
-            run_python(session, name, "-m", "pytest", *rest)
+            # Two processes: one test keeps little more than one core busy,
+            # and each process fills some gigabytes of memory.
+            run_python(session, name, "-m", "pytest", "-n", "2", *rest)
         except nox.command.CommandFailed:
             failed.append(name)
     if failed:

@@ -19,6 +19,7 @@ from keras_geolora.exchange import (
     import_keras_lora,
     import_peft,
 )
+from keras_geolora.export import ExportError, export
 from keras_geolora.layers import (
     GeoLoRAConv1D,
     GeoLoRAConv2D,
@@ -43,6 +44,7 @@ from keras_geolora.version import __version__
 
 __all__ = [
     "AdapterFileError",
+    "ExportError",
     "GeoLoRA",
     "GeoLoRAConv1D",
     "GeoLoRAConv2D",
@@ -57,6 +59,7 @@ __all__ = [
     "combine_geolora",
     "delete_geolora",
     "enable_geolora",
+    "export",
     "export_peft",
     "geolora_adapters",
     "geolora_disabled",

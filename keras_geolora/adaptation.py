@@ -251,6 +251,14 @@ class Adaptation:
             return adapter.values
         return {id(v): value_of(v) for v in adapter.companions}
 
+    def companion_values(self, name):
+        """Returns pairs of all companions and their values with an adapter."""
+        values = self.values(name)
+        return [
+            (v, values.get(id(v), self.pretrained(v)))
+            for v in self._all_companions()
+        ]
+
     def freeze(self):
         """Freezes what does not train with the active adapter."""
         adapter = self.adapters[self.active]

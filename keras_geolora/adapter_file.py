@@ -115,10 +115,11 @@ def save_geolora(model, path, name=None):
     paths = stable_paths(adaptation.scope)
     tensors = {}
     for layer_path, options in plan["layers"].items():
-        factors = trimmed_factors(paths[layer_path]._adapters[name])
-        options["rank"] = len(factors["S"])
+        factors = paths[layer_path]._adapters[name].trimmed()
+        options["rank"] = len(factors[1])
         tensors.update(
-            (f"{layer_path}.{role}", x) for role, x in factors.items()
+            (f"{layer_path}.{role}", x)
+            for role, x in zip("USV", factors, strict=True)
         )
     values = adaptation.values(name)
     for key, variable in keyed_variables(model).items():
@@ -536,13 +537,6 @@ def keyed_variables(model):
                     key = f"{first}_{count}"
                 keyed[key] = variable
     return keyed
-
-
-def trimmed_factors(adapter):
-    """Returns `U`, `S` and `V` of an adapter as arrays of its rank."""
-    rank = adapter.rank
-    U, S, V = (value_of(x) for x in (adapter.U, adapter.S, adapter.V))
-    return {"U": U[:, :rank], "S": S[:rank, :rank], "V": V[:, :rank]}
 
 
 def padded(factor, shape):

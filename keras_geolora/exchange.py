@@ -27,7 +27,6 @@ from keras_geolora.adapter_file import (
     padded,
     plain_class_name,
     some,
-    trimmed_factors,
 )
 from keras_geolora.files import write_whole
 from keras_geolora.layers.adapted import DEFAULT
@@ -193,7 +192,7 @@ def export_peft(
     updates = {}
     for path, layer in layers.items():
         adapter = layer._adapters[name]
-        updates[path] = (*trimmed_factors(adapter).values(), adapter.scale)
+        updates[path] = (*adapter.trimmed(), adapter.scale)
     companions = {id(v) for v in adaptation.adapters[name].companions}
     left = [k for k, v in keyed_variables(model).items() if id(v) in companions]
     write_peft(

@@ -155,7 +155,7 @@ class AdaptedLayer:
             raise
         return layer
 
-    def _add_adapter(self, name, options):
+    def _new_adapter(self, name, options):
         input_dim, output_dim = self.kernel_matrix_shape
         adapter = LowRankAdapter(
             input_dim,
@@ -166,6 +166,10 @@ class AdaptedLayer:
             name="adapter" if name == DEFAULT else f"adapter_{name}",
         )
         adapter.kernel_norm = KernelNorm(self)
+        return adapter
+
+    def _add_adapter(self, name, options):
+        adapter = self._new_adapter(name, options)
         if not self._adapters:
             self._trainable_before = TrainableFlags(self.trainable_variables)
             self._freeze()
@@ -223,6 +227,20 @@ class AdaptedLayer:
         for other, adapter in self._adapters.items():
             adapter.trainable = other == name
 
+    def compact_adapter(self, name):
+        """Gives an adapter buffers that are no larger than its rank."""
+        adapter = self._adapters[name]
+        factors, rank = adapter.trimmed(), adapter.rank
+        options = dict(self.options_of(name), rank=rank, max_rank=rank)
+        options["min_rank"] = min(adapter.min_rank, rank)
+        compact = self._new_adapter(name, options)
+        for variable, value in zip(
+            (compact.U, compact.S, compact.V), factors, strict=True
+        ):
+            variable.assign(value)
+        compact.trainable = adapter.trainable
+        self._hold_adapters({name: compact})
+
     def delete_adapter(self, name):
         """Forgets an adapter; without the last the Keras layer is left."""
         self._adapters.pop(name)
@@ -239,18 +257,19 @@ class AdaptedLayer:
         for name in adapters:
             self._adapters.pop(name)
         self._trainable_before.restore()
-        kept = {
-            name: vars(self).pop(name)
-            for name in (
-                "_adapters",
-                "_active_adapter",
-                "_adapter_options",
-                "_trainable_before",
-                "adaptation",
-                "train_bias",
-            )
-            if name in vars(self)
-        }
+        kept = {}
+        for name in (
+            "_adapters",
+            "_active_adapter",
+            "_adapter_options",
+            "_trainable_before",
+            "adaptation",
+            "train_bias",
+        ):
+            if name in vars(self):
+                kept[name] = vars(self)[name]
+                # TensorFlow exports the attributes that it has been told of.
+                delattr(self, name)
         kept["_adapters"] = adapters
         kept["__class__"] = type(self)
         become_plain(self)
@@ -365,10 +384,13 @@ class AdaptedProduct(AdaptedLayer):
     `_kernel_product`, and that with the update in `_update_product`.
     """
 
+    # Whether the update is never added to the kernel, which others share.
+    keeps_update_apart = False
+
     def _adapted_call(self, inputs, apart):
         if self._acting_adapter is None:
             return super().call(inputs)
-        if apart:
+        if apart or self.keeps_update_apart:
             x = self._kernel_product(inputs, self.kernel)
             x = ops.add(x, self._update_product(inputs))
         else:

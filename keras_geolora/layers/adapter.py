@@ -4,6 +4,7 @@ import math
 import random
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -220,6 +221,14 @@ class LowRankAdapter(keras.layers.Layer):
         return low_rank_matrix(
             self.U.value, self.S.value, self.V.value, self.scale
         )
+
+    def trimmed(self):
+        """Returns `U`, `S` and `V` as arrays, without unused columns."""
+        rank = self.rank
+        U, S, V = (
+            np.array(ops.convert_to_numpy(x)) for x in (self.U, self.S, self.V)
+        )
+        return U[:, :rank], S[:rank, :rank], V[:, :rank]
 
     def kernel_norm(self):
         """Norm of the kernel that is updated; zero where there is none."""

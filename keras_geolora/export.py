@@ -1,0 +1,427 @@
+"""Exports models for serving: SavedModels, the same from every backend."""
+
+import contextlib
+import errno
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+
+import keras
+import numpy as np
+
+from keras_geolora.adapted_model import (
+    adaptations_of,
+    check_model,
+    check_not_suspended,
+)
+from keras_geolora.files import write_whole
+from keras_geolora.lifecycle import activate_geolora, geolora_adapters
+from keras_geolora.signature import Signature, answers
+from keras_geolora.targeting import carriers, inside
+from keras_geolora.version import __version__
+
+REPORT = "geolora_report.json"
+SENTENCES = ["A first sentence.", "And a second one, which is rather longer."]
+# How far answers may be apart, relative to the largest of them.
+TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
+LOW_PRECISION = 2e-2
+# Packages whose classes are there wherever this one is.
+AT_HOME = {"keras", "keras_hub", "keras_geolora", "builtins"}
+
+
+class ExportError(RuntimeError):
+    """A model could not be exported, or its export answers differently."""
+
+
+def export(
+    model,
+    path,
+    version=None,
+    *,
+    adapters=None,
+    preprocess=False,
+    samples=None,
+    input_signature=None,
+    tolerance=None,
+    baseline=True,
+    timeout=1800,
+    verbose=True,
+):
+    """Writes a SavedModel for TF Serving, with a report on its parity.
+
+    The SavedModel goes to `path/VERSION`, the folder that TF Serving watches.
+    It holds the merged function, with the operations of the model before it
+    was adapted; the model in memory stays as it is. What is written is loaded
+    again and asked: if its answers are not those of the model, nothing is
+    left behind and an error says how far they are apart.
+
+    On JAX and PyTorch the writing happens in a process of its own, where
+    Keras runs on TensorFlow, which has to be installed. Batches and sequences
+    of any length are served, from every backend.
+
+    Args:
+        model: Built `keras.Model`, adapted, merged, or without any adapter.
+        path: String or path of the folder of the model.
+        version: Int of at least 1, or `None` for the next free one. An
+            existing version is never overwritten.
+        adapters: List of names, or `"all"`. Each adapter gets a signature of
+            its name beside one copy of the pretrained weights. The active one
+            is served by default, too. Defaults to `None`: the active adapter
+            alone, merged.
+        preprocess: Bool, whether the preprocessor of a KerasHub task becomes
+            a part of the graph, which then takes strings, `text`. The server
+            needs the operations of tensorflow-text. Defaults to `False`.
+        samples: Inputs to compare the answers on, as for `model.predict`.
+            Defaults to random ones of two sizes.
+        input_signature: `keras.InputSpec`, or a list or dict of them, for a
+            model without a graph. Defaults to `None`.
+        tolerance: Float, how far answers may be apart, relative to the
+            largest answer (or to 1 if that is larger). Defaults to 1e-4, and
+            to 0.02 for models that compute in less than float32.
+        baseline: Bool, whether to export the model without adapters as well,
+            to compare operations, size and latency. It is deleted afterwards.
+            Defaults to `True`.
+        timeout: Float, seconds after which a process of its own is stopped.
+            Defaults to 1800.
+        verbose: Bool, whether to print progress and the report.
+
+    Returns:
+        The report, a dict; also in `path/VERSION/geolora_report.json`. It
+        has the keys `path`, `version`, `model`, `backend`, `versions`,
+        `form` (`"merged"`, or `"beside the kernels"` for several adapters
+        and for quantized kernels), `bytes`, `signatures` (by name: `adapter`,
+        `inputs`, `outputs`, `operations`, `milliseconds`, `max_difference`,
+        `allowed_difference`), `base` (`operations`, `bytes`, `milliseconds`)
+        and `same_operations`.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+        ValueError: If an argument does not fit the model.
+        FileExistsError: If there is such a version.
+        ImportError: If TensorFlow is not installed.
+        ExportError: If the model cannot be exported, or answers differ. Then
+            nothing is left at `path` that was not there.
+
+    Example:
+
+    ```python
+    import tempfile
+
+    import keras
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    with tempfile.TemporaryDirectory() as folder:
+        report = keras_geolora.export(model, folder)
+    assert report["version"] == 1 and report["same_operations"]
+    ```
+    """
+    check_model(model)
+    if not model.built:
+        raise ValueError(
+            "Only a built model can be exported. Call it on a batch of data "
+            f"first. Received: model '{model.name}', which is not built"
+        )
+    check_not_suspended(adaptations_of(model))
+    path = pathlib.Path(path)
+    check_version(path, version)
+    names = chosen_adapters(model, adapters)
+    if preprocess and getattr(model, "preprocessor", None) is None:
+        raise ValueError(
+            "`preprocess=True` is for KerasHub tasks, whose preprocessor "
+            f"becomes part of the graph. Received: model '{model.name}' "
+            "without a preprocessor"
+        )
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            "A SavedModel is written by TensorFlow, also from other backends: "
+            "`python -m pip install tensorflow`. Received: no such package"
+        )
+    signature = Signature.of(model, input_signature)
+    if tolerance is None:
+        tolerance = TOLERANCES.get(model.compute_dtype, LOW_PRECISION)
+    path.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that one step brings the result to its place; a
+    # server passes over names that are no numbers.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=path) as folder:
+        folder = pathlib.Path(folder)
+        progress = print if verbose else lambda line: None
+        progress(f"Exporting '{model.name}' to {path}")
+        save_samples(model, folder, signature, samples, preprocess, names)
+        model.save(folder / "model.keras")
+        job = {
+            "adapters": names,
+            "baseline": bool(baseline and carriers(model)),
+            "preprocess": preprocess,
+            "signature": vars(signature),
+            "tolerance": tolerance,
+            "floatx": keras.config.floatx(),
+            "image_data_format": keras.config.image_data_format(),
+            "modules": custom_modules(model),
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        if keras.backend.backend() == "tensorflow":
+            from keras_geolora import saved_model
+
+            saved_model.write(folder, progress)
+        else:
+            run_writer(folder, progress, timeout)
+        report = finished_report(model, folder)
+        check_parity(report)
+        version = publish(folder / "saved_model", path, version, report)
+    if verbose:
+        for line in table(report):
+            print(line)
+    return report
+
+
+def check_version(path, version):
+    """Refuses what is no version, or one that exists."""
+    if version is None:
+        return
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(
+            "`version` names a folder that TF Serving watches, so it must be "
+            "an integer of at least 1, or `None` for the next free one. "
+            f"Received: version={version!r}"
+        )
+    if (path / str(version)).exists():
+        raise FileExistsError(
+            errno.EEXIST,
+            "A version that is there is never overwritten. Leave `version` "
+            f"out for the next free one. Received: version={version}",
+            str(path / str(version)),
+        )
+
+
+def chosen_adapters(model, adapters):
+    """Returns the names of the adapters that get signatures of their own."""
+    if adapters is None:
+        return []
+    known = geolora_adapters(model)
+    names = known if adapters == "all" else adapters
+    if isinstance(names, str) or not names or not set(names) <= set(known):
+        raise ValueError(
+            "`adapters` is a list of names of adapters of this model, or "
+            f"'all'. Received: adapters={adapters!r}; the adapters of model "
+            f"'{model.name}' are {known}"
+        )
+    return list(names)
+
+
+def save_samples(model, folder, signature, samples, preprocess, names):
+    """Writes samples and what the model says to them, with every adapter."""
+    if samples is not None:
+        batches = [samples]
+    elif preprocess:
+        batches = [SENTENCES, SENTENCES[:1]]
+    else:
+        backbone = getattr(model, "backbone", model)
+        batches = signature.draw(getattr(backbone, "vocabulary_size", None))
+    arrays, asked = {}, []
+    for i, batch in enumerate(batches):
+        given = {"text": batch}
+        if preprocess or is_text(batch):
+            batch = model.preprocessor(batch)
+        batch = signature.named(batch)
+        if preprocess:
+            given = {"text": np.array(given["text"], dtype="S")}
+        else:
+            given = batch
+        asked.append(batch)
+        arrays.update((f"inputs/{i}/{n}", x) for n, x in given.items())
+    with restored_adapter(model):
+        active = geolora_adapters(model)[:1]
+        for name in ("serving_default", *names):
+            if name in names:
+                activate_geolora(model, name)
+            elif names and active:
+                activate_geolora(model, active[0])
+            for i, batch in enumerate(asked):
+                found = answers(model, signature, batch)
+                arrays.update((f"{name}/{i}/{n}", x) for n, x in found.items())
+    np.savez(folder / "samples.npz", **arrays)
+
+
+def is_text(samples):
+    """Says whether samples are strings."""
+    return not isinstance(samples, dict) and np.asarray(samples).dtype.kind in (
+        "U",
+        "S",
+        "O",
+    )
+
+
+@contextlib.contextmanager
+def restored_adapter(model):
+    """Activates again what was active, at the end of a `with` block."""
+    active = geolora_adapters(model)[:1]
+    try:
+        yield
+    finally:
+        for name in active:
+            activate_geolora(model, name)
+
+
+def custom_modules(model):
+    """Returns the modules that a process must import to know the model."""
+    classes = {type(layer) for layer in (model, *inside(model))}
+    known = [*classes, *keras.saving.get_custom_objects().values()]
+    names = {getattr(x, "__module__", None) for x in known} - {None}
+    return sorted(n for n in names if n.split(".")[0] not in AT_HOME)
+
+
+def run_writer(folder, progress, timeout):
+    """Writes the SavedModel in a process where Keras runs on TensorFlow."""
+    job = json.loads((folder / "job.json").read_text())
+    if "__main__" in job["modules"]:
+        raise ExportError(
+            "The SavedModel is written in a process of its own, which cannot "
+            "see the classes and functions of a script or notebook. Move "
+            "them to a module and import it. Received: a model with custom "
+            f"objects of '__main__', exported on {keras.backend.backend()}"
+        )
+    environment = dict(
+        os.environ,
+        KERAS_BACKEND="tensorflow",
+        TF_CPP_MIN_LOG_LEVEL="3",
+        CUDA_VISIBLE_DEVICES="-1",  # the caller has it
+        PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
+    )
+    log = folder / "log.txt"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "keras_geolora.saved_model", str(folder)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # to end all that it may have started
+        )
+    reader = threading.Thread(target=forward, args=(process.stdout, progress))
+    reader.start()
+    try:
+        status = process.wait(timeout)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise ExportError(
+                "The process that writes the SavedModel did not come to an "
+                "end in time. Give it more by `timeout=...`, in seconds. "
+                f"Received: timeout={timeout}"
+            ) from error
+        raise
+    finally:
+        reader.join()
+        process.stdout.close()
+    if status:
+        last = log.read_text(errors="replace").splitlines()[-15:]
+        raise ExportError(
+            "The process that writes the SavedModel failed with status "
+            f"{status}. Its last words:\n" + "\n".join(last)
+        )
+
+
+def forward(lines, progress):
+    """Hands on the lines of a process as they come."""
+    for line in lines:
+        progress(line.rstrip("\n"))
+
+
+def finished_report(model, folder):
+    """Completes the report that the writer left."""
+    written = json.loads((folder / "report.json").read_text())
+    base = written.get("base")
+    served = written["signatures"]["serving_default"]["operations"]
+    plain = getattr(model, "plain_class", type(model))
+    return {
+        "model": plain.__name__,
+        "backend": keras.backend.backend(),
+        "versions": {
+            "keras": keras.__version__,
+            "keras_geolora": __version__,
+            "tensorflow": written.pop("tensorflow"),
+        },
+        "same_operations": base and base["operations"] == served,
+        **written,
+    }
+
+
+def check_parity(report):
+    """Refuses a SavedModel whose answers are not those of the model."""
+    for name, found in report["signatures"].items():
+        far, allowed = found["max_difference"], found["allowed_difference"]
+        if not far <= allowed:
+            how = f"{far:.2g}" if math.isfinite(far) else "not finite or more"
+            raise ExportError(
+                "The answers of the SavedModel are not those of the model, so "
+                "it was deleted. Allow for more by `tolerance=...` if you "
+                f"know why. Received: a difference of {how} in signature "
+                f"'{name}', where {allowed:.2g} is allowed"
+            )
+
+
+def publish(folder, path, version, report):
+    """Brings a SavedModel to its place, in one step; returns the version."""
+    while True:
+        number = next_version(path) if version is None else version
+        target = path / str(number)
+        report.update(path=str(target), version=number)
+        write_whole(folder / REPORT, json.dumps(report, indent=2).encode())
+        check_version(path, version)
+        try:
+            os.rename(folder, target)
+        except OSError as error:
+            taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY)
+            if taken and version is None:
+                continue  # somebody else was faster
+            raise
+        return number
+
+
+def next_version(path):
+    """Returns the version after the last one in a folder."""
+    numbers = [int(x.name) for x in path.iterdir() if x.name.isdecimal()]
+    return max(numbers, default=0) + 1
+
+
+def table(report):
+    """Yields the lines of a report for people."""
+    yield (
+        f"Version {report['version']} of {report['model']}, "
+        f"{report['bytes'] / 1e6:.1f} MB, adapters {report['form']}: "
+        f"{report['path']}"
+    )
+    rows = dict(report["signatures"])
+    if report.get("base"):
+        rows["(without adapters)"] = report["base"]
+    width = max(map(len, rows))
+    yield (
+        f"{'signature':{width}}  {'difference':>10}  {'allowed':>8}  "
+        f"{'operations':>10}  {'MatMuls':>7}  {'latency':>9}"
+    )
+    for name, row in rows.items():
+        far, allowed = (
+            f"{row[key]:.1e}" if key in row else ""
+            for key in ("max_difference", "allowed_difference")
+        )
+        products = sum(
+            number
+            for operation, number in row["operations"].items()
+            if operation in ("MatMul", "BatchMatMulV2", "Einsum")
+        )
+        yield (
+            f"{name:{width}}  {far:>10}  {allowed:>8}  "
+            f"{sum(row['operations'].values()):>10}  {products:>7}  "
+            f"{row['milliseconds']:>6.1f} ms"
+        )

@@ -1,0 +1,194 @@
+"""What goes into a model and what comes out: names, shapes and samples."""
+
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+# Lengths that stand for a free axis of samples: two, so that an axis that is
+# free by name only is found out. Images need more than sequences.
+LENGTHS = (8, 13)
+SIZES = (64, 96)
+BATCHES = (2, 3)
+
+
+class Signature:
+    """The named inputs of a model, and how the model takes them.
+
+    Args:
+        specs: List of dicts with `name`, `shape` (a list, `None` is free) and
+            `dtype`, one for each input.
+        kind: `"one"`, `"list"` or `"dict"`, how inputs are handed to a model
+            whose own graph does not say so.
+    """
+
+    def __init__(self, specs, kind):
+        self.specs = specs
+        self.kind = kind
+
+    @classmethod
+    def of(cls, model, input_signature=None):
+        """Finds the signature of a model, or takes the one that is given.
+
+        Args:
+            model: `keras.Model`.
+            input_signature: A `keras.InputSpec` or a list or dict of them,
+                or `None` for a model whose graph is known.
+
+        Raises:
+            ValueError: If the graph is not known and nothing is given, or
+                what is given says too little.
+        """
+        if input_signature is None:
+            if not has_graph(model):
+                raise ValueError(
+                    "The inputs of a model without a graph have to be "
+                    "described: `export(model, path, input_signature="
+                    "keras.InputSpec(shape=(None, 8), dtype='float32'))`, or "
+                    "a list or dict of these, as `model.call` takes them. "
+                    f"Received: input_signature=None for model '{model.name}'"
+                )
+            return cls([spec(x, x.name) for x in model.inputs], "graph")
+        if isinstance(input_signature, dict):
+            pairs, kind = list(input_signature.items()), "dict"
+        elif isinstance(input_signature, (list, tuple)):
+            pairs = [(f"input_{i}", x) for i, x in enumerate(input_signature)]
+            kind = "list"
+        else:
+            pairs, kind = [("inputs", input_signature)], "one"
+        for _, given in pairs:
+            shape, dtype = (getattr(given, x, None) for x in ("shape", "dtype"))
+            if shape is None or dtype is None:
+                raise ValueError(
+                    "`input_signature` needs a shape and a dtype for every "
+                    "input, for example `keras.InputSpec(shape=(None, 8), "
+                    f"dtype='float32')`. Received: {given!r}"
+                )
+        return cls([spec(x, name) for name, x in pairs], kind)
+
+    def pack(self, model, tensors):
+        """Returns the inputs as the model takes them.
+
+        Args:
+            model: The `keras.Model`.
+            tensors: Dict from name to tensor.
+        """
+        flat = [tensors[x["name"]] for x in self.specs]
+        if self.kind == "graph":
+            # A Sequential keeps its graph to itself; it takes one tensor.
+            structure = getattr(model, "input", model.inputs[0])
+            return keras.tree.pack_sequence_as(structure, flat)
+        if self.kind == "one":
+            return flat[0]
+        return tensors if self.kind == "dict" else flat
+
+    def named(self, inputs):
+        """Returns the inputs of a call as a dict from name to array."""
+        tensors = self.named_tensors(inputs)
+        return {
+            x["name"]: np.asarray(
+                ops.convert_to_numpy(tensors[x["name"]]), dtype=x["dtype"]
+            )
+            for x in self.specs
+        }
+
+    def named_tensors(self, inputs):
+        """Returns the inputs of a call by name.
+
+        Raises:
+            ValueError: If they are others than those of the signature.
+        """
+        names = [x["name"] for x in self.specs]
+        if isinstance(inputs, dict):
+            given = {plain_name(name): x for name, x in inputs.items()}
+        elif isinstance(inputs, (list, tuple)):
+            given = dict(zip(names, inputs, strict=False))
+        else:
+            given = {names[0]: inputs}
+        if set(given) != set(names):
+            raise ValueError(
+                "Inputs of the model are given by name if there are several: "
+                f"{names}. Received: {sorted(given)}"
+            )
+        return given
+
+    def draw(self, vocabulary_size=None):
+        """Returns random samples, of two sizes where axes are free.
+
+        Integers are tokens below `vocabulary_size` where that is known, and
+        otherwise 0 or 1, which stand for something in every vocabulary. A
+        mask leaves out the end of every second row.
+
+        Args:
+            vocabulary_size: Int or `None`.
+
+        Returns:
+            List of two dicts from name to array.
+        """
+        rng = np.random.default_rng(0)
+        return [
+            {
+                x["name"]: draw(x, batch, which, vocabulary_size, rng)
+                for x in self.specs
+            }
+            for which, batch in enumerate(BATCHES)
+        ]
+
+
+def spec(tensor, name):
+    """Describes an input by what JSON can hold."""
+    return {
+        "name": plain_name(name),
+        "shape": list(tensor.shape),
+        "dtype": keras.backend.standardize_dtype(tensor.dtype),
+    }
+
+
+def plain_name(name):
+    """Returns a name that TensorFlow does not have to change."""
+    return re.sub(r"\W", "_", name)
+
+
+def has_graph(model):
+    """Says whether a model knows its inputs."""
+    return bool(getattr(model, "inputs", None))
+
+
+def draw(spec, batch, which, vocabulary_size, rng):
+    """Returns a random array for one input."""
+    lengths = SIZES if len(spec["shape"]) > 3 else LENGTHS
+    shape = [batch, *(n or lengths[which] for n in spec["shape"][1:])]
+    if spec["dtype"].startswith(("float", "bfloat")):
+        return rng.normal(size=shape).astype(spec["dtype"])
+    if "mask" in spec["name"] or spec["dtype"] == "bool":
+        mask = np.ones(shape, spec["dtype"])
+        mask[::2, shape[-1] // 2 + 1 :] = 0
+        return mask
+    tokens = vocabulary_size and "token" in spec["name"]
+    largest = vocabulary_size if tokens else 2
+    return rng.integers(largest, size=shape).astype(spec["dtype"])
+
+
+def named_outputs(model, outputs):
+    """Returns the outputs of a model as a dict from name to tensor.
+
+    The names are the keys of a dict, those of the layers of a model with a
+    graph, and otherwise `output_0`, `output_1` and so on.
+    """
+    if isinstance(outputs, dict):
+        return {plain_name(name): x for name, x in outputs.items()}
+    flat = keras.tree.flatten(outputs)
+    names = getattr(model, "output_names", None) or []
+    if len(set(names)) != len(flat):
+        names = [f"output_{i}" for i in range(len(flat))]
+    return {plain_name(n): x for n, x in zip(names, flat, strict=True)}
+
+
+def answers(model, signature, samples):
+    """Returns what the model says to samples, as float arrays by name."""
+    outputs = model(signature.pack(model, samples), training=False)
+    return {
+        name: np.array(ops.convert_to_numpy(ops.cast(x, "float32")))
+        for name, x in named_outputs(model, outputs).items()
+    }
