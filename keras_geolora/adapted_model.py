@@ -65,6 +65,16 @@ class AdaptedModel:
         if self.geolora_auto_compiled and on_tensorflow:
             self.jit_compile = False
 
+    def export(self, filepath, *args, **kwargs):
+        """Refused: the graph would multiply with every adapter apart."""
+        raise ValueError(
+            "An adapted model is exported in the form that serves fastest, as "
+            f"a SavedModel by `keras_geolora.export(model, {filepath!r})`. "
+            "For other formats merge first: `model.merge_geolora()`, "
+            "`model.export(...)`, `model.unmerge_geolora()`. Received: "
+            f"adapted model '{self.name}'"
+        )
+
     def get_compile_config(self):
         """As `keras.Model.get_compile_config`; `None` without a `GeoLoRA`."""
         if not is_geolora(getattr(self, "optimizer", None)):

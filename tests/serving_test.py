@@ -1,0 +1,121 @@
+"""A fine-tuned MiniLM, served: C++ without Python, gRPC, raw strings."""
+
+import concurrent.futures
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import serving
+import tensorflow as tf
+from scenario_test import create, data  # noqa: F401  a fixture
+
+import keras_geolora
+from keras_geolora import GeoLoRA
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+
+@pytest.fixture(scope="module")
+def served(data, tmp_path_factory):  # noqa: F811  the fixture
+    """A folder with two versions: tokens in, strings in; and answers."""
+    preset, texts, liked = data
+    keras.utils.set_random_seed(0)
+    classifier = create(preset)
+    classifier.enable_geolora(rank=4)
+    classifier.compile(
+        GeoLoRA(keras.optimizers.AdamW(1e-3)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    classifier.fit(texts, liked, batch_size=32, verbose=0)
+    folder = tmp_path_factory.mktemp("serving") / "movies"
+    tokens = keras_geolora.export(
+        classifier, folder, samples=texts[:4], verbose=False
+    )
+    strings = keras_geolora.export(
+        classifier, folder, preprocess=True, baseline=False, verbose=False
+    )
+    inputs = {
+        name: keras.ops.convert_to_numpy(x)
+        for name, x in classifier.preprocessor(list(texts[:4])).items()
+    }
+    logits = classifier.predict(texts, verbose=0)
+    return folder, tokens, strings, inputs, logits
+
+
+def test_the_report_compares_with_the_base_model(served):
+    _, tokens, strings, _, _ = served
+    assert tokens["same_operations"]
+    assert tokens["bytes"] < 1.01 * tokens["base"]["bytes"]
+    for report in (tokens, strings):
+        (entry,) = report["signatures"].values()
+        assert entry["max_difference"] < 1e-5
+    assert set(entry["inputs"]) == {"text"}
+
+
+def test_strings_are_answered_as_by_the_task(served, data):  # noqa: F811
+    folder, _, strings, _, logits = served
+    assert strings["version"] == 2
+    _, texts, _ = data
+    found = serving.load(folder / "2")({"text": texts.astype("S")})["logits"]
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
+def test_the_cpp_runtime_answers_without_python(served, tmp_path):
+    folder, _, _, inputs, logits = served
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler on this machine")
+    library = pathlib.Path(tf.sysconfig.get_lib())
+    program = tmp_path / "ask"
+    subprocess.run(
+        [
+            compiler,
+            str(pathlib.Path(__file__).with_name("ask_savedmodel.cc")),
+            f"-I{tf.sysconfig.get_include()}",
+            str(library / "libtensorflow_cc.so.2"),
+            str(library / "libtensorflow_framework.so.2"),
+            f"-Wl,-rpath,{library}",
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
+    names_in, (operation, index) = serving.places(folder / "1", "logits")
+    words = [
+        f"{names_in[name][0]}={','.join(map(str, x[0]))}"
+        for name, x in inputs.items()
+    ]
+    run = subprocess.run(
+        [str(program), str(folder / "1"), operation, index, *words],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    found = np.array(run.stdout.split(), dtype="float32")
+    np.testing.assert_allclose(found, logits[0], atol=1e-5)
+
+
+def test_200_requests_at_once_are_answered_over_grpc(served, data):  # noqa: F811
+    import grpc
+    import savedmodel_server
+    import serve_grpc
+
+    folder, _, _, _, logits = served
+    texts = np.resize(data[1], 200)
+    server, port = savedmodel_server.serve(folder)
+    try:
+        ask = serve_grpc.client(f"127.0.0.1:{port}", folder.name)
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            found = list(pool.map(lambda text: ask([text])[0], texts))
+        np.testing.assert_allclose(
+            found, np.resize(logits, (200, 2)), atol=1e-5
+        )
+        lost = serve_grpc.client(f"127.0.0.1:{port}", "other")
+        with pytest.raises(grpc.RpcError, match="Servable not found: other"):
+            lost(["text"])
+    finally:
+        server.stop(None).wait()
