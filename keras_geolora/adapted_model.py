@@ -80,6 +80,11 @@ class AdaptedModel:
         if not is_geolora(getattr(self, "optimizer", None)):
             return None  # the model was compiled before it was adapted
         config = super().get_compile_config()
+        # With the loss scaling that a policy of `mixed_float16` adds: the
+        # model may be loaded where another policy is set.
+        config["optimizer"] = keras.saving.serialize_keras_object(
+            self.optimizer
+        )
         if self.geolora_auto_compiled:
             config["jit_compile"] = "auto"  # another backend chooses anew
         return config

@@ -92,7 +92,8 @@ def enable_geolora(
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`, or a rank no integer.
+        TypeError: If `model` is no `keras.Model`, a rank no integer, or
+            another argument not of its kind.
         ValueError: If the model is not built, or has an adapter of this name,
             a rank does not fit, or a pattern matches nothing.
 
@@ -129,6 +130,16 @@ def enable_geolora(
         raise ValueError(
             "No layer is left to adapt. Received: "
             f"modules_to_save={modules_to_save!r}, which means all targets"
+        )
+    if rank_pattern is not None and not isinstance(rank_pattern, dict):
+        raise TypeError(
+            "`rank_pattern` gives ranks to patterns, for example "
+            f"`{{'query': 4}}`. Received: rank_pattern={rank_pattern!r}"
+        )
+    if not isinstance(train_bias, bool):
+        raise TypeError(
+            "`train_bias` is `True` or `False`. "
+            f"Received: train_bias={train_bias!r}"
         )
     ranks = dict.fromkeys(chosen, rank)
     for pattern, other in reversed((rank_pattern or {}).items()):

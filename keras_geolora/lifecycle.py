@@ -140,7 +140,7 @@ def activate_geolora(model, name):
     ```
     """
     check_model(model)
-    adaptations = find_adaptations(model, name)
+    adaptations = adaptations_with(model, name)
     check_not_suspended(adaptations)
     for adaptation in adaptations:
         adaptation.activate(name)
@@ -178,7 +178,7 @@ def delete_geolora(model, name):
     ```
     """
     check_model(model)
-    adaptations = find_adaptations(model, name)
+    adaptations = adaptations_with(model, name)
     check_not_suspended(adaptations)
     for adaptation in adaptations:
         if adaptation.active == name:
@@ -244,7 +244,7 @@ def combine_geolora(model, name, weights, rank=None):
     check_weights(weights)
     if rank is not None:
         check_rank("rank", rank, 1, float("inf"))
-    adaptations = [find_adaptations(model, other) for other in weights]
+    adaptations = [adaptations_with(model, other) for other in weights]
     if any(found != adaptations[0] for found in adaptations):
         raise ValueError(
             "Only adapters of the same parts of a model can be added up. "
@@ -375,8 +375,8 @@ def check_weights(weights):
         )
 
 
-def find_adaptations(model, name=None):
-    """Returns what was done to the parts of a model, with one adapter."""
+def find_adaptations(model):
+    """Returns what was done to the parts of a model."""
     check_adapted(model, "switched")
     found = adaptations_of(model)
     if not found:
@@ -385,7 +385,13 @@ def find_adaptations(model, name=None):
             "and cannot be switched; those of `model.enable_geolora()` can. "
             f"Received: model '{model.name}'"
         )
-    with_name = [a for a in found if name is None or name in a.adapters]
+    return found
+
+
+def adaptations_with(model, name):
+    """Returns those of `find_adaptations` that have one adapter."""
+    found = find_adaptations(model)
+    with_name = [a for a in found if name in a.adapters]
     if not with_name:
         known = sorted({n for a in found for n in a.adapters})
         raise ValueError(

@@ -569,6 +569,20 @@ def test_a_read_only_folder(path):
         path.parent.chmod(0o700)
 
 
+def test_options_may_be_numbers_of_numpy(path):
+    model = plain()
+    model.enable_geolora(
+        rank=np.int64(2),
+        max_rank=np.int32(3),
+        scale=np.float32(0.5),
+        dropout=np.float32(0.25),
+        seed=np.int64(1),
+    )
+    model.save_geolora(path)
+    plain().load_geolora(path)
+    keras.models.model_from_json(model.to_json())
+
+
 def test_a_path_may_be_a_string_or_an_object(path):
     model = trained()
     model.save_geolora(str(path))

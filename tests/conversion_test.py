@@ -244,6 +244,20 @@ def test_a_rank_pattern_must_mean_something():
             transformer().enable_geolora(rank=2, rank_pattern={pattern: 1})
 
 
+@pytest.mark.parametrize(
+    "options, received",
+    [
+        ({"rank_pattern": ["head"]}, r"rank_pattern=\['head'\]"),
+        ({"train_bias": "all"}, "train_bias='all'"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, received):
+    model = functional()
+    with pytest.raises(TypeError, match=f"Received: {received}"):
+        model.enable_geolora(rank=2, **options)
+    assert not adapted_layers(model)
+
+
 def test_a_rank_above_a_kernel_names_the_layer():
     with pytest.raises(ValueError, match="layer 'head'.*rank_pattern"):
         functional().enable_geolora(rank=4)

@@ -220,6 +220,8 @@ def test_merging_a_layer_gives_back_the_keras_layer():
         ({"rank": 4, "max_rank": 6}, ValueError, "max_rank=6"),
         ({"rank": 2, "min_rank": 3}, ValueError, "min_rank=3"),
         ({"rank": 2, "dropout": 1.0}, ValueError, "dropout=1.0"),
+        ({"rank": 2, "dropout": "x"}, TypeError, "dropout='x'"),
+        ({"rank": 2, "scale": "x"}, TypeError, "scale='x'"),
         ({"rank": 2, "scale": 0.0}, ValueError, "scale=0.0"),
         ({"rank": 2, "scale": float("nan")}, ValueError, "scale=nan"),
     ],

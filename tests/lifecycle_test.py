@@ -322,6 +322,18 @@ def test_an_adapter_survives_being_a_saved_module_of_another():
     np.testing.assert_array_equal(predict(model), a)
 
 
+def test_nothing_is_the_name_of_no_adapter():
+    model = functional()
+    model.enable_geolora(rank=2)
+    for call in (
+        lambda: model.activate_geolora(None),
+        lambda: model.delete_geolora(None),
+        lambda: model.combine_geolora("sum", {None: 1.0}),
+    ):
+        with pytest.raises(ValueError, match=r"name=None.*\['default'\]"):
+            call()
+
+
 def test_deleting_an_adapter_thaws_nothing():
     model = functional()
     model.enable_geolora(

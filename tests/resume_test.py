@@ -451,6 +451,18 @@ def test_a_backend_chooses_its_own_compilation(tmp_path):
     assert model.get_compile_config()["jit_compile"] is False
 
 
+def test_the_loss_scaling_of_a_policy_is_loaded_without_the_policy(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = adapted()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    fit(model, 1)
+    loaded = reload(model, tmp_path)
+    assert isinstance(loaded.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert_same(state(loaded), state(model))
+
+
 @pytest.mark.parametrize("optimizer", [GeoLoRA("adam"), "adam"])
 def test_a_model_that_was_compiled_before_it_was_adapted(tmp_path, optimizer):
     model = plain()

@@ -1,6 +1,8 @@
 """The adapter: three factors, and the only formula that applies them."""
 
 import math
+import numbers
+import operator
 import random
 
 import keras
@@ -142,6 +144,11 @@ class LowRankAdapter(keras.layers.Layer):
             max_rank = min(2 * rank, largest)
         check_rank("max_rank", max_rank, rank, largest)
         check_rank("min_rank", min_rank, 1, rank)
+        for option, value in {"dropout": dropout, "scale": scale}.items():
+            if not isinstance(value, numbers.Real):
+                raise TypeError(
+                    f"`{option}` must be a number. Received: {option}={value!r}"
+                )
         if not 0 <= dropout < 1:
             raise ValueError(
                 "`dropout` is the share of inputs that the adapter drops in "
@@ -153,18 +160,19 @@ class LowRankAdapter(keras.layers.Layer):
                 "`scale` multiplies the update, so it must be finite and not "
                 f"zero. Received: scale={scale}. The default is 1."
             )
+        # Numbers of NumPy have no place in the JSON of a file.
         self.input_dim = input_dim
         self.output_dim = output_dim
-        self.initial_rank = rank
-        self.max_rank = max_rank
-        self.min_rank = min_rank
+        self.initial_rank = operator.index(rank)
+        self.max_rank = operator.index(max_rank)
+        self.min_rank = operator.index(min_rank)
         self.scale = float(scale)
-        self.seed = seed
+        self.seed = None if seed is None else operator.index(seed)
         # Without a seed torch would use a generator of the process, whose
         # state is in no file.
-        dropout_seed = random.randrange(2**31) if seed is None else seed
+        dropout_seed = random.randrange(2**31) if seed is None else self.seed
         self.dropout = keras.layers.Dropout(
-            dropout, seed=dropout_seed, dtype=self.dtype_policy
+            float(dropout), seed=dropout_seed, dtype=self.dtype_policy
         )
         self.build()
 
