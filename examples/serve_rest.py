@@ -26,7 +26,7 @@ import numpy as np
 from serve_grpc import fine_tuned
 
 SERVER = pathlib.Path(__file__).with_name("kserve_server.py")
-PACKAGES = ["kserve==0.15.2", "tensorflow==2.21.0"]
+PACKAGES = ["kserve==0.21.0", "tensorflow==2.21.0"]
 
 
 def main(args):

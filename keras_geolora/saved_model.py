@@ -68,7 +68,7 @@ def write(folder, progress=print):
 
     progress("Loading the model")
     with loaded(folder) as model:
-        names = job["adapters"] or geolora_adapters(model)[:1]
+        names = geolora_adapters(model)
         report["form"] = "merged"
         if adapted_layers(model) and (job["adapters"] or not mergeable(model)):
             progress("Cutting adapters to their ranks")
@@ -77,9 +77,13 @@ def write(folder, progress=print):
         elif adapted_layers(model):
             progress("Merging")
             merge_geolora(model, reversible=False)
-        endpoints = {DEFAULT: Endpoint(model, job, (names or [None])[0])}
+        active = (names or [None])[0]
+        endpoints = {DEFAULT: Endpoint(model, job, active)}
         for name in job["adapters"]:
-            endpoints[name] = Endpoint(model, job, name)
+            same = name == active
+            endpoints[name] = (
+                endpoints[DEFAULT] if same else Endpoint(model, job, name)
+            )
         progress("Writing the SavedModel")
         save(endpoints, folder / "saved_model")
 
