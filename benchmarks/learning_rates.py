@@ -41,7 +41,7 @@ def main():
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--interval", type=int, default=20)
     run.add_argument("--ratio", type=float, default=None, help="0: no bound")
-    run.add_argument("--moments", choices=["rotated", "untouched"])
+    run.add_argument("--moments", choices=["untouched", "projected"])
     run.add_argument("--tag", help="name of the rows, the method if not given")
     run.add_argument("--backend", default="tensorflow")
     run.add_argument("--threads", type=int, default=0)
@@ -68,6 +68,8 @@ def measure(args):
 
     if args.moments == "untouched":
         use_untouched_slots()
+    elif args.moments == "projected":
+        use_projected_moments()
     x, y = load(args.task)
     model, layers = build(args.method, int(y.max()) + 1)
     initial = model.get_weights()
@@ -217,8 +219,46 @@ def use_untouched_slots():
     """Leaves the slots of the inner optimizer where they are, to compare."""
     from keras_geolora import transport
 
-    for kind in ("linear", "quadratic"):
-        transport._MOVES[kind] = transport._MOVES["row"]
+    for kind in transport._MOVES:
+        transport._MOVES[kind] = lambda slots, point, rotation: slots
+
+
+def use_projected_moments():
+    """Projects first moments on the new tangent space, to compare."""
+    from keras_geolora import integrator, transport
+
+    def with_bases(move):
+        """Hands on the new bases where the library says how they turned."""
+
+        def moved(*args):
+            point, _ = move(*args)
+            return point, point
+
+        return moved
+
+    integrator.retract = with_bases(integrator.retract)
+    integrator.cut = with_bases(integrator.cut)
+    transport._MOVES["linear"] = project
+
+
+def project(moments, old, new):
+    """Projects `M = m_K V.T + U m_L.T - U m_S V.T` on a new tangent space.
+
+    Args:
+        moments: `Unknowns`: `m_K`, `m_S` and `m_L`.
+        old: `Point` with the bases `U` and `V`.
+        new: `Point` with the bases `U_new` and `V_new`.
+
+    Returns:
+        `Unknowns`: `M V_new`, `U_new.T M V_new` and `M.T U_new`.
+    """
+    from keras_geolora.integrator import T, Unknowns
+
+    m_K, m_S, m_L = moments
+    A, B = T(old.U) @ new.U, T(old.V) @ new.V
+    K = m_K @ B + old.U @ (T(m_L) @ new.V - m_S @ B)
+    L = m_L @ A + old.V @ (T(m_K) @ new.U - T(m_S) @ A)
+    return Unknowns(K, T(new.U) @ K, L)
 
 
 def print_table():
