@@ -108,8 +108,9 @@ def test_the_reference_projection_is_idempotent(rng):
     np.testing.assert_allclose(twice, once, atol=1e-13)
 
 
-def test_the_sgd_step_is_projected_gradient_descent(rng):
-    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
+@pytest.mark.parametrize("sigma", [SIGMA, (3.0, 1.0, 0.0, 0.0)])
+def test_the_sgd_step_is_projected_gradient_descent(rng, sigma):
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, sigma)
     G = rng.normal(size=(INPUT_DIM, OUTPUT_DIM))
     point = padded(U, S, V, max_rank=8)
     moved, _ = retract(point, sgd(point, G[None], 0.1))
@@ -160,6 +161,31 @@ def test_a_batch_steps_as_its_members_do(rng):
         np.testing.assert_allclose(
             product(together)[i], product(alone)[0], atol=1e-5
         )
+
+
+def test_the_number_of_decompositions_does_not_grow_with_the_batch(
+    rng, monkeypatch
+):
+    calls = []
+
+    def counted(name):
+        decompose = getattr(ops, name)
+
+        def count(*args, **options):
+            calls.append(name)
+            return decompose(*args, **options)
+
+        return count
+
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(ops, name, counted(name))
+    point = padded(*reference.random_factors(rng, 12, 10, (2.0, 1.0)), 4)
+    for size in (1, 7):
+        calls.clear()
+        points = stacked(*[point] * size)
+        G = rng.normal(size=(size, 12, 10))
+        retract(points, sgd(points, G, 0.1))
+        assert sorted(calls) == ["eigh"] * 4 + ["svd"]
 
 
 def test_a_step_without_change_keeps_the_point(rng):
