@@ -271,17 +271,40 @@ def print_table():
         print("| method | " + " | ".join(f"{r:.0e}" for r in rates) + " |")
         print("|---" * (len(rates) + 1) + "|")
         for tag in dict.fromkeys(row["tag"] for row in mine):
-            cells = []
-            for rate in rates:
-                found = [
-                    r for r in mine if r["tag"] == tag and r["rate"] == rate
-                ]
-                cells.append(cell(found))
+            cells = [cell(select(mine, tag, rate)) for rate in rates]
             print(f"| {tag} | " + " | ".join(cells) + " |")
+        print_best(mine, rates)
+
+
+def select(rows, tag, rate):
+    """Returns the rows of one method at one rate."""
+    return [r for r in rows if r["tag"] == tag and r["rate"] == rate]
+
+
+def print_best(rows, rates):
+    """Compares GeoLoRA and LoRA at their best rates, seed by seed."""
+    accuracies, names = [], []
+    for tag in ("geolora", "lora"):
+        best = max(rates, key=lambda rate: mean_accuracy(rows, tag, rate))
+        names.append(f"{tag} at {best:.0e}")
+        accuracies.append(
+            {r["seed"]: r["accuracy"] for r in select(rows, tag, best)}
+        )
+    ours, theirs = accuracies
+    gains = [ours[seed] - theirs[seed] for seed in sorted({*ours} & {*theirs})]
+    print(f"\nThe best of the band, {names[0]} less {names[1]}, by seed: ")
+    print(", ".join(f"{gain:+.3f}" for gain in gains), end="; ")
+    print(f"mean {sum(gains) / len(gains):+.3f}")
+
+
+def mean_accuracy(rows, tag, rate):
+    """Returns the mean accuracy of one method at one rate."""
+    found = [row["accuracy"] for row in select(rows, tag, rate)]
+    return sum(found) / len(found)
 
 
 def cell(rows):
-    """One cell: mean, spread, number of seeds, parameters at the ranks."""
+    """One cell: mean and spread over seeds, parameters at the ranks."""
     if not rows:
         return "-"
     accuracy = [row["accuracy"] for row in rows]
