@@ -7,7 +7,7 @@
 A pretrained MiniLM learns to classify movie sentences by sentiment, or TREC
 questions by topic: 1,600 examples, 2 epochs, batch 32, AdamW at a constant
 rate, all linear layers of the backbone adapted. Every run adds one line to
-`benchmarks/results/learning_rates.jsonl`; `table` prints a Markdown table.
+`benchmarks/results/learning_rates.jsonl`; `table` prints Markdown tables.
 LoRA is plain `x @ A @ B` on the same matrices (`plain_lora.py`), of the rank
 that gives it as many trainable parameters as the buffers of GeoLoRA have.
 `--moments`, `--interval` and `--ratio` change the method, to compare
@@ -48,7 +48,7 @@ def main():
     commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "table":
-        print_table()
+        print_tables()
     else:
         os.environ["KERAS_BACKEND"] = args.backend
         measure(args)
@@ -261,19 +261,28 @@ def project(moments, old, new):
     return Unknowns(K, T(new.U) @ K, L)
 
 
-def print_table():
-    """Prints mean accuracy (spread over seeds), rank and parameters."""
+def print_tables():
+    """Prints GeoLoRA and LoRA on all seeds, then all candidates on one."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     for task in sorted({row["task"] for row in rows}):
         mine = [row for row in rows if row["task"] == task]
         rates = sorted({row["rate"] for row in mine})
         print(f"\n**{task}**, held-out accuracy\n")
-        print("| method | " + " | ".join(f"{r:.0e}" for r in rates) + " |")
-        print("|---" * (len(rates) + 1) + "|")
-        for tag in dict.fromkeys(row["tag"] for row in mine):
-            cells = [cell(select(mine, tag, rate)) for rate in rates]
-            print(f"| {tag} | " + " | ".join(cells) + " |")
+        print_table(mine, ("geolora", "lora"), rates)
         print_best(mine, rates)
+        print(f"\n**{task}**, the candidates with seed 0\n")
+        first = [row for row in mine if row["seed"] == 0]
+        tags = dict.fromkeys(row["tag"] for row in first)
+        print_table(first, tags, rates)
+
+
+def print_table(rows, tags, rates):
+    """Prints mean accuracy (spread over seeds) and parameters."""
+    print("| method | " + " | ".join(f"{rate:.0e}" for rate in rates) + " |")
+    print("|---" * (len(rates) + 1) + "|")
+    for tag in tags:
+        cells = [cell(select(rows, tag, rate)) for rate in rates]
+        print(f"| {tag} | " + " | ".join(cells) + " |")
 
 
 def select(rows, tag, rate):
@@ -292,7 +301,7 @@ def print_best(rows, rates):
         )
     ours, theirs = accuracies
     gains = [ours[seed] - theirs[seed] for seed in sorted({*ours} & {*theirs})]
-    print(f"\nThe best of the band, {names[0]} less {names[1]}, by seed: ")
+    print(f"\nThe best of the band, {names[0]} less {names[1]}, by seed:")
     print(", ".join(f"{gain:+.3f}" for gain in gains), end="; ")
     print(f"mean {sum(gains) / len(gains):+.3f}")
 
