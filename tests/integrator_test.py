@@ -180,12 +180,9 @@ def test_the_number_of_decompositions_does_not_grow_with_the_batch(
     for name in ("svd", "eigh"):
         monkeypatch.setattr(ops, name, counted(name))
     point = padded(*reference.random_factors(rng, 12, 10, (2.0, 1.0)), 4)
-    for size in (1, 7):
-        calls.clear()
-        points = stacked(*[point] * size)
-        G = rng.normal(size=(size, 12, 10))
-        retract(points, sgd(points, G, 0.1))
-        assert sorted(calls) == ["eigh"] * 4 + ["svd"]
+    points = stacked(*[point] * 7)
+    retract(points, sgd(points, rng.normal(size=(7, 12, 10)), 0.1))
+    assert sorted(calls) == ["eigh"] * 4 + ["svd"]
 
 
 def test_a_step_without_change_keeps_the_point(rng):
@@ -257,7 +254,7 @@ def test_a_full_buffer_keeps_moving_its_subspace(rng):
     assert kept.min() < 0.99  # some of the old subspace is gone
 
 
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1.0, 1e12, 1e25])
 def test_bases_stay_orthonormal_at_any_size_of_the_step(rng, size):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, (0.0,) * 3)
     point = padded(U, S, V, 6)
