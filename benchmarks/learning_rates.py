@@ -7,7 +7,7 @@
 A pretrained MiniLM learns to classify movie sentences by sentiment, or TREC
 questions by topic: 1,600 examples, 2 epochs, batch 32, AdamW at a constant
 rate, all linear layers of the backbone adapted. Every run adds one line to
-`benchmarks/results/learning_rates.jsonl`; `table` prints a Markdown table.
+`benchmarks/results/learning_rates.jsonl`; `table` prints Markdown tables.
 LoRA is plain `x @ A @ B` on the same matrices (`plain_lora.py`), of the rank
 that gives it as many trainable parameters as the buffers of GeoLoRA have.
 `--moments`, `--interval` and `--ratio` change the method, to compare
@@ -41,14 +41,14 @@ def main():
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--interval", type=int, default=20)
     run.add_argument("--ratio", type=float, default=None, help="0: no bound")
-    run.add_argument("--moments", choices=["rotated", "untouched"])
+    run.add_argument("--moments", choices=["untouched", "projected"])
     run.add_argument("--tag", help="name of the rows, the method if not given")
     run.add_argument("--backend", default="tensorflow")
     run.add_argument("--threads", type=int, default=0)
     commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "table":
-        print_table()
+        print_tables()
     else:
         os.environ["KERAS_BACKEND"] = args.backend
         measure(args)
@@ -68,6 +68,8 @@ def measure(args):
 
     if args.moments == "untouched":
         use_untouched_slots()
+    elif args.moments == "projected":
+        use_projected_moments()
     x, y = load(args.task)
     model, layers = build(args.method, int(y.max()) + 1)
     initial = model.get_weights()
@@ -217,31 +219,101 @@ def use_untouched_slots():
     """Leaves the slots of the inner optimizer where they are, to compare."""
     from keras_geolora import transport
 
-    for kind in ("linear", "quadratic"):
-        transport._MOVES[kind] = transport._MOVES["row"]
+    for kind in transport._MOVES:
+        transport._MOVES[kind] = lambda slots, point, rotation: slots
 
 
-def print_table():
-    """Prints mean accuracy (spread over seeds), rank and parameters."""
+def use_projected_moments():
+    """Projects first moments on the new tangent space, to compare."""
+    from keras_geolora import integrator, transport
+
+    def with_bases(move):
+        """Hands on the new bases where the library says how they turned."""
+
+        def moved(*args):
+            point, _ = move(*args)
+            return point, point
+
+        return moved
+
+    integrator.retract = with_bases(integrator.retract)
+    integrator.cut = with_bases(integrator.cut)
+    transport._MOVES["linear"] = project
+
+
+def project(moments, old, new):
+    """Projects `M = m_K V.T + U m_L.T - U m_S V.T` on a new tangent space.
+
+    Args:
+        moments: `Unknowns`: `m_K`, `m_S` and `m_L`.
+        old: `Point` with the bases `U` and `V`.
+        new: `Point` with the bases `U_new` and `V_new`.
+
+    Returns:
+        `Unknowns`: `M V_new`, `U_new.T M V_new` and `M.T U_new`.
+    """
+    from keras_geolora.integrator import T, Unknowns
+
+    m_K, m_S, m_L = moments
+    A, B = T(old.U) @ new.U, T(old.V) @ new.V
+    K = m_K @ B + old.U @ (T(m_L) @ new.V - m_S @ B)
+    L = m_L @ A + old.V @ (T(m_K) @ new.U - T(m_S) @ A)
+    return Unknowns(K, T(new.U) @ K, L)
+
+
+def print_tables():
+    """Prints GeoLoRA and LoRA on all seeds, then all candidates on one."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     for task in sorted({row["task"] for row in rows}):
         mine = [row for row in rows if row["task"] == task]
         rates = sorted({row["rate"] for row in mine})
         print(f"\n**{task}**, held-out accuracy\n")
-        print("| method | " + " | ".join(f"{r:.0e}" for r in rates) + " |")
-        print("|---" * (len(rates) + 1) + "|")
-        for tag in dict.fromkeys(row["tag"] for row in mine):
-            cells = []
-            for rate in rates:
-                found = [
-                    r for r in mine if r["tag"] == tag and r["rate"] == rate
-                ]
-                cells.append(cell(found))
-            print(f"| {tag} | " + " | ".join(cells) + " |")
+        print_table(mine, ("geolora", "lora"), rates)
+        print_best(mine, rates)
+        print(f"\n**{task}**, the candidates with seed 0\n")
+        first = [row for row in mine if row["seed"] == 0]
+        tags = dict.fromkeys(row["tag"] for row in first)
+        print_table(first, tags, rates)
+
+
+def print_table(rows, tags, rates):
+    """Prints mean accuracy (spread over seeds) and parameters."""
+    print("| method | " + " | ".join(f"{rate:.0e}" for rate in rates) + " |")
+    print("|---" * (len(rates) + 1) + "|")
+    for tag in tags:
+        cells = [cell(select(rows, tag, rate)) for rate in rates]
+        print(f"| {tag} | " + " | ".join(cells) + " |")
+
+
+def select(rows, tag, rate):
+    """Returns the rows of one method at one rate."""
+    return [r for r in rows if r["tag"] == tag and r["rate"] == rate]
+
+
+def print_best(rows, rates):
+    """Compares GeoLoRA and LoRA at their best rates, seed by seed."""
+    accuracies, names = [], []
+    for tag in ("geolora", "lora"):
+        best = max(rates, key=lambda rate: mean_accuracy(rows, tag, rate))
+        names.append(f"{tag} at {best:.0e}")
+        accuracies.append(
+            {r["seed"]: r["accuracy"] for r in select(rows, tag, best)}
+        )
+    ours, theirs = accuracies
+    gains = [ours[seed] - theirs[seed] for seed in sorted({*ours} & {*theirs})]
+    print(f"\nThe best of the band, {names[0]} less {names[1]}, by seed:")
+    print(", ".join(f"{gain:+.3f}" for gain in gains), end="; ")
+    print(f"mean {sum(gains) / len(gains):+.3f}")
+
+
+def mean_accuracy(rows, tag, rate):
+    """Returns the mean accuracy of one method at one rate."""
+    found = [row["accuracy"] for row in select(rows, tag, rate)]
+    return sum(found) / len(found)
 
 
 def cell(rows):
-    """One cell: mean, spread, number of seeds, parameters at the ranks."""
+    """One cell: mean and spread over seeds, parameters at the ranks."""
     if not rows:
         return "-"
     accuracy = [row["accuracy"] for row in rows]

@@ -108,8 +108,9 @@ def test_the_reference_projection_is_idempotent(rng):
     np.testing.assert_allclose(twice, once, atol=1e-13)
 
 
-def test_the_sgd_step_is_projected_gradient_descent(rng):
-    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
+@pytest.mark.parametrize("sigma", [SIGMA, (3.0, 1.0, 0.0, 0.0)])
+def test_the_sgd_step_is_projected_gradient_descent(rng, sigma):
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, sigma)
     G = rng.normal(size=(INPUT_DIM, OUTPUT_DIM))
     point = padded(U, S, V, max_rank=8)
     moved, _ = retract(point, sgd(point, G[None], 0.1))
@@ -160,6 +161,28 @@ def test_a_batch_steps_as_its_members_do(rng):
         np.testing.assert_allclose(
             product(together)[i], product(alone)[0], atol=1e-5
         )
+
+
+def test_the_number_of_decompositions_does_not_grow_with_the_batch(
+    rng, monkeypatch
+):
+    calls = []
+
+    def counted(name):
+        decompose = getattr(ops, name)
+
+        def count(*args, **options):
+            calls.append(name)
+            return decompose(*args, **options)
+
+        return count
+
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(ops, name, counted(name))
+    point = padded(*reference.random_factors(rng, 12, 10, (2.0, 1.0)), 4)
+    points = stacked(*[point] * 7)
+    retract(points, sgd(points, rng.normal(size=(7, 12, 10)), 0.1))
+    assert sorted(calls) == ["eigh"] * 4 + ["svd"]
 
 
 def test_a_step_without_change_keeps_the_point(rng):
@@ -231,7 +254,7 @@ def test_a_full_buffer_keeps_moving_its_subspace(rng):
     assert kept.min() < 0.99  # some of the old subspace is gone
 
 
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1.0, 1e12, 1e25])
 def test_bases_stay_orthonormal_at_any_size_of_the_step(rng, size):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, (0.0,) * 3)
     point = padded(U, S, V, 6)
