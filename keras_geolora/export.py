@@ -169,9 +169,7 @@ def export(
         }
         (folder / "job.json").write_text(json.dumps(job))
         if keras.backend.backend() == "tensorflow":
-            from keras_geolora import saved_model
-
-            saved_model.write(folder, progress)
+            write_here(folder, progress)
         else:
             run_writer(folder, progress, timeout)
         report = finished_report(model, folder)
@@ -277,6 +275,18 @@ def custom_modules(model):
     known = [*classes, *keras.saving.get_custom_objects().values()]
     names = {getattr(x, "__module__", None) for x in known} - {None}
     return sorted(n for n in names if n.split(".")[0] not in AT_HOME)
+
+
+def write_here(folder, progress):
+    """Writes the SavedModel in this process."""
+    from keras_geolora import saved_model
+
+    try:
+        saved_model.write(folder, progress)
+    except Exception as error:
+        raise ExportError(
+            f"The SavedModel could not be written: {error}"
+        ) from error
 
 
 def run_writer(folder, progress, timeout):

@@ -155,6 +155,11 @@ def has_graph(model):
     return bool(getattr(model, "inputs", None))
 
 
+def graph_outputs(model):
+    """Returns the symbolic outputs of a model; none without a graph."""
+    return getattr(model, "outputs", None) or []
+
+
 def draw(spec, batch, which, vocabulary_size, rng):
     """Returns a random array for one input."""
     lengths = SIZES if len(spec["shape"]) > 3 else LENGTHS
@@ -179,7 +184,7 @@ def named_outputs(model, outputs):
     if isinstance(outputs, dict):
         return {plain_name(name): x for name, x in outputs.items()}
     flat = keras.tree.flatten(outputs)
-    names = getattr(model, "output_names", None) or []
+    names = [x._keras_history.operation.name for x in graph_outputs(model)]
     if len(set(names)) != len(flat):
         names = [f"output_{i}" for i in range(len(flat))]
     return {plain_name(n): x for n, x in zip(names, flat, strict=True)}

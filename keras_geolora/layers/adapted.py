@@ -11,6 +11,15 @@ from keras_geolora.layers.adapter import LowRankAdapter, check_rank
 
 # The name of the adapter where nobody gave it one.
 DEFAULT = "default"
+# What an adapted layer knows beyond what the Keras layer does.
+OWN_ATTRIBUTES = (
+    "_adapters",
+    "_active_adapter",
+    "_adapter_options",
+    "_trainable_before",
+    "adaptation",
+    "train_bias",
+)
 
 
 class KernelNorm:
@@ -239,6 +248,7 @@ class AdaptedLayer:
         ):
             variable.assign(value)
         compact.trainable = adapter.trainable
+        self._adapters.pop(name)  # Keras forgets what is taken out only
         self._hold_adapters({name: compact})
 
     def delete_adapter(self, name):
@@ -257,19 +267,16 @@ class AdaptedLayer:
         for name in adapters:
             self._adapters.pop(name)
         self._trainable_before.restore()
-        kept = {}
-        for name in (
-            "_adapters",
-            "_active_adapter",
-            "_adapter_options",
-            "_trainable_before",
-            "adaptation",
-            "train_bias",
-        ):
-            if name in vars(self):
-                kept[name] = vars(self)[name]
-                # TensorFlow exports the attributes that it has been told of.
-                delattr(self, name)
+        kept = {
+            name: vars(self)[name]
+            for name in OWN_ATTRIBUTES
+            if name in vars(self)
+        }
+        for name in kept:
+            delattr(self, name)
+        # TensorFlow exports what dicts there were, by the names of attributes.
+        tracked = vars(self).get("_tracked", [])
+        tracked[:] = [name for name in tracked if name not in OWN_ATTRIBUTES]
         kept["_adapters"] = adapters
         kept["__class__"] = type(self)
         become_plain(self)
