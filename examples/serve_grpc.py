@@ -110,7 +110,7 @@ def client(address, model):
     def ask(texts):
         request = predict_pb2.PredictRequest()
         request.model_spec.name = model
-        texts = np.array(texts, dtype="S")
+        texts = [text.encode() for text in texts]
         request.inputs["text"].CopyFrom(tf.make_tensor_proto(texts))
         response = stub.Predict(request, timeout=60)
         return tf.make_ndarray(response.outputs["logits"])

@@ -45,7 +45,7 @@ def main(args):
     questions = sentences[: args.requests]
     expected = classifier.predict(questions, verbose=0)
     tokens = {
-        name: keras.ops.convert_to_numpy(x)
+        name: keras.ops.convert_to_numpy(x).astype("int32")
         for name, x in classifier.preprocessor(list(questions)).items()
     }
 

@@ -231,7 +231,7 @@ def save_samples(model, folder, signature, samples, preprocess, names):
             batch = model.preprocessor(batch)
         batch = signature.named(batch)
         if preprocess:
-            given = {"text": np.array(given["text"], dtype="S")}
+            given = {"text": np.char.encode(np.array(given["text"]), "utf-8")}
         else:
             given = batch
         asked.append(batch)
