@@ -2,9 +2,9 @@
 
     KERAS_BACKEND=jax python benchmarks/formats.py
 
-Exports a one-layer BERT classifier, adapted, trained a step and merged, in every
-format of Keras, by plain `model.export` with free batch and length, and if that
-fails with fixed ones. What can be run here is run and compared with the model.
+Exports a one-layer BERT classifier, adapted, trained a step and merged, in
+every format of Keras, by plain `model.export` with free batch and length, and
+if that fails with fixed ones. Every file is run and compared with the model.
 Prints one row of a Markdown table for each format. Packages that a format asks
 for (`onnx`, `tf2onnx`, `onnxruntime`, `onnxscript`, `openvino`) are not
 installed by this script; where one is missing the row says so.
