@@ -10,6 +10,7 @@ server for the open internet.
 
 import argparse
 import concurrent.futures
+import contextlib
 import pathlib
 
 import grpc
@@ -18,6 +19,10 @@ from tensorflow_serving.apis import (
     predict_pb2,
     prediction_service_pb2_grpc,
 )
+
+# Knows the operations of graphs that take strings; others do without.
+with contextlib.suppress(ImportError):
+    import tensorflow_text  # noqa: F401
 
 
 class Predictions(prediction_service_pb2_grpc.PredictionServiceServicer):

@@ -45,6 +45,8 @@ def main(args):
     )
     try:
         line = server.stdout.readline()
+        if not line:
+            sys.exit(f"The server ended with status {server.wait()}.")
         print(f"\n{line.rstrip()}")
         ask = client(f"127.0.0.1:{line.rsplit(':')[-1].strip()}", folder.name)
         for sentence in questions[:3]:

@@ -101,9 +101,10 @@ def python_of(environment):
         subprocess.run(
             [sys.executable, "-m", "venv", str(environment)], check=True
         )
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", *PACKAGES], check=True
-        )
+        pip = [str(python), "-m", "pip", "install", "-q"]
+        # Older ones take very long to find versions that go together.
+        subprocess.run([*pip, "--upgrade", "pip"], check=True)
+        subprocess.run([*pip, *PACKAGES], check=True)
         done.write_text(wanted)
     return python
 
