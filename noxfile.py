@@ -53,7 +53,8 @@ def tests(session):
         try:
             # Two processes: one test keeps little more than one core busy,
             # and each process fills some gigabytes of memory.
-            run_python(session, name, "-m", "pytest", "-n", "2", *rest)
+            workers = ["-n", "2", "--dist", "loadgroup"]
+            run_python(session, name, "-m", "pytest", *workers, *rest)
         except nox.command.CommandFailed:
             failed.append(name)
     if failed:
