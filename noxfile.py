@@ -108,5 +108,12 @@ def install(session):
 
 
 def run_python(session, backend, *command):
-    env = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    env = {
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        # Many tests train the same small model: JAX compiles it once for all.
+        "JAX_COMPILATION_CACHE_DIR": str(FRAMEWORKS / "jax-cache"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 10**9),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     session.run(str(PYTHON), *command, env=env)
