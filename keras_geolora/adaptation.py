@@ -251,9 +251,9 @@ class Adaptation:
             return adapter.values
         return {id(v): value_of(v) for v in adapter.companions}
 
-    def companion_values(self, name):
-        """Returns pairs of all companions and their values with an adapter."""
-        values = self.values(name)
+    def companion_values(self):
+        """Returns pairs of all companions and their present values."""
+        values = self.values(self.active)
         return [
             (v, values.get(id(v), self.pretrained(v)))
             for v in self._all_companions()

@@ -134,11 +134,13 @@ def export(
     path = pathlib.Path(path)
     check_version(path, version)
     names = chosen_adapters(model, adapters)
-    if preprocess and getattr(model, "preprocessor", None) is None:
+    text = preprocess or is_text(samples)
+    if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
-            "`preprocess=True` is for KerasHub tasks, whose preprocessor "
-            f"becomes part of the graph. Received: model '{model.name}' "
-            "without a preprocessor"
+            "Strings are for KerasHub tasks, whose preprocessor makes tokens "
+            "of them, with `preprocess=True` inside the graph. Received: "
+            f"preprocess={preprocess}, samples={samples!r} for model "
+            f"'{model.name}' without a preprocessor"
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
@@ -226,47 +228,45 @@ def save_samples(model, folder, signature, samples, preprocess, names):
         batches = signature.draw(getattr(backbone, "vocabulary_size", None))
     arrays, asked = {}, []
     for i, batch in enumerate(batches):
-        given = {"text": batch}
+        text = batch
         if preprocess or is_text(batch):
             batch = model.preprocessor(batch)
         batch = signature.named(batch)
-        if preprocess:
-            given = {"text": np.char.encode(np.array(given["text"]), "utf-8")}
-        else:
-            given = batch
         asked.append(batch)
+        given = batch
+        if preprocess:
+            given = {"text": np.char.encode(np.array(text), "utf-8")}
         arrays.update((f"inputs/{i}/{n}", x) for n, x in given.items())
-    with restored_adapter(model):
-        active = geolora_adapters(model)[:1]
-        for name in ("serving_default", *names):
-            if name in names:
+
+    def ask(name):
+        for i, batch in enumerate(asked):
+            found = answers(model, signature, batch)
+            arrays.update((f"{name}/{i}/{n}", x) for n, x in found.items())
+
+    ask("serving_default")
+    if names:
+        with restored_adapter(model):
+            for name in names:
                 activate_geolora(model, name)
-            elif names and active:
-                activate_geolora(model, active[0])
-            for i, batch in enumerate(asked):
-                found = answers(model, signature, batch)
-                arrays.update((f"{name}/{i}/{n}", x) for n, x in found.items())
+                ask(name)
     np.savez(folder / "samples.npz", **arrays)
 
 
 def is_text(samples):
     """Says whether samples are strings."""
-    return not isinstance(samples, dict) and np.asarray(samples).dtype.kind in (
-        "U",
-        "S",
-        "O",
-    )
+    if samples is None or isinstance(samples, dict):
+        return False
+    return isinstance(next(iter(samples), None), str)
 
 
 @contextlib.contextmanager
 def restored_adapter(model):
     """Activates again what was active, at the end of a `with` block."""
-    active = geolora_adapters(model)[:1]
+    active = geolora_adapters(model)[0]
     try:
         yield
     finally:
-        for name in active:
-            activate_geolora(model, name)
+        activate_geolora(model, active)
 
 
 def custom_modules(model):

@@ -159,7 +159,7 @@ class Endpoint:
         self.values = [
             (variable, tf.Variable(value, trainable=False))
             for adaptation in adaptations
-            for variable, value in adaptation.companion_values(adapter)
+            for variable, value in adaptation.companion_values()
         ]
         self.tracked = [v.value for v in model.variables]
         signature = Signature(**job["signature"])

@@ -284,6 +284,8 @@ def test_arguments_are_checked_before_anything_is_written(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="preprocess=True"):
         public_export(model, tmp_path, preprocess=True)
+    with pytest.raises(ValueError, match=r"samples=\['text'\]"):
+        public_export(model, tmp_path, samples=["text"])
     model.enable_geolora(rank=1, name="mine")
     for wrong in ("mine", ["yours"], []):
         with pytest.raises(ValueError, match=r"the adapters.*\['mine'\]"):
