@@ -43,7 +43,11 @@ def blocks():
         for block in document.examples():
             need = NEEDS_COMMENT.search(document.text[: block.start])
             where = f"{name(path)}:{block.line}"
-            yield pytest.param(block, need and need[1], id=where)
+            # They share a process, too, where tests run in several.
+            together = pytest.mark.xdist_group(name(path))
+            yield pytest.param(
+                block, need and need[1], id=where, marks=together
+            )
 
 
 @pytest.fixture(scope="session")
