@@ -43,11 +43,7 @@ def blocks():
         for block in document.examples():
             need = NEEDS_COMMENT.search(document.text[: block.start])
             where = f"{name(path)}:{block.line}"
-            # They share a process, too, where tests run in several.
-            together = pytest.mark.xdist_group(name(path))
-            yield pytest.param(
-                block, need and need[1], id=where, marks=together
-            )
+            yield pytest.param(block, need and need[1], id=where)
 
 
 @pytest.fixture(scope="session")
