@@ -52,8 +52,9 @@ def tests(session):
         session.log(f"Testing on {name}")
         try:
             # Two processes: one test keeps little more than one core busy,
-            # and each process fills some gigabytes of memory.
-            workers = ["-n", "2", "--dist", "loadgroup"]
+            # and each process fills some gigabytes of memory. The tests of a
+            # file stay together, since some share what took long to make.
+            workers = ["-n", "2", "--dist", "loadfile"]
             run_python(session, name, "-m", "pytest", *workers, *rest)
         except nox.command.CommandFailed:
             failed.append(name)

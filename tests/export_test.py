@@ -20,8 +20,6 @@ from keras_geolora.signature import Signature
 ROOT = pathlib.Path(__file__).parents[1]
 # The functions of the module, which the public function hides.
 export_module = sys.modules["keras_geolora.export"]
-# One process exports what several tests look at.
-pytestmark = pytest.mark.xdist_group("export")
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 

@@ -17,8 +17,6 @@ import keras_geolora
 from keras_geolora import GeoLoRA
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-# One process trains and exports for all.
-pytestmark = pytest.mark.xdist_group("serving")
 
 
 @pytest.fixture(scope="module")
