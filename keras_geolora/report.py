@@ -57,19 +57,17 @@ def geolora_summary(model, print_fn=print):
 
 def describe(path, adapter):
     """Returns the row of one adapter."""
-    U, S, V = (np.asarray(w) for w in adapter.get_weights()[:3])
-    rank = adapter.rank
+    U, S, V = adapter.trimmed()
+    rank = len(S)
     return {
         "path": path,
         "kernel_shape": (adapter.input_dim, adapter.output_dim),
         "rank": rank,
         "max_rank": adapter.max_rank,
         "parameters": rank * (adapter.input_dim + adapter.output_dim + 1),
-        "singular_values": (adapter.scale * S.diagonal()[:rank]).tolist(),
+        "singular_values": (adapter.scale * S.diagonal()).tolist(),
         "orthogonality_error": max(
-            float(
-                np.abs(basis[:, :rank].T @ basis[:, :rank] - np.eye(rank)).max()
-            )
+            float(np.abs(basis.T @ basis - np.eye(rank)).max())
             for basis in (U, V)
         ),
     }
