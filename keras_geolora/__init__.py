@@ -8,6 +8,7 @@ from keras_geolora.adapter_file import (
     load_geolora,
     save_geolora,
 )
+from keras_geolora.compaction import compact_geolora
 from keras_geolora.conversion import (
     enable_geolora,
     merge_geolora,
@@ -57,6 +58,7 @@ __all__ = [
     "activate_geolora",
     "callbacks",
     "combine_geolora",
+    "compact_geolora",
     "delete_geolora",
     "enable_geolora",
     "export",
@@ -86,6 +88,7 @@ for method in (
     activate_geolora,
     delete_geolora,
     combine_geolora,
+    compact_geolora,
     geolora_summary,
     save_geolora,
     load_geolora,

@@ -204,6 +204,24 @@ class Adaptation:
             for adapter in self.plan()["adapters"]
         ]
 
+    def buffers(self):
+        """Returns the widths of all buffers, by adapter and path."""
+        return {
+            name: {
+                path: layer.adapters_by_name()[name].max_rank
+                for path, layer in adapter.layers.items()
+            }
+            for name, adapter in self.adapters.items()
+        }
+
+    def with_buffers(self, buffers):
+        """Returns widths as of `buffers`, by the ids of the adapters."""
+        return {
+            id(layer.adapters_by_name()[name]): buffers[name][path]
+            for name, adapter in self.adapters.items()
+            for path, layer in adapter.layers.items()
+        }
+
     def stored_values(self):
         """Returns what a file of the model's weights does not have, by key.
 

@@ -12,7 +12,8 @@ import numpy as np
 from keras_geolora.adaptation import Adaptation
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.layers.adapted import become_adapted, become_plain
-from keras_geolora.optimizer import GeoLoRA
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.optimizer import GeoLoRA, rebuild
 from keras_geolora.targeting import (
     adapted_class,
     carriers,
@@ -30,6 +31,7 @@ FUNCTIONS = (
 # Keys in files of weights, beside the numbers that Keras uses.
 PREFIX = "geolora_"
 SIGNATURE = "geolora_signature"
+BUFFERS = "geolora_buffers"
 RANDOM = "geolora_random_"
 # What Keras prints when it cannot find the class of a file.
 TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
@@ -138,6 +140,8 @@ class AdaptedModel:
         super().save_own_variables(store)
         said = json.dumps([adaptation.active, adaptation.signature()])
         store[SIGNATURE] = np.frombuffer(said.encode(), "uint8")
+        said = json.dumps(adaptation.buffers())
+        store[BUFFERS] = np.frombuffer(said.encode(), "uint8")
         for key, value in adaptation.stored_values().items():
             store[PREFIX + key] = value
         for index, state in enumerate(random_states(self)):
@@ -164,6 +168,11 @@ class AdaptedModel:
                 "`modules_to_save` and `train_bias`. Received: weights of "
                 f"adapters {[name for name, *_ in signature]} for model "
                 f"'{self.name}' with {list(adaptation.adapters)}"
+            )
+        if BUFFERS in ours:  # since version 0.2
+            resize_buffers(
+                self,
+                adaptation.with_buffers(json.loads(ours[BUFFERS].tobytes())),
             )
         super().load_own_variables(arrays)
         if active != adaptation.active:
@@ -194,6 +203,22 @@ class AdaptedModel:
             raise ValueError(str(error)) from None
         finally:
             self.geolora_refusal = ValueError
+
+    def set_weights(self, weights):
+        """As `keras.Model.set_weights`; buffers may have other widths."""
+        pairs = list(zip(self.weights, weights, strict=False))
+        if len(pairs) == len(weights) == len(self.weights):
+            resize_buffers(
+                self,
+                {
+                    id(variable.constraint.adapter): len(value)
+                    for variable, value in pairs
+                    if isinstance(variable.constraint, Factor)
+                    and variable.constraint.role == "S"
+                    and np.ndim(value) == 2
+                },
+            )
+        super().set_weights(weights)
 
     def _refuse_weights(self, message):
         raise self.geolora_refusal(message)
@@ -460,6 +485,34 @@ def forget_traces(model):
         if isinstance(part, keras.Model):
             swap_functions(part, {})
             part.geolora_disabled_traces = {}
+
+
+def resize_buffers(model, max_ranks, optimizer=None):
+    """Gives adapters buffers of other widths, and slots that fit.
+
+    Args:
+        model: `keras.Model`.
+        max_ranks: Dict from the ids of `LowRankAdapter`s to widths, each at
+            least the rank of the adapter.
+        optimizer: Optimizer that trains the model, that of `compile` if not
+            given.
+    """
+    resized = False
+    for layer in carriers(model).values():
+        for name, adapter in layer.adapters_by_name().items():
+            max_rank = max_ranks.get(id(adapter), adapter.max_rank)
+            if max_rank != adapter.max_rank:
+                layer.resize_adapter(name, max_rank)
+                resized = True
+    if not resized:
+        return
+    in_training = getattr(model, "train_function", None) is not None
+    forget_traces(model)
+    optimizer = optimizer or getattr(model, "optimizer", None)
+    if is_geolora(optimizer) and optimizer.built:
+        rebuild(optimizer, model.trainable_variables)
+    if in_training:  # `fit` asks for the function before the first epoch only
+        model.make_train_function(force=True)
 
 
 def check_model(model):

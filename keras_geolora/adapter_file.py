@@ -115,7 +115,7 @@ def save_geolora(model, path, name=None):
     paths = stable_paths(adaptation.scope)
     tensors = {}
     for layer_path, options in plan["layers"].items():
-        factors = paths[layer_path]._adapters[name].trimmed()
+        factors = paths[layer_path].adapters_by_name()[name].trimmed()
         options["rank"] = len(factors[1])
         tensors.update(
             (f"{layer_path}.{role}", x)
@@ -218,7 +218,7 @@ def load_geolora(model, path, name=None, strict=True):
         )
     for layer_path, layer in fit.layers.items():
         for role in "USV":
-            factor = getattr(layer._adapters[name], role)
+            factor = getattr(layer.adapters_by_name()[name], role)
             factor.assign(padded(tensors[f"{layer_path}.{role}"], factor.shape))
     for variable, value in fit.weights:
         variable.assign(ops.cast(value, variable.dtype))
@@ -265,7 +265,7 @@ class Fit:
                 if name not in getattr(layer, "adapter_names", ()):
                     self._note(f"the model's adapter is not on '{path}'")
                     continue
-                adapter = layer._adapters[name]
+                adapter = layer.adapters_by_name()[name]
                 room = adapter.max_rank
                 if adapter.scale != options["scale"]:
                     self._note(

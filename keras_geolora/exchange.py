@@ -191,7 +191,7 @@ def export_peft(
     }
     updates = {}
     for path, layer in layers.items():
-        adapter = layer._adapters[name]
+        adapter = layer.adapters_by_name()[name]
         updates[path] = (*adapter.trimmed(), adapter.scale)
     companions = {id(v) for v in adaptation.adapters[name].companions}
     left = [k for k, v in keyed_variables(model).items() if id(v) in companions]
@@ -475,7 +475,7 @@ def add_products(model, name, layers, products):
             )
     add_adapter(model, name, layers, options, [], train_bias=False)
     for path, (U, sigma, V) in factors.items():
-        adapter = layers[path]._adapters[name]
+        adapter = layers[path].adapters_by_name()[name]
         for role, factor in zip("USV", (U, np.diag(sigma), V), strict=True):
             variable = getattr(adapter, role)
             variable.assign(padded(factor, variable.shape))

@@ -328,7 +328,7 @@ def weighted_sum(layer, weights, rank):
     decomposition is that of the sum.
     """
     adapters = [
-        (weight, layer._adapters[other])
+        (weight, layer.adapters_by_name()[other])
         for other, weight in weights.items()
         if other in layer.adapter_names
     ]

@@ -1,6 +1,7 @@
 """GeoLoRA: the geometric step around any Keras optimizer."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_geolora import integrator
@@ -297,6 +298,71 @@ class GeoLoRA(keras.optimizers.Optimizer):
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )
         return cls(inner_optimizer, **config)
+
+
+def rebuild(optimizer, variables):
+    """Builds an optimizer anew, in place, on variables of other shapes.
+
+    What it knows goes over: slots are cut, or continued by zeros, to the new
+    shapes of their variables.
+
+    Args:
+        optimizer: Built `GeoLoRA`, or a wrapper with one inside.
+        variables: List that replaces the variables it was built on, in their
+            order; they differ in the width of the buffers of adapters.
+    """
+    new = type(optimizer).from_config(optimizer.get_config())
+    old_inner, new_inner = innermost(optimizer), innermost(new)
+    pairs = zip(optimizer._trainable_variables, variables, strict=True)
+    without_decay = [
+        new_variable
+        for variable, new_variable in pairs
+        if not old_inner._use_weight_decay(variable)
+    ]
+    if without_decay:
+        new_inner.exclude_from_weight_decay(without_decay)
+    new.build(variables)
+    carry_state(optimizer, new)
+    wrapped = getattr(optimizer, "inner_optimizer", None)
+    if isinstance(wrapped, GeoLoRA):
+        take_attributes(wrapped, new.inner_optimizer)
+        new.inner_optimizer = wrapped
+    take_attributes(optimizer, new)
+
+
+def innermost(optimizer):
+    """Returns the optimizer that takes the steps."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def carry_state(old, new):
+    """Assigns the state of one optimizer to another, in its shapes."""
+    if hasattr(old, "inner_optimizer"):
+        carry_state(old.inner_optimizer, new.inner_optimizer)
+    if isinstance(old, GeoLoRA):
+        # The bounds of steps come from the kernels.
+        new.skipped_steps.assign(old.skipped_steps)
+        return
+    for before, after in zip(old._variables, new._variables, strict=True):
+        after.assign(fitted(before, after.shape))
+
+
+def fitted(variable, shape):
+    """Returns a value, cut or continued by zeros to a shape."""
+    if tuple(variable.shape) == tuple(shape):
+        return variable.value
+    value = ops.convert_to_numpy(variable)
+    value = value[tuple(slice(size) for size in shape)]
+    missing = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
+    return np.pad(value, missing)
+
+
+def take_attributes(optimizer, other):
+    """Lets an optimizer be what another is, and stay the same object."""
+    vars(optimizer).clear()
+    vars(optimizer).update(vars(other))
 
 
 class Untracked:

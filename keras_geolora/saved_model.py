@@ -137,8 +137,8 @@ def keep_beside(model):
     """Lets every adapter act beside the kernel, with columns in use only."""
     for layer in carriers(model).values():
         layer.keeps_update_apart = True
-        for name in layer.adapter_names:
-            layer.compact_adapter(name)
+        for name, adapter in layer.adapters_by_name().items():
+            layer.resize_adapter(name, adapter.rank)
 
 
 class Endpoint:

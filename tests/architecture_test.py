@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "adaptation": ["layers.adapter", "targeting"],
     # It refuses to compile with an optimizer that is no GeoLoRA.
     "adapted_model": [
+        "layers.adapter",
         "layers.adapted",
         "targeting",
         "adaptation",
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     ],
     "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
     "lifecycle": ["layers.adapter", "adaptation", "adapted_model"],
+    "compaction": ["targeting", "adapted_model"],
     "report": ["targeting"],
     "files": [],  # bytes and paths
     "version": [],

@@ -1,13 +1,18 @@
 """What every layer with an adapter shares."""
 
 import contextlib
+import math
 import types
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.layers.adapter import LowRankAdapter, check_rank
+from keras_geolora.layers.adapter import (
+    LowRankAdapter,
+    check_rank,
+    merging_pays,
+)
 
 # The name of the adapter where nobody gave it one.
 DEFAULT = "default"
@@ -153,10 +158,7 @@ class AdaptedLayer:
                 become_adapted(layer, cls)
                 layer._adapter_options = options
                 layer.train_bias = train_bias
-            with contextlib.ExitStack() as scopes:
-                # Variables get the paths that building the layer would give.
-                for part in layer.path.split("/"):
-                    scopes.enter_context(keras.name_scope(part))
+            with name_scopes_of(layer):
                 layer._add_adapter(name, options)
         except Exception:
             if plain is not cls:
@@ -220,6 +222,10 @@ class AdaptedLayer:
         """List of the names of all adapters."""
         return list(self._adapters)
 
+    def adapters_by_name(self):
+        """Returns a dict from the names of all adapters to the adapters."""
+        return dict(self._adapters)
+
     def options_of(self, name):
         """Returns the arguments for `adapt` that lead to an adapter."""
         config = self._adapters[name].get_config()
@@ -236,20 +242,35 @@ class AdaptedLayer:
         for other, adapter in self._adapters.items():
             adapter.trainable = other == name
 
-    def compact_adapter(self, name):
-        """Gives an adapter buffers that are no larger than its rank."""
-        adapter = self._adapters[name]
-        factors, rank = adapter.trimmed(), adapter.rank
-        options = dict(self.options_of(name), rank=rank, max_rank=rank)
-        options["min_rank"] = min(adapter.min_rank, rank)
-        compact = self._new_adapter(name, options)
-        for variable, value in zip(
-            (compact.U, compact.S, compact.V), factors, strict=True
-        ):
-            variable.assign(value)
-        compact.trainable = adapter.trainable
-        self._adapters.pop(name)  # Keras forgets what is taken out only
-        self._hold_adapters({name: compact})
+    def resize_adapter(self, name, max_rank):
+        """Gives an adapter buffers of another width; nothing else changes.
+
+        Args:
+            name: String, the name of the adapter.
+            max_rank: Int. Columns in use that do not fit are lost.
+        """
+        old = self._adapters[name]
+        rank = min(old.rank, max_rank)
+        options = dict(self.options_of(name), max_rank=max_rank)
+        options["rank"] = min(old.initial_rank, max_rank)
+        options["min_rank"] = min(old.min_rank, options["rank"])
+        with name_scopes_of(self):
+            new = self._new_adapter(name, options)
+        U, S, V = old.trimmed()
+        for variable, value in ((new.U, U), (new.S, S[:rank]), (new.V, V)):
+            buffer = np.zeros(variable.shape, "float32")
+            buffer[: len(value), :rank] = value[:, :rank]
+            variable.assign(buffer)
+        random_states = zip(
+            new.dropout.variables, old.dropout.variables, strict=True
+        )
+        for state, value in random_states:
+            state.assign(value)
+        new.trainable = old.trainable
+        adapters = {**self._adapters, name: new}
+        for other in adapters:  # Keras forgets what is taken out only
+            self._adapters.pop(other)
+        self._hold_adapters(adapters)
 
     def delete_adapter(self, name):
         """Forgets an adapter; without the last the Keras layer is left."""
@@ -394,22 +415,50 @@ class AdaptedProduct(AdaptedLayer):
     # Whether the update is never added to the kernel, which others share.
     keeps_update_apart = False
 
-    def _adapted_call(self, inputs, apart):
+    def _adapted_call(self, inputs, product):
+        """Computes the layer, with one of the products below."""
         if self._acting_adapter is None:
             return super().call(inputs)
-        if apart or self.keeps_update_apart:
-            x = self._kernel_product(inputs, self.kernel)
-            x = ops.add(x, self._update_product(inputs))
-        else:
-            # The operations of the Keras layer, so that a compiler fuses
-            # them as it does there: a fresh adapter changes no bit.
-            kernel = ops.add(self.kernel, self.delta())
-            x = self._kernel_product(inputs, kernel)
+        x = product(inputs)
         if self.bias is not None:
             x = ops.add(x, self._shaped_bias())
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+    def _choose_product(self, inputs, training):
+        """Returns the fastest product of linear layers."""
+        if self._acting_adapter is None:
+            return None
+        # In lower precision the sum of kernel and update rounds the latter.
+        if self.keeps_update_apart or self.compute_dtype != "float32":
+            return self._product_apart
+        if not training:
+            return self._product_with_sum
+        if self.adapter.dropout.rate or self.kernel.trainable:
+            return self._product_apart
+        rows = self._count_rows(inputs)
+        if merging_pays(rows, *self.kernel_matrix_shape):
+            return self._merged_product
+        return self._product_apart
+
+    def _count_rows(self, inputs):
+        """The number of vectors in the inputs; unknown sizes count as many."""
+        sizes = [float("inf") if n is None else n for n in inputs.shape]
+        return math.prod(sizes) / self.kernel_matrix_shape[0]
+
+    def _product_apart(self, inputs):
+        x = self._kernel_product(inputs, self.kernel)
+        return ops.add(x, self._update_product(inputs))
+
+    def _product_with_sum(self, inputs):
+        # The operations of the Keras layer, so that a compiler fuses them as
+        # it does there: a fresh adapter changes no bit.
+        kernel = ops.add(self.kernel, self.delta())
+        return self._kernel_product(inputs, kernel)
+
+    def _merged_product(self, inputs):
+        raise NotImplementedError
 
     def quantized_call(self, inputs, training=None):
         if self._acting_adapter is None:
@@ -444,6 +493,15 @@ class AdaptedProduct(AdaptedLayer):
             y = super().quantized_call(x)
             y = y - super().quantized_call(ops.zeros_like(x))
         return ops.sqrt(ops.sum(ops.square(ops.cast(y, "float32"))) / 64)
+
+
+@contextlib.contextmanager
+def name_scopes_of(layer):
+    """Gives variables the paths that they get where the layer is built."""
+    with contextlib.ExitStack() as scopes:
+        for part in layer.path.split("/"):
+            scopes.enter_context(keras.name_scope(part))
+        yield
 
 
 def become_adapted(layer, cls):

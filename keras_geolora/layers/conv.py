@@ -43,9 +43,12 @@ class AdaptedConv(AdaptedProduct):
 
     def call(self, inputs):
         apart = self.is_adapted and (
-            self.compute_dtype != "float32" or self.adapter.dropout.rate > 0
+            self.keeps_update_apart
+            or self.compute_dtype != "float32"
+            or self.adapter.dropout.rate > 0
         )
-        return self._adapted_call(inputs, apart=apart)
+        product = self._product_apart if apart else self._product_with_sum
+        return self._adapted_call(inputs, product)
 
     def _kernel_product(self, inputs, kernel):
         return self.convolution_op(inputs, kernel)

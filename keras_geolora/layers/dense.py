@@ -58,12 +58,14 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
         return self.input_spec.axes[-1], self.units
 
     def call(self, inputs, training=None):
-        return self._adapted_call(
-            inputs, apart=training or self.compute_dtype != "float32"
-        )
+        product = self._choose_product(inputs, training)
+        return self._adapted_call(inputs, product)
 
     def _kernel_product(self, inputs, kernel):
         return ops.matmul(inputs, kernel)
+
+    def _merged_product(self, inputs):
+        return self.adapter.merged_call(inputs, self.kernel)
 
     def _update_product(self, inputs):
         # Integers would mean rows of the update.

@@ -59,12 +59,17 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         return matrix_view(self).matrix_to_kernel(matrix)
 
     def call(self, inputs, training=None):
-        return self._adapted_call(
-            inputs, apart=training or self.compute_dtype != "float32"
-        )
+        product = self._choose_product(inputs, training)
+        return self._adapted_call(inputs, product)
 
     def _kernel_product(self, inputs, kernel):
         return ops.einsum(self.equation, inputs, kernel)
+
+    def _merged_product(self, inputs):
+        view = matrix_view(self)
+        kernel = view.kernel_to_matrix(self.kernel)
+        rows = view.inputs_to_rows(inputs)
+        return view.rows_to_outputs(self.adapter.merged_call(rows, kernel))
 
     def _update_product(self, inputs):
         view = matrix_view(self)
@@ -113,6 +118,11 @@ class MatrixView:
     def matrix_to_kernel(self, matrix):
         tensor = ops.reshape(matrix, self.contracted_shape + self.kept_shape)
         return permute(tensor, self.contracted + self.kept, self.kernel)
+
+    def kernel_to_matrix(self, kernel):
+        tensor = permute(kernel, self.kernel, self.contracted + self.kept)
+        rows = math.prod(self.contracted_shape)
+        return ops.reshape(tensor, (rows, math.prod(self.kept_shape)))
 
     def inputs_to_rows(self, inputs):
         rank = len(inputs.shape)

@@ -1,0 +1,240 @@
+"""The geometric step alone: its time over layers, width and rank.
+
+    python benchmarks/geometric_step.py run --backend jax
+    python benchmarks/geometric_step.py table
+    python benchmarks/geometric_step.py plot docs/images/geometric_step.png
+
+Times `optimizer.apply` of `GeoLoRA(AdamW)` on adapters of random matrices,
+compiled as a train step would be, and that of `AdamW` on variables of the same
+shapes, in turn; the geometric step is the difference of the medians. BERT-base
+has 48 kernels of 768 x 768, 12 of 768 x 3072 and 12 of 3072 x 768; the other
+settings vary one thing in 48 layers of 768 x 768 at `max_rank=8`. Rows are
+added to `benchmarks/results/geometric_step.jsonl`.
+"""
+
+import argparse
+import os
+import pathlib
+
+import measuring
+
+BERT_BASE = [(768, 768)] * 48 + [(768, 3072)] * 12 + [(3072, 768)] * 12
+SETTINGS = {
+    "bert_base": (BERT_BASE, 8),
+    "bert_base, max_rank 16": (BERT_BASE, 16),
+    **{f"layers {n}": ([(768, 768)] * n, 8) for n in (12, 24, 48, 96)},
+    **{f"width {n}": ([(n, n)] * 48, 8) for n in (256, 512, 1024, 2048, 4096)},
+    **{f"rank {r}": ([(768, 768)] * 48, r) for r in (4, 8, 16, 32, 64)},
+}
+RESULT = "geometric_step"
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--backend", choices=measuring.BACKENDS, required=True)
+    run.add_argument("--settings", nargs="+", default=list(SETTINGS))
+    run.add_argument("--rounds", type=int, default=30)
+    commands.add_parser("table")
+    plot = commands.add_parser("plot")
+    plot.add_argument("file", type=pathlib.Path)
+    args = parser.parse_args()
+    if args.command == "table":
+        print_table()
+    elif args.command == "plot":
+        draw(args.file)
+    else:
+        os.environ["KERAS_BACKEND"] = args.backend
+        for setting in args.settings:
+            measure(args, setting)
+
+
+def measure(args, setting):
+    """Times one setting, and adds a row."""
+    shapes, max_rank = SETTINGS[setting]
+    steps = {
+        "geolora": compiled(*adapters(shapes, max_rank)),
+        "adamw": compiled(*plain_variables(shapes, max_rank)),
+    }
+    first = {name: measuring.seconds(step)[0] for name, step in steps.items()}
+    measuring.interleaved(steps, 3)  # warm up
+    times = measuring.interleaved(steps, args.rounds)
+    spreads = {name: measuring.spread(t) for name, t in times.items()}
+    measuring.append(
+        RESULT,
+        {
+            "setting": setting,
+            "max_rank": max_rank,
+            **measuring.environment(args.backend),
+            "first": first,
+            **spreads,
+            "geometric": spreads["geolora"]["median"]
+            - spreads["adamw"]["median"],
+        },
+    )
+
+
+def adapters(shapes, max_rank):
+    """Returns a GeoLoRA, and the variables of adapters."""
+    import keras
+
+    import keras_geolora
+
+    keras.utils.set_random_seed(0)
+    made = [
+        keras_geolora.LowRankAdapter(*shape, rank=max_rank, max_rank=max_rank)
+        for shape in shapes
+    ]
+    variables = [v for a in made for v in (a.U, a.S, a.V)]
+    optimizer = keras_geolora.GeoLoRA(keras.optimizers.AdamW(1e-3))
+    return optimizer, variables
+
+
+def plain_variables(shapes, max_rank):
+    """Returns an AdamW, and variables of the shapes that adapters have."""
+    import keras
+
+    sides = [
+        shape
+        for rows, columns in shapes
+        for shape in (
+            (rows, max_rank),
+            (max_rank, max_rank),
+            (columns, max_rank),
+        )
+    ]
+    variables = [
+        keras.Variable(keras.random.normal(shape, seed=0)) for shape in sides
+    ]
+    return keras.optimizers.AdamW(1e-3), variables
+
+
+def compiled(optimizer, variables):
+    """Returns a step that waits for its result, compiled as in training."""
+    import keras
+
+    optimizer.build(variables)
+    gradients = [
+        keras.random.normal(v.shape, seed=1 + i)
+        for i, v in enumerate(variables)
+    ]
+    return WAYS[keras.backend.backend()](optimizer, variables, gradients)
+
+
+def on_tensorflow(optimizer, variables, gradients):
+    """A graph without XLA, as `compile` of an adapted model chooses."""
+    import tensorflow as tf
+
+    @tf.function
+    def apply(gradients):
+        optimizer.apply(gradients, variables)
+        return optimizer.iterations + 0
+
+    return lambda: apply(gradients).numpy()
+
+
+def on_jax(optimizer, variables, gradients):
+    """A jitted function that gives its state away."""
+    import jax
+
+    state = [
+        [v.value for v in variables],
+        [v.value for v in optimizer.variables],
+    ]
+
+    def apply(state, gradients):
+        values, slots = state
+        return optimizer.stateless_apply(slots, gradients, values)
+
+    apply = jax.jit(apply, donate_argnums=0)
+
+    def step():
+        state[:] = jax.block_until_ready(apply(state, gradients))
+
+    return step
+
+
+def on_torch(optimizer, variables, gradients):
+    """Eager, as `fit` on torch is."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+
+    def step():
+        with torch.no_grad():
+            optimizer.apply(gradients, variables)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return step
+
+
+WAYS = {"tensorflow": on_tensorflow, "jax": on_jax, "torch": on_torch}
+
+
+def latest():
+    """Returns the last row of every backend and setting."""
+    last = {}
+    for row in measuring.rows(RESULT):
+        last[row["backend"], row["setting"]] = row
+    return last
+
+
+def print_table():
+    """Prints milliseconds of the geometric step and of AdamW."""
+    last = latest()
+    lines = []
+    for setting in SETTINGS:
+        line = [setting]
+        for backend in measuring.BACKENDS:
+            row = last.get((backend, setting))
+            line.append("-" if row is None else cell(row))
+        lines.append(line)
+    print("Geometric step, ms (AdamW: median, smallest to largest)\n")
+    print(measuring.markdown(["setting", *measuring.BACKENDS], lines))
+
+
+def cell(row):
+    """Formats one timing."""
+    inner, whole = row["adamw"], row["geolora"]
+    return (
+        f"{1e3 * row['geometric']:.1f} "
+        f"({1e3 * inner['median']:.1f}; both "
+        f"{1e3 * whole['min']:.1f} to {1e3 * whole['max']:.1f})"
+    )
+
+
+def draw(file):
+    """Draws the time over layers, width and rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    last = latest()
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.4), sharey=True)
+    styles = dict(zip(measuring.BACKENDS, ("o-", "s--", "^:"), strict=True))
+    for axis, what in zip(axes, ("layers", "width", "rank"), strict=True):
+        for backend, style in styles.items():
+            points = [
+                (int(setting.split()[1]), 1e3 * row["geometric"])
+                for (found, setting), row in last.items()
+                if found == backend and setting.startswith(f"{what} ")
+            ]
+            if points:
+                axis.plot(
+                    *zip(*sorted(points), strict=True), style, label=backend
+                )
+        axis.set(xscale="log", yscale="log", xlabel=what)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].set_ylabel("geometric step, ms")
+    axes[0].legend()
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Gives adapters buffers that are no larger than their ranks."""
+
+import operator
+
+from keras_geolora.adapted_model import check_at_rest, resize_buffers
+from keras_geolora.targeting import carriers
+
+
+def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
+    """Cuts the buffers of all adapters to the ranks that training found.
+
+    The factors of an adapter have `max_rank` columns, of which `rank` are in
+    use and the others are zero. This takes the others away, so that memory
+    and time really fall. Outputs do not change. Training goes on exactly
+    where it was: the slots of the optimizer are cut with the factors, and
+    `model.optimizer` stays the same object. (Around Adafactor later steps
+    differ: its means over columns count those that are not in use.) What was
+    compiled compiles anew. From then on ranks grow only as far as the new
+    `max_rank`.
+
+    Also a method of every `keras.Model`: `model.compact_geolora()`. To do it
+    while `fit` runs use `keras_geolora.callbacks.EpochCompaction`.
+
+    Args:
+        model: `keras.Model` with adapted layers.
+        multiple: Int, of which the new widths are multiples: the rank,
+            rounded up, as far as the old width goes. It leaves some room to
+            grow, and suits the units of accelerators. 1 leaves no column
+            that is not in use, for inference. Defaults to 8.
+        min_saving: Float in [0, 1). Nothing happens where the buffers would
+            shrink by less than this share. Defaults to 0.
+        optimizer: The `GeoLoRA` of a custom training loop; that of
+            `model.compile` if not given. It is built anew, in place: ask for
+            `model.trainable_variables` again.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`, or `multiple` no integer.
+        ValueError: If no layer is adapted, or an option is out of range.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(16)])
+    model.enable_geolora(rank=4, max_rank=16)
+    model.compile(keras_geolora.GeoLoRA("adam"), loss="mse")
+    assert model.layers[0].adapter.U.shape == (32, 16)
+    model.compact_geolora(multiple=4)
+    assert model.layers[0].adapter.U.shape == (32, 4)
+    model.fit(np.ones((8, 32)), np.ones((8, 16)), verbose=0)
+    ```
+    """
+    check_at_rest(model, "compacted")
+    if isinstance(multiple, bool) or not hasattr(multiple, "__index__"):
+        raise TypeError(
+            "`multiple` counts columns, so it must be an integer. "
+            f"Received: multiple={multiple!r} (of type "
+            f"{type(multiple).__name__})"
+        )
+    if multiple < 1:
+        raise ValueError(
+            "`multiple` must be at least 1, which leaves the columns in use "
+            f"only. Received: multiple={multiple}"
+        )
+    if not 0 <= min_saving < 1:
+        raise ValueError(
+            "`min_saving` is a share of the buffers, so it must lie in "
+            f"[0, 1). Received: min_saving={min_saving!r}"
+        )
+    adapters = [
+        adapter
+        for layer in carriers(model).values()
+        for adapter in layer.adapters_by_name().values()
+    ]
+    widths = {
+        id(a): compact_width(a, operator.index(multiple)) for a in adapters
+    }
+    before = sum(buffer_size(a, a.max_rank) for a in adapters)
+    after = sum(buffer_size(a, widths[id(a)]) for a in adapters)
+    if before - after >= min_saving * before:
+        resize_buffers(model, widths, optimizer)
+    return model
+
+
+def compact_width(adapter, multiple):
+    """Returns the rank, rounded up to a multiple that the buffers hold."""
+    columns = max(adapter.rank, 1)
+    return min(-(-columns // multiple) * multiple, adapter.max_rank)
+
+
+def buffer_size(adapter, width):
+    """Returns how many numbers the factors have with buffers of a width."""
+    return width * (adapter.input_dim + adapter.output_dim + width)
