@@ -11,6 +11,7 @@ from keras import ops
 from keras_geolora.layers.adapter import (
     LowRankAdapter,
     check_rank,
+    may_train,
     merging_pays,
 )
 
@@ -433,7 +434,9 @@ class AdaptedProduct(AdaptedLayer):
         # In lower precision the sum of kernel and update rounds the latter.
         if self.keeps_update_apart or self.compute_dtype != "float32":
             return self._product_apart
-        if not training:
+        # What torch computes anew in the backward pass is not told `training`.
+        anew = training is None and self._remat_mode is not None
+        if not (anew or may_train(training)):
             return self._product_with_sum
         if self.adapter.dropout.rate or self.kernel.trainable:
             return self._product_apart

@@ -211,14 +211,22 @@ class LowRankAdapter(keras.layers.Layer):
         if keras.backend.is_int_dtype(inputs.dtype):
             # Dropout on a one-hot vector keeps or drops its only entry.
             kept = ops.ones((*shape, 1), dtype=self.compute_dtype)
-            kept = self.dropout(kept, training=training)
+            kept = self.drop(kept, training)
             ids = ops.reshape(inputs, (-1,))
             y = low_rank_rows(ids, U, S, V, self.scale, self.compute_dtype)
             return ops.reshape(y, (*shape, output_dim)) * kept
-        x = self.dropout(inputs, training=training)
-        x = ops.reshape(x, (-1, input_dim))
+        x = ops.reshape(self.drop(inputs, training), (-1, input_dim))
         y = low_rank_product(x, U, S, V, self.scale)
         return ops.reshape(y, (*shape[:-1], output_dim))
+
+    def drop(self, x, training):
+        """Applies the dropout; `training` may be a traced bool."""
+        if not self.dropout.rate:
+            return x
+        dropped = self.dropout(x, training=may_train(training))
+        if training is None or isinstance(training, (bool, int)):
+            return dropped
+        return ops.where(training, dropped, x)
 
     def merged_call(self, inputs, kernel):
         """Returns `inputs @ (kernel + scale * U @ S @ V.T)`, for training.
@@ -376,6 +384,16 @@ def merged_product(x, kernel, U, S, V, scale):
         return ops.matmul(x, merged()), gradients
 
     return product(x, kernel, U, S, V)
+
+
+def may_train(training):
+    """Returns the argument `training` of a layer as a bool.
+
+    Under `keras.RematScope` it may be a bool that JAX traces, and is not known
+    yet: then the answer is `True`.
+    """
+    known = training is None or isinstance(training, (bool, int))
+    return bool(training) if known else True
 
 
 def merging_pays(rows, input_dim, output_dim):
