@@ -236,7 +236,7 @@ def use_projected_moments():
 
         return moved
 
-    integrator.retract = with_bases(integrator.retract)
+    integrator.truncate = with_bases(integrator.truncate)
     integrator.cut = with_bases(integrator.cut)
     transport._MOVES["linear"] = project
 

@@ -1,4 +1,4 @@
-"""The geometric step: lift, retract, truncate and transport.
+"""The geometric step: lift, augment, truncate.
 
 Pure functions of arrays. Every function is batched: `...` stands for any
 leading axes, in practice one axis over the layers of equal shape, so that the
@@ -199,35 +199,42 @@ def orthonormalize(basis):
     return 1.5 * basis - 0.5 * ops.matmul(basis, gram)
 
 
-def retract(point, unknowns, tolerance, min_rank, max_change=None):
-    """Returns to the manifold, with the best approximation of lower rank.
+class Augmented(NamedTuple):
+    """A step, before truncation, as a singular value decomposition.
+
+    The step is `U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`; `sigma` is
+    descending and relative to `size`, `(..., 1, 1)`, which is zero where
+    nothing is known about any direction.
+    """
+
+    U_hat: object
+    V_hat: object
+    P: object
+    sigma: object
+    Q: object
+    size: object
+
+
+def augment(point, unknowns, max_change=None):
+    """Writes a step in bases that hold the old and the new directions.
 
     The bases are augmented by the directions that the K- and L-step found,
-    the step is written in the augmented bases,
+    and the step in them is
 
         S_hat = [[S_new,             L_new.T V_tilde],
                  [U_tilde.T K_new,   0              ]]
 
-    and its truncated singular value decomposition `P diag(sigma) Q.T` gives
-    the new point: `U = [U, U_tilde] P`, `S = diag(sigma)`,
-    `V = [V, V_tilde] Q`. Without truncation and with plain gradient descent
-    the step is `W - lr * P(W) G`, where `P(W)` projects on the tangent space.
-
     Args:
         point: `Point` before the step.
         unknowns: `Unknowns` after the inner step. Must be finite.
-        tolerance: Scalar in [0, 1), share of the norm that may be cut.
-        min_rank: Int array of shape `(..., 1)`.
         max_change: Array of shape `(..., 1, 1)` or `None`. A step whose
             Frobenius norm is larger is shortened to it, in its direction.
 
     Returns:
-        Tuple `(point, rotation)`. Where `S_hat` is zero nothing is known
-        about any direction, and the point stays as it was.
+        `Augmented`, with bases of twice as many columns as the buffers.
     """
     U, S, V = point
     K, S_new, L = unknowns
-    max_rank = S.shape[-1]
     U_tilde = new_directions(U, K)
     V_tilde = new_directions(V, in_turn(L, U_tilde))
     S_hat = ops.concatenate(
@@ -240,7 +247,7 @@ def retract(point, unknowns, tolerance, min_rank, max_change=None):
         axis=-2,
     )
     if max_change is not None:
-        r = max_rank
+        r = S.shape[-1]
         S_before = ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
         change = S_hat - S_before
         length = norm(change, axis=(-2, -1))
@@ -248,25 +255,74 @@ def retract(point, unknowns, tolerance, min_rank, max_change=None):
         S_hat = S_before + share * change
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
     P, sigma, Qt = ops.svd(divide(S_hat, size), full_matrices=False)
-    rank = truncated_rank(sigma, tolerance, min_rank, max_rank)
-    keep = ops.arange(max_rank, dtype="int32") < rank
-    P = ops.where(keep[..., None, :], P[..., :max_rank], 0.0)
-    Q = ops.where(keep[..., None, :], T(Qt)[..., :max_rank], 0.0)
-    sigma = ops.where(keep, sigma[..., :max_rank], 0.0) * size[..., 0]
+    return Augmented(
+        ops.concatenate([U, U_tilde], -1),
+        ops.concatenate([V, V_tilde], -1),
+        P,
+        sigma,
+        T(Qt),
+        size,
+    )
 
+
+def truncate(point, augmented, rank):
+    """Returns to the manifold: keeps the largest singular values of a step.
+
+    `U = U_hat P`, `S = diag(sigma)`, `V = V_hat Q` with their first columns.
+    Without truncation and with plain gradient descent the step is
+    `W - lr * P(W) G`, where `P(W)` projects on the tangent space.
+
+    Args:
+        point: `Point` before the step.
+        augmented: `Augmented`, the step.
+        rank: Int array of shape `(..., 1)`.
+
+    Returns:
+        Tuple `(point, rotation)`. Where `size` is zero the first columns of
+        the old point stay as they were.
+    """
+    U, S, V = point
+    max_rank = S.shape[-1]
+    U_hat, V_hat, P, sigma, Q, size = augmented
+    keep = ops.arange(max_rank, dtype="int32") < rank
+    columns = keep[..., None, :]
+    P = ops.where(columns, P[..., :max_rank], 0.0)
+    Q = ops.where(columns, Q[..., :max_rank], 0.0)
+    sigma = ops.where(keep, sigma[..., :max_rank], 0.0) * size[..., 0]
     moved = Point(
-        orthonormalize(ops.matmul(ops.concatenate([U, U_tilde], -1), P)),
+        orthonormalize(ops.matmul(U_hat, P)),
         diagonal(sigma),
-        orthonormalize(ops.matmul(ops.concatenate([V, V_tilde], -1), Q)),
+        orthonormalize(ops.matmul(V_hat, Q)),
     )
     stay = size == 0
     moved = Point(
-        *(ops.where(stay, x, y) for x, y in zip(point, moved, strict=True))
+        *(
+            ops.where(stay, ops.where(columns, x, 0.0), y)
+            for x, y in zip(point, moved, strict=True)
+        )
     )
     return moved, Rotation(ops.matmul(T(U), moved.U), ops.matmul(T(V), moved.V))
 
 
-def cut(point, tolerance, min_rank):
+def wanted_rank(point, sigma, tolerance, min_rank):
+    """Returns the rank that `tolerance` asks for.
+
+    Args:
+        point: `Point` before the step.
+        sigma: Array of shape `(..., r)`, singular values after it.
+        tolerance: Scalar in [0, 1), share of the norm that may be cut.
+        min_rank: Int array of shape `(..., 1)`.
+
+    Returns:
+        Int array of shape `(..., 1)`. Where all singular values are zero,
+        the number of columns in use.
+    """
+    rank = truncated_rank(sigma, tolerance, min_rank, point.S.shape[-1])
+    in_use = count(active_columns(point.U))
+    return ops.where(ops.equal(sigma[..., :1], 0), in_use, rank)
+
+
+def cut(point, rank):
     """Truncates a point without a step.
 
     Its core is diagonal and descending, so that truncating takes columns
@@ -274,17 +330,12 @@ def cut(point, tolerance, min_rank):
 
     Args:
         point: `Point`.
-        tolerance: Scalar in [0, 1), share of the norm that may be cut.
-        min_rank: Int array of shape `(..., 1)`.
+        rank: Int array of shape `(..., 1)`.
 
     Returns:
-        Tuple `(point, rotation)`. A point with a core of zeros stays.
+        Tuple `(point, rotation)`.
     """
     U, S, V = point
-    sigma = ops.diagonal(S, axis1=-2, axis2=-1)
-    rank = truncated_rank(sigma, tolerance, min_rank, S.shape[-1])
     keep = ops.arange(S.shape[-1], dtype="int32") < rank
-    keep = ops.logical_or(keep, ops.equal(sigma[..., :1], 0))
-    keep = keep[..., None, :]
-    moved = Point(*(ops.where(keep, x, 0.0) for x in (U, S, V)))
+    moved = Point(*(ops.where(keep[..., None, :], x, 0.0) for x in point))
     return moved, Rotation(ops.matmul(T(U), moved.U), ops.matmul(T(V), moved.V))

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_geolora import integrator
+from keras_geolora.budget import Claim, spend
 from keras_geolora.integrator import Point, Unknowns
 from keras_geolora.layers.adapter import Factor
 from keras_geolora.transport import (
@@ -16,6 +17,8 @@ from keras_geolora.transport import (
 )
 
 ROLES = ("U", "S", "V")
+# Options that may be schedules.
+SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -39,7 +42,17 @@ class GeoLoRA(keras.optimizers.Optimizer):
             Adafactor, Lamb and Muon work; see `register_slot_rules` for
             others.
         tolerance: Float in [0, 1), the share of the norm of `S` that a cut
-            may discard. Larger means lower ranks. Defaults to 0.1.
+            may discard. Larger means lower ranks. Defaults to 0.1. Or a
+            schedule, as below.
+        rank_budget: Int or `None`, the largest sum of the ranks of all
+            adapters. The largest singular values of all layers are kept, in
+            every step, so that training may stop at any time. `tolerance`
+            applies too. Or a schedule: a `LearningRateSchedule`, or any
+            callable that takes the number of updates and returns a number; a
+            value below the sum of all `min_rank` means that sum.
+        parameter_budget: Int or `None`, the largest number of parameters of
+            all adapters at their ranks, in place of `rank_budget`: layers get
+            ranks by singular values squared, per parameter. Or a schedule.
         cut_interval: Int, number of steps between two cuts. In between the
             rank only grows, which gives slow directions time. Defaults
             to 20. `fit` of an adapted model also cuts at the end of every
@@ -82,6 +95,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self,
         inner_optimizer,
         tolerance=0.1,
+        rank_budget=None,
+        parameter_budget=None,
         cut_interval=20,
         max_update_ratio="auto",
         name=None,
@@ -94,12 +109,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 f"`GeoLoRA(keras.optimizers.AdamW(..., {option}=...))`. "
                 f"Received: {option}={kwargs[option]!r}"
             )
-        if not (is_number(tolerance, (int, float)) and 0 <= tolerance < 1):
-            raise ValueError(
-                "`tolerance` is the share of the norm that truncation may "
-                "discard, so it must lie in [0, 1). "
-                f"Received: tolerance={tolerance}. A usual choice is 0.1."
-            )
+        check_tolerance(tolerance)
+        check_budgets(rank_budget, parameter_budget)
         if not is_number(cut_interval, int) or cut_interval < 1:
             raise ValueError(
                 "`cut_interval` counts the steps between two cuts, so it "
@@ -118,6 +129,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.tolerance = tolerance
+        self.rank_budget = rank_budget
+        self.parameter_budget = parameter_budget
         self.cut_interval = cut_interval
         self.max_update_ratio = max_update_ratio
 
@@ -137,6 +150,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.inner_optimizer.build(variables)
         super().build(variables)
         groups = AdapterGroup.collect(variables, self.inner_optimizer)
+        check_floor(self.rank_budget, "rank_budget", "ranks", groups)
+        check_floor(
+            self.parameter_budget, "parameter_budget", "parameters", groups
+        )
         for group in groups:
             group.max_change = self._add_max_change(group)
         self._groups = Untracked(groups)
@@ -247,30 +264,70 @@ class GeoLoRA(keras.optimizers.Optimizer):
             raise
 
         updates = ops.cast(self.iterations, "int32")
-        tolerance = ops.where(
-            ops.equal(updates % self.cut_interval, 0), self.tolerance, 0.0
-        )
         # Between two updates of gradient accumulation nothing moves.
         updated = updates > updates_before
         finite, previous = [], None
         for step in steps:
-            finite.append(step.retract(tolerance, updated, previous))
+            finite.append(step.augment(previous))
             previous = step
+        tolerance = ops.where(
+            ops.equal(updates % self.cut_interval, 0),
+            value_at(self.tolerance, updates),
+            0.0,
+        )
+        ranks = self._choose_ranks(steps, tolerance, updates)
+        for step, rank in zip(steps, ranks, strict=True):
+            step.retract(rank, updated)
         if finite:
             finite = ops.all(ops.concatenate(finite))
             self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
         for step in steps:
             step.clear_gradients()
 
+    def _choose_ranks(self, steps, tolerance, updates, taken=True):
+        """Returns the ranks of the adapters of each `GroupStep`.
+
+        Args:
+            steps: List of `GroupStep`s.
+            tolerance: Scalar, share of the norm of each that may be cut.
+            updates: Int scalar, number of updates so far.
+            taken: Bool, whether the steps have been taken.
+        """
+        budget, unit = self.rank_budget, "ranks"
+        if self.parameter_budget is not None:
+            budget, unit = self.parameter_budget, "parameters"
+        claims = [step.claim(tolerance, unit, taken) for step in steps]
+        if budget is None or not steps:
+            return [claim.wanted for claim in claims]
+        groups = self._groups.content
+        floor = sum(group.floor(unit) for group in groups)
+        budget = ops.cast(value_at(budget, updates), "int32")
+        budget = ops.maximum(budget, floor)
+        # Adapters that do not move in this step keep what they have.
+        moving = {id(a) for step in steps for a in step.group.adapters}
+        for group in groups:
+            for adapter in group.adapters:
+                if id(adapter) not in moving:
+                    columns = integrator.active_columns(adapter.U.value)
+                    rank = integrator.count(columns)[0]
+                    budget = budget - rank * group.cost(unit)
+        return spend(budget, claims)
+
     def cut(self):
-        """Cuts every adapter to the rank that `tolerance` asks for, now.
+        """Cuts every adapter to the rank that it needs, now.
 
         Between two cuts of a training, ranks grow; this shows which of them
-        are needed. Nothing else moves, and training can go on.
+        `tolerance` asks for. Nothing else moves, and training can go on.
         `model.fit` of an adapted model does it at the end of an epoch.
         """
-        for group in self._groups.content if self.built else ():
-            GroupStep(group).cut(self.tolerance)
+        if not self.built:
+            return
+        steps = [GroupStep(group) for group in self._groups.content]
+        updates = ops.cast(self.iterations, "int32")
+        tolerance = value_at(self.tolerance, updates)
+        ranks = self._choose_ranks(steps, tolerance, updates, taken=False)
+        for step, rank in zip(steps, ranks, strict=True):
+            step.cut(rank)
 
     def get_config(self):
         """Returns the configuration, the inner optimizer's included."""
@@ -285,7 +342,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "inner_optimizer": inner_optimizer,
-            "tolerance": self.tolerance,
+            **{name: as_config(getattr(self, name)) for name in SCHEDULED},
             "cut_interval": self.cut_interval,
             "max_update_ratio": self.max_update_ratio,
         }
@@ -294,9 +351,12 @@ class GeoLoRA(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         """Creates the optimizer from its configuration."""
         config = dict(config)
-        inner_optimizer = keras.saving.deserialize_keras_object(
-            config.pop("inner_optimizer"), custom_objects=custom_objects
-        )
+        for name in ("inner_optimizer", *SCHEDULED):
+            if isinstance(config.get(name), dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name], custom_objects=custom_objects
+                )
+        inner_optimizer = config.pop("inner_optimizer")
         return cls(inner_optimizer, **config)
 
 
@@ -439,6 +499,21 @@ class AdapterGroup:
         """Returns the smallest ranks, `(adapters, 1)`."""
         return ops.convert_to_tensor(self.min_rank, dtype="int32")
 
+    def scales(self):
+        """Returns the strengths of the updates, `(adapters, 1)`."""
+        scales = [[abs(adapter.scale)] for adapter in self.adapters]
+        return ops.convert_to_tensor(scales, dtype="float32")
+
+    def cost(self, unit):
+        """Returns the price of a rank, in `"ranks"` or `"parameters"`."""
+        if unit == "ranks":
+            return 1
+        return self.adapters[0].parameters_per_rank
+
+    def floor(self, unit):
+        """Returns the price of the smallest ranks of all adapters."""
+        return self.cost(unit) * sum(rank for (rank,) in self.min_rank)
+
     def bounds(self):
         """Returns the bounds of the steps, `(adapters, 1, 1)`, or `None`."""
         if self.max_change is None:
@@ -470,6 +545,7 @@ class AdapterGroup:
         )
         if self.max_change is not None:
             rows = [i for i, keep in enumerate(inside) if keep]
+            rows = ops.convert_to_tensor(rows, dtype="int32")
             group.max_change = ops.take(self.max_change, rows, axis=0)
         return group
 
@@ -530,32 +606,16 @@ class GroupStep:
         """Puts the factors back as they were before the step."""
         write(self.group.factors, self.point)
 
-    def cut(self, tolerance):
-        """Truncates the adapters and their slots, without a step."""
-        cut, rotation = integrator.cut(
-            self.point, tolerance, self.group.min_ranks()
-        )
-        write(self.group.factors, cut)
-        for (kind, variables), slots in zip(
-            self.group.slots, self.slots, strict=True
-        ):
-            write(variables, transport(kind, slots, self.point, rotation))
-        # Sums of gradients, where an update is not complete.
-        for variables in self.group.accumulators:
-            sums = transport("linear", read(variables), self.point, rotation)
-            write(variables, sums)
+    def augment(self, previous=None):
+        """Computes the step, before it is known to what rank to truncate.
 
-    def retract(self, tolerance, updated, previous=None):
-        """Returns to the manifold and moves the slots along.
+        An adapter whose step is not finite steps nowhere.
 
         Args:
-            tolerance: Scalar, share of the norm that may be cut.
-            updated: Bool scalar, whether the inner optimizer took a step.
             previous: The `GroupStep` that has to be computed before, if any.
 
         Returns:
-            Bool array `(number of adapters,)`, whose steps were finite. The
-            others keep their factors and slots.
+            Bool array `(number of adapters,)`, whose steps were finite.
         """
         # An optimizer may do what it likes with the padding.
         unknowns = Unknowns(
@@ -566,35 +626,89 @@ class GroupStep:
                 )
             )
         )
-        slots = [read(slots) for _, slots in self.group.slots]
+        self.new_slots = [read(slots) for _, slots in self.group.slots]
         finite = all_finite(unknowns)
-        for new in slots:
+        for new in self.new_slots:
             finite = ops.logical_and(finite, all_finite(new))
         unknowns = choose(finite, unknowns, self.lifted)
         if previous is not None:
-            K = integrator.in_turn(unknowns.K, previous.moved.S)
+            earlier = previous.augmented.sigma
+            K = integrator.in_turn(unknowns.K, earlier)
             unknowns = unknowns._replace(K=K)
-        self.moved, rotation = integrator.retract(
-            self.point,
-            unknowns,
-            tolerance,
-            self.group.min_ranks(),
-            self.group.bounds(),
+        self.finite = finite
+        self.augmented = integrator.augment(
+            self.point, unknowns, self.group.bounds()
         )
-        moved = ops.logical_and(finite, updated)
-        write(self.group.factors, choose(moved, self.moved, self.point))
-        for (kind, variables), old, new in zip(
-            self.group.slots, self.slots, slots, strict=True
+        return finite
+
+    def claim(self, tolerance, cost, taken=True):
+        """Returns the `Claim` of the group on a budget.
+
+        Args:
+            tolerance: Scalar, share of the norm that may be cut.
+            cost: `"ranks"` or `"parameters"`.
+            taken: Bool, whether `augment` has computed a step.
+        """
+        if taken:
+            sigma = self.augmented.sigma * self.augmented.size[..., 0]
+        else:
+            sigma = ops.diagonal(self.point.S, axis1=-2, axis2=-1)
+        max_rank = self.point.S.shape[-1]
+        min_rank = self.group.min_ranks()
+        wanted = integrator.wanted_rank(self.point, sigma, tolerance, min_rank)
+        return Claim(
+            sigma[..., :max_rank] * self.group.scales(),
+            wanted,
+            min_rank,
+            self.group.cost(cost),
+        )
+
+    def cut(self, rank):
+        """Truncates the adapters and their slots, without a step."""
+        cut, rotation = integrator.cut(self.point, rank)
+        write(self.group.factors, cut)
+        for (kind, variables), slots in zip(
+            self.group.slots, self.slots, strict=True
         ):
-            new = choose(finite, new, old)
+            write(variables, transport(kind, slots, self.point, rotation))
+        # Sums of gradients, where an update is not complete.
+        for variables in self.group.accumulators:
+            sums = transport("linear", read(variables), self.point, rotation)
+            write(variables, sums)
+
+    def retract(self, rank, updated):
+        """Returns to the manifold and moves the slots along.
+
+        Adapters whose step was not finite keep their factors and slots, as
+        far as the rank allows.
+
+        Args:
+            rank: Int array `(number of adapters, 1)`.
+            updated: Bool scalar, whether the inner optimizer took a step.
+        """
+        stepped = integrator.truncate(self.point, self.augmented, rank)
+        rested = integrator.cut(self.point, rank)
+        moved = choose(self.finite, stepped[0], rested[0])
+        rotation = choose(self.finite, stepped[1], rested[1])
+        write(self.group.factors, choose(updated, moved, self.point))
+        shrunk = rank[:, 0] < self.ranks_before()
+        turned = ops.logical_and(updated, ops.logical_or(self.finite, shrunk))
+        for (kind, variables), old, new in zip(
+            self.group.slots, self.slots, self.new_slots, strict=True
+        ):
+            new = choose(self.finite, new, old)
             carried = transport(kind, new, self.point, rotation)
-            write(variables, choose(moved, carried, new))
-        spoilt = ops.logical_and(ops.logical_not(finite), updated)
+            write(variables, choose(turned, carried, new))
+        spoilt = ops.logical_and(ops.logical_not(self.finite), updated)
         for variables in self.group.accumulators:
             sums = read(variables)
             zeros = Unknowns(*map(ops.zeros_like, sums))
             write(variables, choose(spoilt, zeros, sums))
-        return finite
+
+    def ranks_before(self):
+        """Returns the ranks before the step, `(number of adapters,)`."""
+        columns = integrator.active_columns(self.point.U)
+        return integrator.count(columns)[:, 0]
 
 
 def read(variables):
@@ -630,6 +744,63 @@ def choose(mask, these, those):
             ops.where(ops.reshape(mask, (-1, *[1] * (len(x.shape) - 1))), x, y)
             for x, y in zip(these, those, strict=True)
         )
+    )
+
+
+def value_at(value, updates):
+    """Returns a number, or what a schedule says after some updates."""
+    return value(updates) if callable(value) else value
+
+
+def as_config(value):
+    """Returns a number or a schedule as JSON can hold it."""
+    if callable(value):
+        return keras.saving.serialize_keras_object(value)
+    return value
+
+
+def check_tolerance(tolerance):
+    """Refuses what is neither a share of a norm nor a schedule."""
+    number = is_number(tolerance, (int, float)) and 0 <= tolerance < 1
+    if not number and not callable(tolerance):
+        raise ValueError(
+            "`tolerance` is the share of the norm that truncation may "
+            "discard, so it must lie in [0, 1). "
+            f"Received: tolerance={tolerance}. A usual choice is 0.1."
+        )
+
+
+def check_budgets(rank_budget, parameter_budget):
+    """Refuses what is no budget, and two of them."""
+    budgets = {"rank_budget": rank_budget, "parameter_budget": parameter_budget}
+    given = {k: v for k, v in budgets.items() if v is not None}
+    if len(given) == 2:
+        raise ValueError(
+            "A budget counts ranks or parameters. Give `rank_budget` or "
+            f"`parameter_budget`, not both. Received: {given}"
+        )
+    for name, budget in given.items():
+        if not callable(budget) and not (
+            is_number(budget, int) and 0 < budget < 2**31
+        ):
+            raise ValueError(
+                f"`{name}` counts what all adapters may have together, so it "
+                "must be a positive integer, or a schedule of them. "
+                f"Received: {name}={budget!r}"
+            )
+
+
+def check_floor(budget, name, unit, groups):
+    """Refuses a budget that does not cover the smallest ranks."""
+    floor = sum(group.floor(unit) for group in groups)
+    if budget is None or callable(budget) or budget >= floor:
+        return
+    number = sum(len(group.adapters) for group in groups)
+    raise ValueError(
+        f"`{name}` must cover the `min_rank` of every adapter. Received: "
+        f"{name}={budget} for {number} adapters, which need at least {floor} "
+        f"{unit}. Give a larger budget, or adapt fewer layers: "
+        "`enable_geolora(targets=...)`"
     )
 
 

@@ -64,7 +64,7 @@ def describe(path, adapter):
         "kernel_shape": (adapter.input_dim, adapter.output_dim),
         "rank": rank,
         "max_rank": adapter.max_rank,
-        "parameters": rank * (adapter.input_dim + adapter.output_dim + 1),
+        "parameters": rank * adapter.parameters_per_rank,
         "singular_values": (adapter.scale * S.diagonal()).tolist(),
         "orthogonality_error": max(
             float(np.abs(basis.T @ basis - np.eye(rank)).max())

@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "transport": ["integrator"],
     "layers.adapter": [],
     "layers": ["layers"],  # a model loads and predicts without an optimizer
-    "optimizer": ["integrator", "transport", "layers.adapter"],
+    "budget": ["integrator"],  # arrays only, too
+    "optimizer": ["integrator", "transport", "budget", "layers.adapter"],
     "targeting": ["layers"],
     "callbacks": ["targeting"],
     "adaptation": ["layers.adapter", "targeting"],

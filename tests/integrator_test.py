@@ -65,12 +65,12 @@ def lift(point):
 
 
 def retract(point, unknowns, tolerance=0.0, min_rank=1):
-    moved, rotation = integrator.retract(
-        Point(*map(ops.convert_to_tensor, point)),
-        Unknowns(*map(ops.convert_to_tensor, unknowns)),
-        tolerance,
-        ops.full((len(point.S), 1), min_rank, dtype="int32"),
-    )
+    point = Point(*map(ops.convert_to_tensor, point))
+    unknowns = Unknowns(*map(ops.convert_to_tensor, unknowns))
+    augmented = integrator.augment(point, unknowns)
+    min_rank = ops.full((len(point.S), 1), min_rank, dtype="int32")
+    rank = integrator.wanted_rank(point, augmented.sigma, tolerance, min_rank)
+    moved, rotation = integrator.truncate(point, augmented, rank)
     return numpy(moved), numpy(rotation)
 
 

@@ -268,6 +268,11 @@ class LowRankAdapter(keras.layers.Layer):
         )
         return U[:, :rank], S[:rank, :rank], V[:, :rank]
 
+    @property
+    def parameters_per_rank(self):
+        """Int, what a rank costs: a column of each basis, a singular value."""
+        return self.input_dim + self.output_dim + 1
+
     def kernel_norm(self):
         """Norm of the kernel that is updated; zero where there is none."""
         return 0.0

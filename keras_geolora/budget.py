@@ -1,0 +1,71 @@
+"""How many ranks, or parameters, all layers have together, and who gets them.
+
+Pure functions of arrays, as the integrator.
+"""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_geolora.integrator import count
+
+
+class Claim(NamedTuple):
+    """What the adapters of one shape ask for.
+
+    | name       | shape    | meaning                                      |
+    | ---------- | -------- | -------------------------------------------- |
+    | `sigma`    | (n, r)   | singular values of the updates, descending   |
+    | `wanted`   | (n, 1)   | the rank asked for, int                      |
+    | `min_rank` | (n, 1)   | the rank that nobody takes away, int         |
+    | `cost`     | int      | the price of a rank: 1, or its parameters    |
+    """
+
+    sigma: object
+    wanted: object
+    min_rank: object
+    cost: int
+
+
+def spend(budget, claims):
+    """Keeps the most valuable singular values of all layers within a budget.
+
+    First come those that `min_rank` guards, then the largest values of
+    `sigma ** 2 / cost`, as far as the budget goes. Equal ones are kept column
+    by column, so that layers in which nothing has grown yet share evenly.
+
+    Args:
+        budget: Int scalar, the sum of `rank * cost` over all layers that must
+            not be exceeded. It covers at least the guarded ranks.
+        claims: List of `Claim`s.
+
+    Returns:
+        List of int arrays `(n, 1)`, the ranks of the layers of each claim.
+    """
+    width = max(claim.sigma.shape[-1] for claim in claims)
+    largest = ops.max(ops.stack([ops.max(c.sigma) for c in claims]))
+    largest = ops.where(largest > 0, largest, 1.0)
+    cheapest = min(claim.cost for claim in claims)
+    values, costs = [], []
+    for sigma, wanted, min_rank, cost in claims:
+        column = ops.arange(sigma.shape[-1], dtype="int32")
+        value = ops.square(sigma / largest) * (cheapest / cost)
+        value = ops.where(column < min_rank, 2.0, value)
+        value = ops.where(column < wanted, value, -1.0)
+        padding = [(0, 0), (0, width - sigma.shape[-1])]
+        values.append(ops.pad(value, padding, constant_values=-1.0))
+        costs.append(ops.full(values[-1].shape, cost, dtype="int32"))
+    # By columns: sorting is stable.
+    values = ops.reshape(ops.transpose(ops.concatenate(values)), (-1,))
+    costs = ops.reshape(ops.transpose(ops.concatenate(costs)), (-1,))
+    asked = values >= 0
+    order = ops.argsort(-values)
+    costs = ops.where(asked, costs, 0)
+    within = ops.cumsum(ops.take(costs, order)) <= budget
+    kept = ops.logical_and(ops.take(within, ops.argsort(order)), asked)
+    ranks = count(ops.transpose(ops.reshape(kept, (width, -1))))
+    sizes = [claim.sigma.shape[0] for claim in claims]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [
+        ranks[end - size : end] for size, end in zip(sizes, ends, strict=True)
+    ]

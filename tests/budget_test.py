@@ -1,0 +1,325 @@
+"""Ranks and parameters of all layers stay within a budget, in every step."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_geolora import GeoLoRA
+from keras_geolora.budget import Claim, spend
+from keras_geolora.targeting import adapted_layers
+
+pytestmark = [
+    # Some of these tests step once, or with a part of the gradients.
+    pytest.mark.filterwarnings("ignore:Gradients do not exist"),
+    pytest.mark.filterwarnings("ignore:The last layer"),
+    pytest.mark.filterwarnings("ignore:The loss has not changed"),
+]
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(16, 6, 6, 3)).astype("float32")
+IDS = RNG.integers(20, size=(16, 5)).astype("int32")
+TARGETS = RNG.normal(size=(16, 4)).astype("float32")
+X = RNG.normal(size=(64, 12)).astype("float32")
+Y = np.tanh(X @ RNG.normal(size=(12, 6))).astype("float32")
+
+
+def claim(sigma, wanted, min_rank, cost):
+    column = np.reshape
+    return Claim(
+        ops.convert_to_tensor(np.array(sigma, "float32")),
+        ops.convert_to_tensor(column(wanted, (-1, 1)).astype("int32")),
+        ops.convert_to_tensor(column(min_rank, (-1, 1)).astype("int32")),
+        cost,
+    )
+
+
+def spent(budget, claims):
+    ranks = spend(budget, claims)
+    return [ops.convert_to_numpy(r)[:, 0].tolist() for r in ranks]
+
+
+def greedy(budget, claims):
+    """The same, one value at a time."""
+    items = []
+    for g, (sigma, wanted, min_rank, cost) in enumerate(claims):
+        for layer, row in enumerate(ops.convert_to_numpy(sigma)):
+            wants = int(wanted[layer, 0])
+            for column in range(wants):
+                guarded = column < int(min_rank[layer, 0])
+                value = np.inf if guarded else row[column] ** 2 / cost
+                items.append((-value, column, g, layer, cost))
+    ranks = [[0] * len(ops.convert_to_numpy(c.sigma)) for c in claims]
+    for _, _, g, layer, cost in sorted(items):
+        budget -= cost
+        if budget < 0:
+            break
+        ranks[g][layer] += 1
+    return ranks
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_spending_is_greedy(seed):
+    rng = np.random.default_rng(seed)
+    claims = []
+    for width, cost in [(4, 7), (6, 3), (2, 11)]:
+        number = rng.integers(1, 4)
+        sigma = -np.sort(-rng.exponential(size=(number, width)), axis=1)
+        wanted = rng.integers(1, width + 1, size=number)
+        claims.append(claim(sigma, wanted, [1] * number, cost))
+    floor = sum(c.cost * len(ops.convert_to_numpy(c.sigma)) for c in claims)
+    for budget in (floor, floor + 10, floor + 40, 10**6):
+        ranks = spent(budget, claims)
+        assert ranks == greedy(budget, claims)
+        total = sum(c.cost * sum(r) for c, r in zip(claims, ranks, strict=True))
+        assert total <= budget
+        assert all(min(r) >= 1 for r in ranks)
+
+
+def test_equal_values_are_shared_evenly():
+    claims = [
+        claim(np.zeros((2, 4)), [4, 4], [1, 1], 1),
+        claim(np.zeros((1, 3)), [3], [1], 1),
+    ]
+    assert spent(6, claims) == [[2, 2], [2]]
+
+
+def dense():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((12,)),
+            keras.layers.Dense(16, activation="tanh"),
+            keras.layers.Dense(16, activation="tanh"),
+            keras.layers.Dense(6),
+        ]
+    )
+    return model, X, Y
+
+
+def mixed():
+    """A convolution, an embedding and dense layers."""
+    keras.utils.set_random_seed(0)
+    image, ids = keras.Input((6, 6, 3)), keras.Input((5,), dtype="int32")
+    x = keras.layers.Conv2D(8, 3, activation="relu")(image)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    y = keras.layers.Embedding(20, 8)(ids)
+    y = keras.layers.GlobalAveragePooling1D()(y)
+    outputs = keras.layers.Dense(4)(x + y)
+    return keras.Model([image, ids], outputs), [IMAGES, IDS], TARGETS
+
+
+def adapted(create, optimizer, **options):
+    model, x, y = create()
+    if create is mixed:
+        options["targets"] = [
+            keras.layers.Conv2D,
+            keras.layers.Embedding,
+            keras.layers.Dense,
+        ]
+    model.enable_geolora(**{"rank": 2, "max_rank": 4, "seed": 0, **options})
+    model.compile(optimizer, loss="mse")
+    return model, x, y
+
+
+def ranks_of(model):
+    return [layer.rank for layer in adapted_layers(model).values()]
+
+
+def parameters_of(model):
+    return sum(
+        layer.rank * layer.adapter.parameters_per_rank
+        for layer in adapted_layers(model).values()
+    )
+
+
+@pytest.mark.parametrize("create", [dense, mixed])
+def test_the_sum_of_ranks_is_within_the_budget_in_every_step(create):
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.0, rank_budget=5)
+    model, x, y = adapted(create, optimizer)
+    found = []
+    for _ in range(6):
+        model.train_on_batch(x, y)
+        found.append(ranks_of(model))
+        assert min(found[-1]) >= 1
+    assert {sum(ranks) for ranks in found} == {5}
+    assert any(max(ranks) > min(ranks) for ranks in found)
+
+
+@pytest.mark.parametrize("create", [dense, mixed])
+def test_parameters_are_within_the_budget_in_every_step(create):
+    model, _, _ = adapted(create, GeoLoRA("adam"))
+    budget = int(0.8 * parameters_of(model))
+    optimizer = GeoLoRA(
+        keras.optimizers.Adam(1e-2), 0.0, parameter_budget=budget
+    )
+    model, x, y = adapted(create, optimizer)
+    for _ in range(6):
+        model.train_on_batch(x, y)
+        assert min(ranks_of(model)) >= 1
+        dearest = max(
+            layer.adapter.parameters_per_rank
+            for layer in adapted_layers(model).values()
+        )
+        assert budget - dearest < parameters_of(model) <= budget
+
+
+def test_the_largest_singular_values_are_kept():
+    wide = GeoLoRA(keras.optimizers.SGD(0.1), 0.0, max_update_ratio=None)
+    tight = GeoLoRA(
+        keras.optimizers.SGD(0.1), 0.0, rank_budget=4, max_update_ratio=None
+    )
+    spectra = []
+    for optimizer in (wide, tight):
+        model, x, y = adapted(dense, optimizer)
+        model.train_on_batch(x, y)
+        spectra.append(
+            [
+                (sigma, i)
+                for i, layer in enumerate(model.layers)
+                for sigma in ops.convert_to_numpy(layer.adapter.S).diagonal()
+                if sigma > 0
+            ]
+        )
+    guarded = [max(x for x in spectra[0] if x[1] == i) for i in range(3)]
+    rest = sorted(set(spectra[0]) - set(guarded))
+    expected = sorted([*guarded, rest[-1]])
+    assert [p for _, p in sorted(spectra[1])] == [p for _, p in expected]
+    np.testing.assert_allclose(
+        [s for s, _ in sorted(spectra[1])],
+        [s for s, _ in expected],
+        rtol=1e-4,
+    )
+
+
+def test_tolerance_still_cuts_below_the_budget():
+    optimizer = GeoLoRA(
+        keras.optimizers.Adam(1e-2), 0.9, rank_budget=9, cut_interval=1
+    )
+    model, x, y = adapted(dense, optimizer)
+    model.train_on_batch(x, y)
+    assert sum(ranks_of(model)) < 9
+
+
+def test_min_rank_is_inside_the_budget():
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.0, rank_budget=6)
+    model, x, y = adapted(dense, optimizer, min_rank=2)
+    model.train_on_batch(x, y)
+    assert ranks_of(model) == [2, 2, 2]
+
+
+@keras.saving.register_keras_serializable("budget_test")
+def shrinking(updates):
+    return 12 - 2 * updates
+
+
+def test_a_budget_may_follow_a_schedule():
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.0, rank_budget=shrinking)
+    copy = GeoLoRA.from_config(optimizer.get_config())
+    assert copy.rank_budget is shrinking
+    model, x, y = adapted(dense, copy)
+    totals = []
+    for _ in range(6):
+        model.train_on_batch(x, y)
+        totals.append(sum(ranks_of(model)))
+    # No layer gives up its last rank, whatever the schedule says.
+    assert totals == [10, 8, 6, 4, 3, 3]
+
+
+def test_tolerance_may_follow_a_schedule():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [3], [0.0, 0.95]
+    )
+    optimizer = GeoLoRA(
+        keras.optimizers.Adam(1e-2), tolerance=schedule, cut_interval=1
+    )
+    copy = GeoLoRA.from_config(optimizer.get_config())
+    assert copy.tolerance.get_config() == schedule.get_config()
+    model, x, y = adapted(dense, copy)
+    ranks = []
+    for _ in range(5):
+        model.train_on_batch(x, y)
+        ranks.append(sum(ranks_of(model)))
+    assert ranks[2] == 12 and ranks[4] == 3
+
+
+def test_fit_may_stop_at_any_time():
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), rank_budget=5)
+    model, x, y = adapted(dense, optimizer, rank=4)
+    assert sum(ranks_of(model)) == 12
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = True
+
+    model.fit(x, y, batch_size=16, callbacks=[Stop()], verbose=0)
+    assert int(optimizer.iterations) == 1 and sum(ranks_of(model)) <= 5
+
+
+def test_a_layer_that_gets_no_gradient_gives_up_ranks_too():
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.0, rank_budget=4)
+    model, _, _ = adapted(dense, optimizer, rank=3)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    optimizer.apply([ops.zeros(v.shape) for v in variables], variables)
+    assert ranks_of(model) == [2, 1, 1]
+
+
+def test_layers_that_rest_count():
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.0, rank_budget=8)
+    model, _, _ = adapted(dense, optimizer)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    first = [id(v) for v in model.layers[0].trainable_variables]
+    rng = np.random.default_rng(0)
+    gradients = [
+        ops.convert_to_tensor(rng.normal(size=v.shape).astype("float32"))
+        if id(v) in first
+        else None
+        for v in variables
+    ]
+    optimizer.apply(gradients, variables)
+    assert ranks_of(model) == [4, 2, 2]
+
+
+def test_a_step_that_is_not_finite_is_within_the_budget():
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.0, rank_budget=shrinking)
+    model, x, y = adapted(dense, optimizer)
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    assert sum(ranks_of(model)) == 8
+    before = [ops.convert_to_numpy(v) for v in model.layers[0].weights]
+    model.train_on_batch(x, np.full_like(y, np.nan))
+    assert int(optimizer.skipped_steps) == 1
+    assert sum(ranks_of(model)) == 6
+    rank = model.layers[0].rank
+    U = ops.convert_to_numpy(model.layers[0].adapter.U)
+    np.testing.assert_array_equal(U[:, :rank], before[2][:, :rank])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"rank_budget": 2}, "rank_budget=2 for 3 adapters.*at least 3 ranks"),
+        (
+            {"parameter_budget": 80},
+            "parameter_budget=80 for 3 adapters.*at least 85 parameters",
+        ),
+    ],
+)
+def test_a_budget_below_the_floor_is_refused_with_numbers(options, words):
+    model, x, y = adapted(dense, GeoLoRA("adam", **options))
+    with pytest.raises(ValueError, match=words):
+        model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5, True, "many", 2**31])
+@pytest.mark.parametrize("name", ["rank_budget", "parameter_budget"])
+def test_what_is_no_budget_is_refused(name, budget):
+    with pytest.raises(ValueError, match=f"Received: {name}="):
+        GeoLoRA("adam", **{name: budget})
+
+
+def test_two_budgets_are_refused():
+    with pytest.raises(ValueError, match="not both"):
+        GeoLoRA("adam", rank_budget=10, parameter_budget=100)
