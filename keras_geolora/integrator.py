@@ -50,13 +50,6 @@ class Unknowns(NamedTuple):
     L: object
 
 
-class Rotation(NamedTuple):
-    """How the bases moved: `A` = U_old.T U_new and `B` = V_old.T V_new."""
-
-    A: object
-    B: object
-
-
 def T(x):
     """Transposes the last two axes."""
     return ops.swapaxes(x, -1, -2)
@@ -278,11 +271,10 @@ def truncate(point, augmented, rank):
         rank: Int array of shape `(..., 1)`.
 
     Returns:
-        Tuple `(point, rotation)`. Where `size` is zero the first columns of
-        the old point stay as they were.
+        `Point`. Where `size` is zero the first columns of the old point stay
+        as they were.
     """
-    U, S, V = point
-    max_rank = S.shape[-1]
+    max_rank = point.S.shape[-1]
     U_hat, V_hat, P, sigma, Q, size = augmented
     keep = ops.arange(max_rank, dtype="int32") < rank
     columns = keep[..., None, :]
@@ -295,13 +287,12 @@ def truncate(point, augmented, rank):
         orthonormalize(ops.matmul(V_hat, Q)),
     )
     stay = size == 0
-    moved = Point(
+    return Point(
         *(
             ops.where(stay, ops.where(columns, x, 0.0), y)
             for x, y in zip(point, moved, strict=True)
         )
     )
-    return moved, Rotation(ops.matmul(T(U), moved.U), ops.matmul(T(V), moved.V))
 
 
 def wanted_rank(point, sigma, tolerance, min_rank):
@@ -333,9 +324,7 @@ def cut(point, rank):
         rank: Int array of shape `(..., 1)`.
 
     Returns:
-        Tuple `(point, rotation)`.
+        `Point`.
     """
-    U, S, V = point
-    keep = ops.arange(S.shape[-1], dtype="int32") < rank
-    moved = Point(*(ops.where(keep[..., None, :], x, 0.0) for x in point))
-    return moved, Rotation(ops.matmul(T(U), moved.U), ops.matmul(T(V), moved.V))
+    keep = ops.arange(point.S.shape[-1], dtype="int32") < rank
+    return Point(*(ops.where(keep[..., None, :], x, 0.0) for x in point))

@@ -665,15 +665,15 @@ class GroupStep:
 
     def cut(self, rank):
         """Truncates the adapters and their slots, without a step."""
-        cut, rotation = integrator.cut(self.point, rank)
+        cut = integrator.cut(self.point, rank)
         write(self.group.factors, cut)
         for (kind, variables), slots in zip(
             self.group.slots, self.slots, strict=True
         ):
-            write(variables, transport(kind, slots, self.point, rotation))
+            write(variables, transport(kind, slots, self.point, cut))
         # Sums of gradients, where an update is not complete.
         for variables in self.group.accumulators:
-            sums = transport("linear", read(variables), self.point, rotation)
+            sums = transport("linear", read(variables), self.point, cut)
             write(variables, sums)
 
     def retract(self, rank, updated):
@@ -686,10 +686,11 @@ class GroupStep:
             rank: Int array `(number of adapters, 1)`.
             updated: Bool scalar, whether the inner optimizer took a step.
         """
-        stepped = integrator.truncate(self.point, self.augmented, rank)
-        rested = integrator.cut(self.point, rank)
-        moved = choose(self.finite, stepped[0], rested[0])
-        rotation = choose(self.finite, stepped[1], rested[1])
+        moved = choose(
+            self.finite,
+            integrator.truncate(self.point, self.augmented, rank),
+            integrator.cut(self.point, rank),
+        )
         write(self.group.factors, choose(updated, moved, self.point))
         shrunk = rank[:, 0] < self.ranks_before()
         turned = ops.logical_and(updated, ops.logical_or(self.finite, shrunk))
@@ -697,7 +698,7 @@ class GroupStep:
             self.group.slots, self.slots, self.new_slots, strict=True
         ):
             new = choose(self.finite, new, old)
-            carried = transport(kind, new, self.point, rotation)
+            carried = transport(kind, new, self.point, moved)
             write(variables, choose(turned, carried, new))
         spoilt = ops.logical_and(ops.logical_not(self.finite), updated)
         for variables in self.group.accumulators:

@@ -7,10 +7,14 @@ others through `register_slot_rules`.
 
 | kind          | the slot                       | how it moves               |
 | ------------- | ------------------------------ | -------------------------- |
-| `"linear"`    | adds up gradients or steps     | rotates with the bases     |
+| `"linear"`    | adds up gradients or steps     | projected on the tangents  |
 | `"quadratic"` | adds up their squares or sizes | mean over the rank axis    |
 | `"row"`       | one number per row             | stays, but for `S`: mean   |
 | `"column"`    | one number per column          | mean over the rank axis    |
+
+A linear slot stands for a tangent vector of the old point. Its projection on
+the tangent space of the new point is the nearest vector that the new
+coordinates can express; without truncation nothing of it is lost.
 
 A mean over the rank axis counts the columns in use only. It makes the second
 moment the same in every basis; squaring the rotation instead would lose
@@ -40,7 +44,7 @@ def register_slot_rules(optimizer_class, rules):
         rules: Dict from attribute name to one of
 
             - `"linear"`: adds up gradients or steps, as a momentum does.
-              It rotates with the bases.
+              It is projected on the new tangent space.
             - `"quadratic"`: adds up squares or absolute values, as Adam's
               velocity does. It is averaged over the rank axis.
             - `"row"`: one value per row of the variable. It stays, except
@@ -168,34 +172,39 @@ def gradient_accumulators(optimizer):
     return getattr(optimizer, "_accumulated_gradients", [])
 
 
-def transport(kind, slots, point, rotation):
+def transport(kind, slots, old, new):
     """Moves the slots of one kind into new bases.
 
     Args:
         kind: `"linear"`, `"quadratic"`, `"row"` or `"column"`.
         slots: `Unknowns` of arrays, the slots of `K`, `S` and `L`.
-        point: `Point` before the step.
-        rotation: `Rotation` of the step.
+        old: `Point` before the step.
+        new: `Point` after it.
 
     Returns:
         `Unknowns` of the same shapes.
     """
-    return _MOVES[kind](slots, point, rotation)
+    return _MOVES[kind](slots, old, new)
 
 
-def _rotate(slots, point, rotation):
+def _project(slots, old, new):
+    """Projects `M = m_K V.T + U m_L.T - U m_S V.T` on a new tangent space.
+
+    The slots are `M V`, `U.T M V` and `M.T U` in the old bases, and become
+    the same in the new ones; `M` is never formed.
+    """
     K, S, L = slots
-    A, B = rotation
-    return Unknowns(
-        ops.matmul(K, B),
-        ops.matmul(T(A), ops.matmul(S, B)),
-        ops.matmul(L, A),
-    )
+    A, B = ops.matmul(T(old.U), new.U), ops.matmul(T(old.V), new.V)
+    across = ops.matmul(T(L), new.V) - ops.matmul(S, B)
+    down = ops.matmul(T(K), new.U) - ops.matmul(T(S), A)
+    new_K = ops.matmul(K, B) + ops.matmul(old.U, across)
+    new_L = ops.matmul(L, A) + ops.matmul(old.V, down)
+    return Unknowns(new_K, ops.matmul(T(new.U), new_K), new_L)
 
 
-def _average(slots, point, rotation):
+def _average(slots, old, new):
     K, S, L = slots
-    in_U, in_V = active_columns(point.U), active_columns(point.V)
+    in_U, in_V = active_columns(old.U), active_columns(old.V)
     return Unknowns(
         mean_of_active(K, in_V[..., None, :]),
         mean_of_active(
@@ -205,9 +214,9 @@ def _average(slots, point, rotation):
     )
 
 
-def _average_columns(slots, point, rotation):
+def _average_columns(slots, old, new):
     K, S, L = slots
-    in_U, in_V = active_columns(point.U), active_columns(point.V)
+    in_U, in_V = active_columns(old.U), active_columns(old.V)
     return Unknowns(
         mean_of_active(K, in_V),
         mean_of_active(S, in_V),
@@ -215,9 +224,9 @@ def _average_columns(slots, point, rotation):
     )
 
 
-def _keep_rows(slots, point, rotation):
+def _keep_rows(slots, old, new):
     K, S, L = slots
-    return Unknowns(K, mean_of_active(S, active_columns(point.U)), L)
+    return Unknowns(K, mean_of_active(S, active_columns(old.U)), L)
 
 
 def mean_of_active(x, active):
@@ -229,7 +238,7 @@ def mean_of_active(x, active):
 
 
 _MOVES = {
-    "linear": _rotate,
+    "linear": _project,
     "quadratic": _average,
     "row": _keep_rows,
     "column": _average_columns,

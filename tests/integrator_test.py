@@ -70,8 +70,7 @@ def retract(point, unknowns, tolerance=0.0, min_rank=1):
     augmented = integrator.augment(point, unknowns)
     min_rank = ops.full((len(point.S), 1), min_rank, dtype="int32")
     rank = integrator.wanted_rank(point, augmented.sigma, tolerance, min_rank)
-    moved, rotation = integrator.truncate(point, augmented, rank)
-    return numpy(moved), numpy(rotation)
+    return numpy(integrator.truncate(point, augmented, rank))
 
 
 def ranks(point):
@@ -113,7 +112,7 @@ def test_the_sgd_step_is_projected_gradient_descent(rng, sigma):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, sigma)
     G = rng.normal(size=(INPUT_DIM, OUTPUT_DIM))
     point = padded(U, S, V, max_rank=8)
-    moved, _ = retract(point, sgd(point, G[None], 0.1))
+    moved = retract(point, sgd(point, G[None], 0.1))
     step = -0.1 * reference.tangent_projection(U, V, G)
     error = product(moved)[0] - (U @ S @ V.T + step)
     assert np.linalg.norm(error) < 5e-5 * np.linalg.norm(step)
@@ -126,7 +125,7 @@ def test_the_step_equals_the_reference(rng, tolerance, max_rank):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
     G = rng.normal(size=(INPUT_DIM, OUTPUT_DIM))
     point = padded(U, S, V, max_rank)
-    moved, _ = retract(point, sgd(point, G[None], 0.05), tolerance)
+    moved = retract(point, sgd(point, G[None], 0.05), tolerance)
     U1, S1, V1 = reference.sgd_step(
         U, S, V, G, 0.05, tolerance=tolerance, max_rank=max_rank
     )
@@ -142,8 +141,8 @@ def test_swapping_the_sides_transposes_the_step(rng):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
     G = rng.normal(size=(1, INPUT_DIM, OUTPUT_DIM))
     point, swapped = padded(U, S, V, 8), padded(V, S.T, U, 8)
-    moved, _ = retract(point, sgd(point, G, 0.1))
-    other, _ = retract(swapped, sgd(swapped, G.swapaxes(1, 2), 0.1))
+    moved = retract(point, sgd(point, G, 0.1))
+    other = retract(swapped, sgd(swapped, G.swapaxes(1, 2), 0.1))
     np.testing.assert_allclose(
         product(moved), product(other).swapaxes(1, 2), atol=1e-5
     )
@@ -155,9 +154,9 @@ def test_a_batch_steps_as_its_members_do(rng):
         for sigma in [(2.0, 1.0), (1.0,), (1e-3, 1e-4, 1e-5)]
     ]
     G = rng.normal(size=(3, 12, 10))
-    together, _ = retract(stacked(*points), sgd(stacked(*points), G, 0.1))
+    together = retract(stacked(*points), sgd(stacked(*points), G, 0.1))
     for i, point in enumerate(points):
-        alone, _ = retract(point, sgd(point, G[i : i + 1], 0.1))
+        alone = retract(point, sgd(point, G[i : i + 1], 0.1))
         np.testing.assert_allclose(
             product(together)[i], product(alone)[0], atol=1e-5
         )
@@ -188,7 +187,7 @@ def test_the_number_of_decompositions_does_not_grow_with_the_batch(
 def test_a_step_without_change_keeps_the_point(rng):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
     point = padded(U, S, V, 8)
-    moved, _ = retract(point, numpy(lift(point)))
+    moved = retract(point, numpy(lift(point)))
     assert ranks(moved)[0] == 4
     np.testing.assert_allclose(product(moved), product(point), atol=3e-6)
 
@@ -197,7 +196,7 @@ def test_from_zero_the_step_reaches_the_projected_gradient(rng):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, (0.0,) * 3)
     G = rng.normal(size=(1, INPUT_DIM, OUTPUT_DIM))
     point = padded(U, S, V, 6)
-    moved, _ = retract(point, sgd(point, G, 0.1))
+    moved = retract(point, sgd(point, G, 0.1))
     step = -0.1 * reference.tangent_projection(U, V, G[0])
     error = np.linalg.norm(product(moved)[0] - step)
     assert error < 5e-5 * np.linalg.norm(step)
@@ -207,7 +206,7 @@ def test_from_zero_the_step_reaches_the_projected_gradient(rng):
 def test_where_nothing_moved_from_zero_the_point_stays_as_it_is(rng):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, (0.0,) * 3)
     point = padded(U, S, V, 6)
-    moved, _ = retract(point, numpy(lift(point)), tolerance=0.1)
+    moved = retract(point, numpy(lift(point)), tolerance=0.1)
     for before, after in zip(point, moved, strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -219,7 +218,7 @@ def test_a_gradient_of_low_rank_adds_no_spurious_directions(rng, true_rank):
         size=(true_rank, OUTPUT_DIM)
     )
     point = padded(U, S, V, 8)
-    moved, _ = retract(point, sgd(point, G[None], 0.1))
+    moved = retract(point, sgd(point, G[None], 0.1))
     assert ranks(moved)[0] <= 4 + true_rank
     step = -0.1 * reference.tangent_projection(U, V, G)
     error = product(moved)[0] - (U @ S @ V.T + step)
@@ -231,7 +230,7 @@ def test_the_discarded_norm_is_within_tolerance(rng):
     sigma = 1.0 / np.arange(1, 13)
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, sigma)
     point = padded(U, S, V, 12)
-    moved, _ = retract(point, numpy(lift(point)), tolerance=0.15)
+    moved = retract(point, numpy(lift(point)), tolerance=0.15)
     discarded = np.linalg.norm(product(moved) - product(point))
     assert 0 < discarded <= 0.15 * np.linalg.norm(product(point))
     assert ranks(moved)[0] == reference.truncated_rank(sigma, 0.15, 1, 12)
@@ -240,7 +239,7 @@ def test_the_discarded_norm_is_within_tolerance(rng):
 def test_min_rank_holds_under_any_tolerance(rng):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
     point = padded(U, S, V, 6)
-    moved, _ = retract(point, numpy(lift(point)), 0.9, min_rank=3)
+    moved = retract(point, numpy(lift(point)), 0.9, min_rank=3)
     assert ranks(moved)[0] == 3
 
 
@@ -248,9 +247,10 @@ def test_a_full_buffer_keeps_moving_its_subspace(rng):
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
     point = padded(U, S, V, 4)
     G = rng.normal(size=(1, INPUT_DIM, OUTPUT_DIM))
-    moved, rotation = retract(point, sgd(point, G, 0.5))
+    moved = retract(point, sgd(point, G, 0.5))
     assert ranks(moved)[0] == 4
-    kept = np.linalg.svd(rotation.A[0], compute_uv=False)
+    overlap = point.U[0].T @ moved.U[0]
+    kept = np.linalg.svd(overlap, compute_uv=False)
     assert kept.min() < 0.99  # some of the old subspace is gone
 
 
@@ -261,7 +261,7 @@ def test_bases_stay_orthonormal_at_any_size_of_the_step(rng, size):
     for _ in range(5):
         G = size * rng.normal(size=(1, INPUT_DIM, OUTPUT_DIM))
         before = product(point)
-        moved, _ = retract(point, sgd(point, G, 0.1))
+        moved = retract(point, sgd(point, G, 0.1))
         check_invariants(moved)
         assert np.isfinite(product(moved)).all()
         assert np.linalg.norm(product(moved) - before) > 0.01 * size
