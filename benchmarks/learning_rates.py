@@ -224,7 +224,7 @@ def use_untouched_slots():
     from keras_geolora import transport
 
     for kind in transport._MOVES:
-        transport._MOVES[kind] = lambda slots, old, new: slots
+        transport._MOVES[kind] = lambda slots, move: slots
 
 
 def use_rotated_moments():
@@ -234,12 +234,12 @@ def use_rotated_moments():
     transport._MOVES["linear"] = rotate
 
 
-def rotate(moments, old, new):
+def rotate(moments, move):
     """Expresses moments in the new bases, as far as these overlap the old."""
     from keras_geolora.integrator import T, Unknowns
 
     m_K, m_S, m_L = moments
-    A, B = T(old.U) @ new.U, T(old.V) @ new.V
+    A, B = move.A, move.B
     return Unknowns(m_K @ B, T(A) @ m_S @ B, m_L @ A)
 
 

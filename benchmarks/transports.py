@@ -184,7 +184,7 @@ def main():
         print(f"| {inner} {rate:g} | " + " | ".join(cells) + " |", flush=True)
 
     intervals = (1, 5, 20, 100)
-    print("\nInterval between cuts, Adam, rotated and averaged\n")
+    print("\nInterval between cuts, Adam, projected and averaged\n")
     print("| rate, tolerance | " + " | ".join(map(str, intervals)) + " |")
     print("|---" * (len(intervals) + 1) + "|")
     for rate, tolerance in [
@@ -193,7 +193,7 @@ def main():
         (3e-3, 0.1),
         (1e-2, 0.1),
     ]:
-        adam = partial(train, "adam", rate, rotated, averaged)
+        adam = partial(train, "adam", rate, projected, averaged)
         cells = [
             median(partial(adam, interval=i, tolerance=tolerance))
             for i in intervals

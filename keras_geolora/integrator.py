@@ -50,6 +50,25 @@ class Unknowns(NamedTuple):
     L: object
 
 
+class Move(NamedTuple):
+    """How a step, or a cut, moved a point.
+
+    | name     | shape       | meaning                                       |
+    | -------- | ----------- | --------------------------------------------- |
+    | `old`    | `Point`     | before                                        |
+    | `new`    | `Point`     | after                                         |
+    | `active` | (..., r)    | which columns of the old bases were in use    |
+    | `A`      | (..., r, r) | `old.U.T @ new.U`                             |
+    | `B`      | (..., r, r) | `old.V.T @ new.V`                             |
+    """
+
+    old: Point
+    new: Point
+    active: object
+    A: object
+    B: object
+
+
 def T(x):
     """Transposes the last two axes."""
     return ops.swapaxes(x, -1, -2)
@@ -82,54 +101,123 @@ def lift(point):
         `Unknowns` with `K = U S`, `S` and `L = V S.T`.
     """
     U, S, V = point
-    return Unknowns(ops.matmul(U, S), S, ops.matmul(V, T(S)))
+    sigma = ops.diagonal(S, axis1=-2, axis2=-1)[..., None, :]
+    return Unknowns(U * sigma, S, V * sigma)
 
 
-def new_directions(basis, X):
-    """Returns an orthonormal basis of what `X` adds to `basis`.
+class Extension(NamedTuple):
+    """A basis and what a step adds to it, as `both @ mix`.
 
-    That is a basis of the range of `(I - basis basis.T) X`. Directions that
-    are rounding noise, or not there because the residual is rank-deficient,
-    become zero columns: orthonormalising them would give arbitrary columns
-    that overlap `basis`.
+    `both = [basis, extra]`, `(..., dim, 2 r)`, has columns of any length in
+    its second half. Those of `both @ mix` are orthonormal or zero, the first
+    half being the basis. Large arrays are touched as rarely as possible: what
+    follows is computed with the Gram matrix of `both`, and with `mix`.
+
+    | name    | shape           | meaning                                    |
+    | ------- | --------------- | ------------------------------------------ |
+    | `both`  | (..., dim, 2 r) | basis and further columns                  |
+    | `gram`  | (..., 2 r, 2 r) | `both.T @ both`                            |
+    | `mix`   | (..., 2 r, 2 r) | makes the columns orthonormal              |
+    | `gain`  | (..., r, r)     | new directions, transposed, times the step |
+    | `finite`| (...)           | whether the step was; if not it is zero    |
+    """
+
+    both: object
+    gram: object
+    mix: object
+    gain: object
+    finite: object
+
+
+def extend(basis, active, change, known):
+    """Finds an orthonormal basis of what a step adds to a basis.
+
+    That is a basis of the range of `(I - basis basis.T) change`. Directions
+    that are rounding noise, or not there because the residual is
+    rank-deficient, become zero columns: orthonormalising them would give
+    arbitrary columns that overlap `basis`.
 
     The residual goes twice through its Gram matrix. The first pass separates
-    the directions and scales each to length one, the second makes them
-    orthonormal; both project `basis` out, so that small directions are as
+    the directions, the second, with columns scaled to length one, makes them
+    orthonormal to each other and to `basis`, so that small directions are as
     clean as large ones.
 
     Args:
         basis: Array of shape `(..., dim, r)`, columns orthonormal or zero.
-        X: Array of shape `(..., dim, r)`.
+        active: Bool array of shape `(..., r)`, the columns of `change` that
+            count.
+        change: Array of shape `(..., dim, r)`, the change of `K`.
+        known: Array of shape `(..., 1, 1)`, the norm of `K` before: what is
+            small beside it is rounding noise.
 
     Returns:
-        Array of shape `(..., dim, r)`, columns orthonormal or zero.
+        `Extension`.
     """
-    size = ops.max(ops.abs(X), axis=(-2, -1), keepdims=True)
-    X = divide(X, size)  # squares of very small or large values stay finite
-    noise = ROUNDING * norm(X, axis=(-2, -1))
-    residual = project_out(basis, project_out(basis, X))
-
+    r = basis.shape[-1]
+    # Squares of very small or large values stay finite.
+    active = active[..., None, :]
+    sizes = ops.mean(ops.abs(change), axis=-2, keepdims=True)
+    size = ops.sum(ops.where(active, sizes, 0.0), axis=-1, keepdims=True)
+    finite = ops.isfinite(size)
+    size = ops.where(finite, size, 0.0)
+    counts = ops.logical_and(active, finite)
+    X = ops.where(counts, change * divide(1.0, size), 0.0)
+    inside = ops.matmul(T(basis), X)
+    residual = X - ops.matmul(basis, inside)
     _, Q = ops.eigh(ops.matmul(T(residual), residual))
-    directions = ops.matmul(residual, Q)
-    lengths = norm(directions, axis=-2)
-    directions = ops.where(lengths > noise, divide(directions, lengths), 0.0)
-    directions = project_out(basis, directions)
+    extra = ops.matmul(residual, Q)
+    both = ops.concatenate([basis, extra], axis=-1)
+    gram = ops.matmul(T(both), both)
 
-    eigenvalues, Q = ops.eigh(ops.matmul(T(directions), directions))
+    lengths = ops.sqrt(ops.diagonal(gram, axis1=-2, axis2=-1))[..., r:]
+    noise = ROUNDING * (norm(X, (-2, -1)) + known * divide(1.0, size))
+    lengths = ops.where(lengths > noise[..., 0], lengths, 0.0)
+    unit = divide(1.0, lengths)[..., None, :]
+    overlap = gram[..., :r, r:] * unit
+    apart = T(unit) * gram[..., r:, r:] * unit - ops.matmul(T(overlap), overlap)
+    eigenvalues, Q = ops.eigh(apart)
+    # A unit column that the others nearly explain is noise as well.
+    clear = (eigenvalues > 1e-2)[..., None, :]
     eigenvalues = eigenvalues[..., None, :]
-    return ops.where(
-        # A unit column that the others nearly explain is noise as well.
-        eigenvalues > 1e-2,
-        ops.matmul(directions, Q)
-        / ops.sqrt(ops.where(eigenvalues > 1e-2, eigenvalues, 1.0)),
-        0.0,
+    Q = ops.where(clear, Q / ops.sqrt(ops.where(clear, eigenvalues, 1.0)), 0.0)
+
+    new, back = T(unit) * Q, -ops.matmul(overlap, Q)
+    eye = ops.eye(r, dtype=basis.dtype) * ops.ones_like(new)
+    mix = ops.concatenate(
+        [
+            ops.concatenate([eye, back], axis=-1),
+            ops.concatenate([ops.zeros_like(new), new], axis=-1),
+        ],
+        axis=-2,
     )
+    gain = ops.matmul(T(new), ops.matmul(T(extra), X))
+    gain = gain + ops.matmul(T(back), inside)
+    return Extension(both, gram, mix, gain * size, finite[..., 0, 0])
 
 
-def project_out(basis, X):
-    """Returns `(I - basis basis.T) X`."""
-    return X - ops.matmul(basis, ops.matmul(T(basis), X))
+def turn(extension, rotation, stay, keep):
+    """Returns the basis `both @ mix @ rotation`, and how it overlaps the old.
+
+    One Newton-Schulz pass keeps rounding errors from adding up: it moves
+    columns that are orthonormal up to `error` to columns that are orthonormal
+    up to `error ** 2`. Zero columns stay zero.
+
+    Args:
+        extension: `Extension`.
+        rotation: Array of shape `(..., 2 r, r)`, columns orthonormal or zero.
+        stay: Bool array of shape `(..., 1, 1)`, where the old basis stays.
+        keep: Bool array of shape `(..., 1, r)`, the columns of it that do.
+
+    Returns:
+        Tuple of the basis, `(..., dim, r)`, and `basis_old.T @ basis`.
+    """
+    Z = ops.matmul(extension.mix, rotation)
+    gram = ops.matmul(T(Z), ops.matmul(extension.gram, Z))
+    Z = 1.5 * Z - 0.5 * ops.matmul(Z, gram)
+    eye = ops.eye(*rotation.shape[-2:], dtype=rotation.dtype)
+    Z = ops.where(stay, ops.where(keep, eye, 0.0), Z)
+    overlap = ops.matmul(extension.gram[..., : Z.shape[-1], :], Z)
+    return ops.matmul(extension.both, Z), overlap
 
 
 def norm(X, axis):
@@ -182,83 +270,77 @@ def in_turn(x, earlier):
     return x + 1e-30 * spoilt  # zero, but no compiler knows
 
 
-def orthonormalize(basis):
-    """One Newton-Schulz pass: keeps rounding errors from adding up.
-
-    Moves columns that are orthonormal up to `error` to columns that are
-    orthonormal up to `error ** 2`; zero columns stay zero.
-    """
-    gram = ops.matmul(T(basis), basis)
-    return 1.5 * basis - 0.5 * ops.matmul(basis, gram)
-
-
 class Augmented(NamedTuple):
     """A step, before truncation, as a singular value decomposition.
 
-    The step is `U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`; `sigma` is
-    descending and relative to `size`, `(..., 1, 1)`, which is zero where
-    nothing is known about any direction.
+    With bases `U_hat` and `V_hat` of twice as many columns as the buffers,
+    which two `Extension`s describe, the step is
+    `U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`. `sigma` is descending and
+    relative to `size`, `(..., 1, 1)`, which is zero where the point stays:
+    nothing is known about any direction, or the step was not `finite`.
     """
 
-    U_hat: object
-    V_hat: object
+    point: Point
+    active: object
+    U_hat: Extension
+    V_hat: Extension
     P: object
     sigma: object
     Q: object
     size: object
+    finite: object
 
 
-def augment(point, unknowns, max_change=None):
+def augment(point, change, max_change=None):
     """Writes a step in bases that hold the old and the new directions.
 
-    The bases are augmented by the directions that the K- and L-step found,
-    and the step in them is
+    The bases are augmented by the directions `U_tilde` and `V_tilde` that the
+    K- and L-step found, and the step in them is
 
         S_hat = [[S_new,             L_new.T V_tilde],
                  [U_tilde.T K_new,   0              ]]
 
     Args:
         point: `Point` before the step.
-        unknowns: `Unknowns` after the inner step. Must be finite.
+        change: `Unknowns`, by how much the inner step moved them. What it did
+            to columns that are not in use does not count.
         max_change: Array of shape `(..., 1, 1)` or `None`. A step whose
             Frobenius norm is larger is shortened to it, in its direction.
 
     Returns:
-        `Augmented`, with bases of twice as many columns as the buffers.
+        `Augmented`.
     """
     U, S, V = point
-    K, S_new, L = unknowns
-    U_tilde = new_directions(U, K)
-    V_tilde = new_directions(V, in_turn(L, U_tilde))
-    S_hat = ops.concatenate(
+    active = active_columns(U)
+    known = norm(S, (-2, -1))
+    U_hat = extend(U, active, change.K, known)
+    V_hat = extend(V, active, in_turn(change.L, U_hat.gain), known)
+    counts = ops.logical_and(active[..., None], active[..., None, :])
+    step_S = ops.where(counts, change.S, 0.0)
+    finite = ops.all(ops.isfinite(step_S), axis=(-2, -1))
+    step_S = ops.where(finite[..., None, None], step_S, 0.0)
+    for extension in (U_hat, V_hat):
+        finite = ops.logical_and(finite, extension.finite)
+    step = ops.concatenate(
         [
-            ops.concatenate([S_new, ops.matmul(T(L), V_tilde)], axis=-1),
-            ops.concatenate(
-                [ops.matmul(T(U_tilde), K), ops.zeros_like(S)], axis=-1
-            ),
+            ops.concatenate([step_S, T(V_hat.gain)], axis=-1),
+            ops.concatenate([U_hat.gain, ops.zeros_like(S)], axis=-1),
         ],
         axis=-2,
     )
     if max_change is not None:
-        r = S.shape[-1]
-        S_before = ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
-        change = S_hat - S_before
-        length = norm(change, axis=(-2, -1))
+        length = norm(step, (-2, -1))
         share = ops.where(length > max_change, divide(max_change, length), 1.0)
-        S_hat = S_before + share * change
+        step = share * step
+    r = S.shape[-1]
+    S_hat = step + ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
     P, sigma, Qt = ops.svd(divide(S_hat, size), full_matrices=False)
-    return Augmented(
-        ops.concatenate([U, U_tilde], -1),
-        ops.concatenate([V, V_tilde], -1),
-        P,
-        sigma,
-        T(Qt),
-        size,
-    )
+    size = ops.where(finite[..., None, None], size, 0.0)
+    return Augmented(point, active, U_hat, V_hat, P, sigma, T(Qt), size, finite)
 
 
-def truncate(point, augmented, rank):
+def truncate(augmented, rank):
     """Returns to the manifold: keeps the largest singular values of a step.
 
     `U = U_hat P`, `S = diag(sigma)`, `V = V_hat Q` with their first columns.
@@ -266,51 +348,23 @@ def truncate(point, augmented, rank):
     `W - lr * P(W) G`, where `P(W)` projects on the tangent space.
 
     Args:
-        point: `Point` before the step.
         augmented: `Augmented`, the step.
         rank: Int array of shape `(..., 1)`.
 
     Returns:
-        `Point`. Where `size` is zero the first columns of the old point stay
-        as they were.
+        `Move`. A point that stays keeps its first columns as they were.
     """
-    max_rank = point.S.shape[-1]
-    U_hat, V_hat, P, sigma, Q, size = augmented
+    max_rank = augmented.point.S.shape[-1]
     keep = ops.arange(max_rank, dtype="int32") < rank
     columns = keep[..., None, :]
-    P = ops.where(columns, P[..., :max_rank], 0.0)
-    Q = ops.where(columns, Q[..., :max_rank], 0.0)
-    sigma = ops.where(keep, sigma[..., :max_rank], 0.0) * size[..., 0]
-    moved = Point(
-        orthonormalize(ops.matmul(U_hat, P)),
-        diagonal(sigma),
-        orthonormalize(ops.matmul(V_hat, Q)),
-    )
-    stay = size == 0
-    return Point(
-        *(
-            ops.where(stay, ops.where(columns, x, 0.0), y)
-            for x, y in zip(point, moved, strict=True)
-        )
-    )
-
-
-def wanted_rank(point, sigma, tolerance, min_rank):
-    """Returns the rank that `tolerance` asks for.
-
-    Args:
-        point: `Point` before the step.
-        sigma: Array of shape `(..., r)`, singular values after it.
-        tolerance: Scalar in [0, 1), share of the norm that may be cut.
-        min_rank: Int array of shape `(..., 1)`.
-
-    Returns:
-        Int array of shape `(..., 1)`. Where all singular values are zero,
-        the number of columns in use.
-    """
-    rank = truncated_rank(sigma, tolerance, min_rank, point.S.shape[-1])
-    in_use = count(active_columns(point.U))
-    return ops.where(ops.equal(sigma[..., :1], 0), in_use, rank)
+    stay = ops.equal(augmented.size, 0)
+    P = ops.where(columns, augmented.P[..., :max_rank], 0.0)
+    Q = ops.where(columns, augmented.Q[..., :max_rank], 0.0)
+    U, A = turn(augmented.U_hat, P, stay, columns)
+    V, B = turn(augmented.V_hat, Q, stay, columns)
+    sigma = ops.where(keep, singular_values(augmented), 0.0)
+    new = Point(U, diagonal(sigma), V)
+    return Move(augmented.point, new, augmented.active, A, B)
 
 
 def cut(point, rank):
@@ -324,7 +378,65 @@ def cut(point, rank):
         rank: Int array of shape `(..., 1)`.
 
     Returns:
-        `Point`.
+        `Move`.
     """
     keep = ops.arange(point.S.shape[-1], dtype="int32") < rank
-    return Point(*(ops.where(keep[..., None, :], x, 0.0) for x in point))
+    new = Point(*(ops.where(keep[..., None, :], x, 0.0) for x in point))
+    A = diagonal(ops.cast(keep, point.S.dtype))
+    return Move(point, new, active_columns(point.U), A, A)
+
+
+def singular_values(augmented):
+    """Returns the singular values after a step, `(..., r)`, before a cut."""
+    before = ops.diagonal(augmented.point.S, axis1=-2, axis2=-1)
+    size = augmented.size[..., 0]
+    after = augmented.sigma[..., : before.shape[-1]] * size
+    return ops.where(size > 0, after, before)
+
+
+def wanted_rank(augmented, tolerance, min_rank):
+    """Returns the rank that `tolerance` asks for after a step.
+
+    Args:
+        augmented: `Augmented`, the step.
+        tolerance: Scalar in [0, 1), share of the norm that may be cut.
+        min_rank: Int array of shape `(..., 1)`.
+
+    Returns:
+        Int array of shape `(..., 1)`. Where the point stays, the number of
+        columns in use.
+    """
+    max_rank = augmented.active.shape[-1]
+    rank = truncated_rank(augmented.sigma, tolerance, min_rank, max_rank)
+    stay = ops.equal(augmented.size[..., 0], 0)
+    return ops.where(stay, count(augmented.active), rank)
+
+
+def wanted_rank_at_rest(point, tolerance, min_rank):
+    """Returns the rank that `tolerance` asks for, without a step.
+
+    As `wanted_rank`, for the singular values of the point itself.
+    """
+    sigma = ops.diagonal(point.S, axis1=-2, axis2=-1)
+    rank = truncated_rank(sigma, tolerance, min_rank, sigma.shape[-1])
+    in_use = count(active_columns(point.U))
+    return ops.where(sigma[..., :1] > 0, rank, in_use)
+
+
+def choose(mask, these, those):
+    """Takes `these` arrays where a mask is true, `those` elsewhere.
+
+    Args:
+        mask: Bool array, of the shape of the leading axes of the others.
+        these: Tuple of arrays.
+        those: Tuple of arrays of the same shapes.
+
+    Returns:
+        Tuple like `these`.
+    """
+
+    def select(x, y):
+        inner = len(x.shape) - len(mask.shape)
+        return ops.where(mask[(..., *[None] * inner)], x, y)
+
+    return type(these)(*map(select, these, those))

@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_geolora import integrator
 from keras_geolora.budget import Claim, spend
-from keras_geolora.integrator import Point, Unknowns
+from keras_geolora.integrator import Point, Unknowns, choose
 from keras_geolora.layers.adapter import Factor
 from keras_geolora.transport import (
     find_slots,
@@ -250,6 +250,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         groups = [g.restricted_to(moving) for g in self._groups.content]
         steps = [GroupStep(group) for group in groups if group.adapters]
         updates_before = ops.cast(self.iterations, "int32") + 0
+        accumulates = self.inner_optimizer.gradient_accumulation_steps
         if has_factored_moments(self.inner_optimizer):
             for step in steps:
                 grads = step.fill_padding(grads, trainable_variables)
@@ -265,7 +266,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
 
         updates = ops.cast(self.iterations, "int32")
         # Between two updates of gradient accumulation nothing moves.
-        updated = updates > updates_before
+        updated = updates > updates_before if accumulates else None
         finite, previous = [], None
         for step in steps:
             finite.append(step.augment(previous))
@@ -558,13 +559,11 @@ class GroupStep:
         self.point = read(group.factors)
         self.slots = [read(slots) for _, slots in group.slots]
         self.lifted = integrator.lift(self.point)
-        columns = integrator.active_columns(self.point.U)[..., None, :]
-        square = ops.logical_and(columns, integrator.T(columns))
-        self.active = Unknowns(columns, square, columns)
 
     def lift(self):
         """Puts the variables into the coordinates of the inner optimizer."""
-        write(self.group.factors, self.lifted)
+        factors = self.group.factors
+        write((factors.U, factors.V), (self.lifted.K, self.lifted.L))
 
     def fill_padding(self, grads, variables):
         """Puts the mean size of a gradient where it is zero for lack of rank.
@@ -580,9 +579,13 @@ class GroupStep:
         Returns:
             List of gradients.
         """
+        columns = integrator.active_columns(self.point.U)[..., None, :]
+        square = ops.logical_and(columns, integrator.T(columns))
         filled = list(grads)
         place = {id(v): i for i, v in enumerate(variables)}
-        for vs, active in zip(self.group.factors, self.active, strict=True):
+        for vs, active in zip(
+            self.group.factors, (columns, square, columns), strict=True
+        ):
             for i, variable in enumerate(vs):
                 g = grads[place[id(variable)]]
                 used = ops.broadcast_to(active[i], ops.shape(g))
@@ -617,135 +620,104 @@ class GroupStep:
         Returns:
             Bool array `(number of adapters,)`, whose steps were finite.
         """
-        # An optimizer may do what it likes with the padding.
-        unknowns = Unknowns(
-            *(
-                ops.where(active, x, 0.0)
-                for active, x in zip(
-                    self.active, read(self.group.factors), strict=True
-                )
-            )
+        moved = read(self.group.factors)
+        change = Unknowns(
+            *(x - y for x, y in zip(moved, self.lifted, strict=True))
         )
-        self.new_slots = [read(slots) for _, slots in self.group.slots]
-        finite = all_finite(unknowns)
-        for new in self.new_slots:
-            finite = ops.logical_and(finite, all_finite(new))
-        unknowns = choose(finite, unknowns, self.lifted)
         if previous is not None:
-            earlier = previous.augmented.sigma
-            K = integrator.in_turn(unknowns.K, earlier)
-            unknowns = unknowns._replace(K=K)
-        self.finite = finite
-        self.augmented = integrator.augment(
-            self.point, unknowns, self.group.bounds()
-        )
-        return finite
+            K = integrator.in_turn(change.K, previous.augmented.sigma)
+            change = change._replace(K=K)
+        augmented = integrator.augment(self.point, change, self.group.bounds())
+        self.new_slots = [read(slots) for _, slots in self.group.slots]
+        self.finite = augmented.finite
+        for slots in self.new_slots:
+            self.finite = ops.logical_and(self.finite, all_finite(slots))
+        size = ops.where(self.finite[:, None, None], augmented.size, 0.0)
+        self.augmented = augmented._replace(size=size)
+        return self.finite
 
-    def claim(self, tolerance, cost, taken=True):
+    def claim(self, tolerance, unit, taken=True):
         """Returns the `Claim` of the group on a budget.
 
         Args:
             tolerance: Scalar, share of the norm that may be cut.
-            cost: `"ranks"` or `"parameters"`.
+            unit: `"ranks"` or `"parameters"`.
             taken: Bool, whether `augment` has computed a step.
         """
+        min_rank = self.group.min_ranks()
         if taken:
-            sigma = self.augmented.sigma * self.augmented.size[..., 0]
+            step = self.augmented
+            sigma = integrator.singular_values(step)
+            wanted = integrator.wanted_rank(step, tolerance, min_rank)
         else:
             sigma = ops.diagonal(self.point.S, axis1=-2, axis2=-1)
-        max_rank = self.point.S.shape[-1]
-        min_rank = self.group.min_ranks()
-        wanted = integrator.wanted_rank(self.point, sigma, tolerance, min_rank)
-        return Claim(
-            sigma[..., :max_rank] * self.group.scales(),
-            wanted,
-            min_rank,
-            self.group.cost(cost),
-        )
+            wanted = integrator.wanted_rank_at_rest(
+                self.point, tolerance, min_rank
+            )
+        sigma = sigma * self.group.scales()
+        return Claim(sigma, wanted, min_rank, self.group.cost(unit))
 
     def cut(self, rank):
         """Truncates the adapters and their slots, without a step."""
-        cut = integrator.cut(self.point, rank)
-        write(self.group.factors, cut)
+        move = integrator.cut(self.point, rank)
+        write(self.group.factors, move.new)
         for (kind, variables), slots in zip(
             self.group.slots, self.slots, strict=True
         ):
-            write(variables, transport(kind, slots, self.point, cut))
+            write(variables, transport(kind, slots, move))
         # Sums of gradients, where an update is not complete.
         for variables in self.group.accumulators:
-            sums = transport("linear", read(variables), self.point, cut)
-            write(variables, sums)
+            write(variables, transport("linear", read(variables), move))
 
-    def retract(self, rank, updated):
+    def retract(self, rank, updated=None):
         """Returns to the manifold and moves the slots along.
 
-        Adapters whose step was not finite keep their factors and slots, as
-        far as the rank allows.
+        Adapters whose step was not finite keep their factors, as far as the
+        rank allows, and slots.
 
         Args:
             rank: Int array `(number of adapters, 1)`.
-            updated: Bool scalar, whether the inner optimizer took a step.
+            updated: Bool scalar, whether the inner optimizer took a step;
+                `None` where it always does.
         """
-        moved = choose(
-            self.finite,
-            integrator.truncate(self.point, self.augmented, rank),
-            integrator.cut(self.point, rank),
-        )
-        write(self.group.factors, choose(updated, moved, self.point))
-        shrunk = rank[:, 0] < self.ranks_before()
-        turned = ops.logical_and(updated, ops.logical_or(self.finite, shrunk))
-        for (kind, variables), old, new in zip(
+        move = integrator.truncate(self.augmented, rank)
+        new, turned = move.new, self.finite
+        if updated is not None:
+            new = choose(updated, new, self.point)
+            turned = ops.logical_and(self.finite, updated)
+        write(self.group.factors, new)
+        for (kind, variables), old, slots in zip(
             self.group.slots, self.slots, self.new_slots, strict=True
         ):
-            new = choose(self.finite, new, old)
-            carried = transport(kind, new, self.point, moved)
-            write(variables, choose(turned, carried, new))
-        spoilt = ops.logical_and(ops.logical_not(self.finite), updated)
+            if updated is not None:
+                old = choose(self.finite, slots, old)
+            write(variables, choose(turned, transport(kind, slots, move), old))
         for variables in self.group.accumulators:
+            spoilt = ops.logical_and(ops.logical_not(self.finite), updated)
             sums = read(variables)
             zeros = Unknowns(*map(ops.zeros_like, sums))
             write(variables, choose(spoilt, zeros, sums))
 
-    def ranks_before(self):
-        """Returns the ranks before the step, `(number of adapters,)`."""
-        columns = integrator.active_columns(self.point.U)
-        return integrator.count(columns)[:, 0]
-
 
 def read(variables):
     """Stacks lists of variables, three for three factors, to arrays."""
-    return type(variables)(
-        *(
-            ops.stack([ops.stop_gradient(v.value) for v in vs])
-            for vs in variables
-        )
-    )
+    stacked = (ops.stack([v.value for v in vs]) for vs in variables)
+    return type(variables)(*map(ops.stop_gradient, stacked))
 
 
 def write(variables, arrays):
     """Assigns stacked arrays to lists of variables."""
     for vs, array in zip(variables, arrays, strict=True):
-        for i, variable in enumerate(vs):
-            variable.assign(array[i])
+        for variable, value in zip(vs, ops.unstack(array), strict=True):
+            variable.assign(value)
 
 
 def all_finite(arrays):
     """Says of every adapter whether all its numbers are finite."""
-    finite = [
-        ops.all(ops.isfinite(x), axis=tuple(range(1, len(x.shape))))
-        for x in arrays
-    ]
-    return ops.logical_and(ops.logical_and(*finite[:2]), finite[2])
-
-
-def choose(mask, these, those):
-    """Takes `these` arrays of the adapters in `mask` and `those` of others."""
-    return type(these)(
-        *(
-            ops.where(ops.reshape(mask, (-1, *[1] * (len(x.shape) - 1))), x, y)
-            for x, y in zip(these, those, strict=True)
-        )
+    sums = ops.stack(
+        [ops.sum(x, axis=tuple(range(1, len(x.shape)))) for x in arrays]
     )
+    return ops.all(ops.isfinite(sums), axis=0)
 
 
 def value_at(value, updates):

@@ -24,7 +24,7 @@ energy for new directions and make their steps too large.
 import keras
 from keras import ops
 
-from keras_geolora.integrator import T, Unknowns, active_columns
+from keras_geolora.integrator import T, Unknowns
 
 _RULES = {}
 _REFUSALS = {}
@@ -172,69 +172,78 @@ def gradient_accumulators(optimizer):
     return getattr(optimizer, "_accumulated_gradients", [])
 
 
-def transport(kind, slots, old, new):
+def transport(kind, slots, move):
     """Moves the slots of one kind into new bases.
 
     Args:
         kind: `"linear"`, `"quadratic"`, `"row"` or `"column"`.
         slots: `Unknowns` of arrays, the slots of `K`, `S` and `L`.
-        old: `Point` before the step.
-        new: `Point` after it.
+        move: `Move` of the point.
 
     Returns:
         `Unknowns` of the same shapes.
     """
-    return _MOVES[kind](slots, old, new)
+    return _MOVES[kind](slots, move)
 
 
-def _project(slots, old, new):
+def _project(slots, move):
     """Projects `M = m_K V.T + U m_L.T - U m_S V.T` on a new tangent space.
 
     The slots are `M V`, `U.T M V` and `M.T U` in the old bases, and become
     the same in the new ones; `M` is never formed.
     """
-    K, S, L = slots
-    A, B = ops.matmul(T(old.U), new.U), ops.matmul(T(old.V), new.V)
-    across = ops.matmul(T(L), new.V) - ops.matmul(S, B)
-    down = ops.matmul(T(K), new.U) - ops.matmul(T(S), A)
-    new_K = ops.matmul(K, B) + ops.matmul(old.U, across)
-    new_L = ops.matmul(L, A) + ops.matmul(old.V, down)
-    return Unknowns(new_K, ops.matmul(T(new.U), new_K), new_L)
-
-
-def _average(slots, old, new):
-    K, S, L = slots
-    in_U, in_V = active_columns(old.U), active_columns(old.V)
+    m_K, m_S, m_L = slots
+    old, new, _, A, B = move
+    K_in_U = ops.matmul(T(new.U), m_K)
+    across = ops.matmul(T(m_L), new.V) - ops.matmul(m_S, B)
+    down = T(K_in_U) - ops.matmul(T(m_S), A)
     return Unknowns(
-        mean_of_active(K, in_V[..., None, :]),
-        mean_of_active(
-            T(mean_of_active(T(S), in_U[..., None, :])), in_V[..., None, :]
-        ),
-        mean_of_active(L, in_U[..., None, :]),
+        ops.matmul(m_K, B) + ops.matmul(old.U, across),
+        ops.matmul(K_in_U, B) + ops.matmul(T(A), across),
+        ops.matmul(m_L, A) + ops.matmul(old.V, down),
     )
 
 
-def _average_columns(slots, old, new):
+def _average(slots, move):
     K, S, L = slots
-    in_U, in_V = active_columns(old.U), active_columns(old.V)
+    S = T(mean_of_active(T(S), move.active))
     return Unknowns(
-        mean_of_active(K, in_V),
-        mean_of_active(S, in_V),
-        mean_of_active(L, in_U),
+        mean_of_active(K, move.active),
+        mean_of_active(S, move.active),
+        mean_of_active(L, move.active),
     )
 
 
-def _keep_rows(slots, old, new):
+def _average_columns(slots, move):
+    return Unknowns(
+        *(
+            mean_of_active(x[..., None, :], move.active)[..., 0, :]
+            for x in slots
+        )
+    )
+
+
+def _keep_rows(slots, move):
     K, S, L = slots
-    return Unknowns(K, mean_of_active(S, active_columns(old.U)), L)
+    mean = mean_of_active(S[..., None, :], move.active)[..., 0, :]
+    return Unknowns(K, mean, L)
 
 
 def mean_of_active(x, active):
-    """Replaces the entries of the last axis by the mean of the active ones."""
+    """Replaces the entries of the last axis by the mean of the active ones.
+
+    Args:
+        x: Array of shape `(..., n, r)`.
+        active: Bool array of shape `(..., r)`.
+
+    Returns:
+        Array of the shape of `x`.
+    """
     weights = ops.cast(active, x.dtype)
-    total = ops.sum(x * weights, axis=-1, keepdims=True)
     number = ops.sum(weights, axis=-1, keepdims=True)
-    return ops.broadcast_to(total / ops.maximum(number, 1.0), ops.shape(x))
+    weights = weights / ops.maximum(number, 1.0)
+    mean = ops.matmul(x, weights[..., None])
+    return ops.broadcast_to(mean, ops.shape(x))
 
 
 _MOVES = {
