@@ -50,6 +50,9 @@ def main():
         command.add_argument("--rounds", type=int, default=10)
         command.add_argument("--max-rank", type=int, default=RANK)
         command.add_argument(
+            "--form", choices=["auto", "merged", "apart"], default="auto"
+        )
+        command.add_argument(
             "--jit", choices=["auto", "yes", "no"], default="auto"
         )
     commands.add_parser("table")
@@ -89,7 +92,7 @@ def run(args):
 
 def settings(args):
     """Returns the options that rows are told apart by."""
-    keys = ("shape", "batch", "max_rank", "jit")
+    keys = ("shape", "batch", "max_rank", "jit", "form")
     return {key: vars(args)[key] for key in keys}
 
 
@@ -98,7 +101,7 @@ def memory(args):
     found = {}
     for method in args.methods:
         command = [sys.executable, __file__, "memory_of", "--methods", method]
-        for option in ("backend", "shape", "batch", "max_rank", "jit"):
+        for option in ("backend", "shape", "batch", "max_rank", "jit", "form"):
             command += [
                 f"--{option.replace('_', '-')}",
                 str(vars(args)[option]),
@@ -149,7 +152,7 @@ def keras_step(prepare):
             jit_compile=jit,
         )
         x, y = batch_of(args)
-        return lambda: float(model.train_on_batch(x, y))
+        return lambda: model.train_on_batch(x, y, return_dict=True)["loss"]
 
     return make
 
@@ -195,7 +198,10 @@ def adamw():
 def prepare_geolora(model, args):
     """Adapts all linear layers; returns the optimizer."""
     from keras_geolora import GeoLoRA
+    from keras_geolora.layers import adapted
 
+    if args.form != "auto":
+        adapted.merging_pays = lambda *sizes: args.form == "merged"
     model.enable_geolora(rank=RANK, max_rank=args.max_rank)
     return GeoLoRA(adamw())
 
@@ -325,7 +331,7 @@ def print_tables():
     """Prints the last run of every backend, shape and setting."""
     last = {}
     for row in measuring.rows(RESULT):
-        keys = ("kind", "backend", "shape", "batch", "max_rank", "jit")
+        keys = ("kind", "backend", "shape", "batch", "max_rank", "jit", "form")
         last[tuple(row[key] for key in keys)] = row
     last = [last[key] for key in sorted(last)]
     times = [row for row in last if row["kind"] == "time"]
@@ -361,7 +367,8 @@ def print_table(found, methods, cell):
         [
             row["backend"],
             f"{row['shape']} x {row['batch']}, {row['max_rank']}"
-            + ("" if row["jit"] == "auto" else f", jit {row['jit']}"),
+            + ("" if row["jit"] == "auto" else f", jit {row['jit']}")
+            + ("" if row["form"] == "auto" else f", {row['form']}"),
             *(cell(row, method) for method in methods),
         ]
         for row in found

@@ -449,7 +449,9 @@ class AdapterGroup:
         self.factors = factors
         self.slots = slots
         self.accumulators = accumulators
-        self.min_rank = [[adapter.min_rank] for adapter in adapters]
+        # Keras takes long to look through lists.
+        self.min_rank = np.array([[a.min_rank] for a in adapters], "int32")
+        self.scale = np.array([[abs(a.scale)] for a in adapters], "float32")
         self.max_change = None
 
     @classmethod
@@ -496,15 +498,6 @@ class AdapterGroup:
             for members in by_shape.values()
         ]
 
-    def min_ranks(self):
-        """Returns the smallest ranks, `(adapters, 1)`."""
-        return ops.convert_to_tensor(self.min_rank, dtype="int32")
-
-    def scales(self):
-        """Returns the strengths of the updates, `(adapters, 1)`."""
-        scales = [[abs(adapter.scale)] for adapter in self.adapters]
-        return ops.convert_to_tensor(scales, dtype="float32")
-
     def cost(self, unit):
         """Returns the price of a rank, in `"ranks"` or `"parameters"`."""
         if unit == "ranks":
@@ -513,7 +506,7 @@ class AdapterGroup:
 
     def floor(self, unit):
         """Returns the price of the smallest ranks of all adapters."""
-        return self.cost(unit) * sum(rank for (rank,) in self.min_rank)
+        return self.cost(unit) * int(self.min_rank.sum())
 
     def bounds(self):
         """Returns the bounds of the steps, `(adapters, 1, 1)`, or `None`."""
@@ -644,7 +637,7 @@ class GroupStep:
             unit: `"ranks"` or `"parameters"`.
             taken: Bool, whether `augment` has computed a step.
         """
-        min_rank = self.group.min_ranks()
+        min_rank = ops.convert_to_tensor(self.group.min_rank)
         if taken:
             step = self.augmented
             sigma = integrator.singular_values(step)
@@ -654,7 +647,7 @@ class GroupStep:
             wanted = integrator.wanted_rank_at_rest(
                 self.point, tolerance, min_rank
             )
-        sigma = sigma * self.group.scales()
+        sigma = sigma * ops.convert_to_tensor(self.group.scale)
         return Claim(sigma, wanted, min_rank, self.group.cost(unit))
 
     def cut(self, rank):

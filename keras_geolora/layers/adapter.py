@@ -245,9 +245,9 @@ class LowRankAdapter(keras.layers.Layer):
         shape = ops.shape(inputs)
         x = ops.cast(inputs, self.compute_dtype)
         x = ops.reshape(x, (-1, self.input_dim))
-        kernel = ops.cast(kernel, self.compute_dtype)
+        kernel = ops.stop_gradient(ops.cast(kernel, self.compute_dtype))
         U, S, V = self.U.value, self.S.value, self.V.value
-        y = merged_product(x, ops.stop_gradient(kernel), U, S, V, self.scale)
+        y = merged_product(x, kernel, U, S, V, self.scale)
         return ops.reshape(y, (*shape[:-1], self.output_dim))
 
     def compute_output_shape(self, input_shape, transpose=False):
@@ -341,8 +341,8 @@ def low_rank_product(x, U, S, V, scale):
             grad_x = ops.matmul(
                 ops.matmul(gV, ops.transpose(S_x)), ops.transpose(U_x)
             )
-            grad_K = ops.cast(ops.matmul(ops.transpose(x), gV), U.dtype)
-            grad_L = ops.cast(ops.matmul(ops.transpose(g), xU), U.dtype)
+            grad_K = ops.cast(tall_product(x, gV), U.dtype)
+            grad_L = ops.cast(tall_product(g, xU), U.dtype)
             grad_K, grad_L = grad_K * scale, grad_L * scale
             grad_S = ops.matmul(ops.transpose(U), grad_K)
             return grad_x, grad_K, grad_S, grad_L
@@ -353,12 +353,19 @@ def low_rank_product(x, U, S, V, scale):
     return product(x, U, S, V)
 
 
+def tall_product(x, y):
+    """Computes `x.T @ y`, where `y` has few columns."""
+    if keras.backend.backend() == "torch":  # takes a fifth of the time
+        return ops.transpose(ops.matmul(ops.transpose(y), x))
+    return ops.matmul(ops.transpose(x), y)
+
+
 def merged_product(x, kernel, U, S, V, scale):
     """Computes `x @ (kernel + scale * U @ S @ V.T)`, the kernel frozen.
 
     Args:
         x: Tensor of shape `(batch, input_dim)`.
-        kernel: Tensor of shape `(input_dim, output_dim)`.
+        kernel: Tensor of shape `(input_dim, output_dim)`, a constant.
         U: Tensor of shape `(input_dim, max_rank)`.
         S: Tensor of shape `(max_rank, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
@@ -366,25 +373,26 @@ def merged_product(x, kernel, U, S, V, scale):
 
     Returns:
         Tensor of shape `(batch, output_dim)`. Its gradients are those of
-        `low_rank_product` beside the product with the kernel, and zero for
-        the kernel.
+        `low_rank_product` beside the product with the kernel.
     """
 
     @ops.custom_gradient
     def product(x, kernel, U, S, V):
+        def merged():
+            update = ops.matmul(ops.matmul(U, S * scale), ops.transpose(V))
+            return kernel + update
+
         def gradients(*args, upstream=None):
             g = args[0] if upstream is None else upstream
             # Formed anew: kept, all such sums would take as much memory as
             # the model.
             grad_x = ops.matmul(g, ops.transpose(merged()))
-            grad_K = ops.matmul(ops.transpose(x), ops.matmul(g, V)) * scale
-            grad_L = ops.matmul(ops.transpose(g), ops.matmul(x, U)) * scale
+            grad_K = tall_product(x, ops.matmul(g, V)) * scale
+            grad_L = tall_product(g, ops.matmul(x, U)) * scale
             grad_S = ops.matmul(ops.transpose(U), grad_K)
-            return grad_x, ops.zeros_like(kernel), grad_K, grad_S, grad_L
-
-        def merged():
-            update = ops.matmul(ops.matmul(U, S * scale), ops.transpose(V))
-            return kernel + update
+            # Compilers drop these zeros; torch, which has none, makes none.
+            none = ops.zeros_like(kernel) if upstream is None else None
+            return grad_x, none, grad_K, grad_S, grad_L
 
         return ops.matmul(x, merged()), gradients
 
@@ -405,9 +413,11 @@ def merging_pays(rows, input_dim, output_dim):
     """Says whether `merged_product` is likely to beat a product apart.
 
     A product apart works on all rows of inputs and outputs once more, the sum
-    on all entries of the kernel.
+    on all entries of the kernel. On torch these are new memory every time.
+    `benchmarks/train_step.py --form` compares the two.
     """
-    return rows * (input_dim + output_dim) >= input_dim * output_dim
+    price = 4 if keras.backend.backend() == "torch" else 1
+    return rows * (input_dim + output_dim) >= price * input_dim * output_dim
 
 
 def low_rank_rows(ids, U, S, V, scale, dtype):
@@ -443,7 +453,7 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
             g = args[0] if upstream is None else upstream
             gV = ops.cast(ops.matmul(g, V_x), U.dtype)
             grad_K = ops.segment_sum(gV, ids, num_segments=U.shape[0]) * scale
-            grad_L = ops.matmul(ops.transpose(g), rows_of_U)
+            grad_L = tall_product(g, rows_of_U)
             grad_L = ops.cast(grad_L, U.dtype) * scale
             grad_S = ops.matmul(ops.transpose(U), grad_K)
             return ops.zeros_like(numbers), grad_K, grad_S, grad_L

@@ -1,0 +1,121 @@
+"""What `compact_geolora` saves: parameters, memory and time of a step.
+
+    python benchmarks/compaction.py run --backend jax
+    python benchmarks/compaction.py table
+
+A BERT classifier of the shape of MiniLM, random weights, buffers of 32
+columns. A budget of 4 ranks per layer is spent in a few steps; then the buffers
+are cut to multiples of 8. Times are medians of steps before and after, in one
+process. Memory is what the arrays of factors and slots take. Rows are added to
+`benchmarks/results/compaction.jsonl`.
+"""
+
+import argparse
+import os
+
+import measuring
+import train_step
+
+MAX_RANK, BUDGET, MULTIPLE, BATCH = 32, 4, 8, 8
+RESULT = "compaction"
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--backend", choices=measuring.BACKENDS, required=True)
+    run.add_argument("--steps", type=int, default=20)
+    commands.add_parser("table")
+    args = parser.parse_args()
+    if args.command == "table":
+        print_table()
+    else:
+        os.environ["KERAS_BACKEND"] = args.backend
+        measure(args)
+
+
+def measure(args):
+    """Trains, compacts, trains; adds a row."""
+    import keras
+    import numpy as np
+
+    from keras_geolora import GeoLoRA
+    from keras_geolora.targeting import adapted_layers
+
+    keras.utils.set_random_seed(0)
+    model = train_step.classifier("minilm")
+    model.enable_geolora(rank=8, max_rank=MAX_RANK)
+    layers = adapted_layers(model)
+    model.compile(
+        GeoLoRA(keras.optimizers.AdamW(1e-4), rank_budget=BUDGET * len(layers)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    args.batch = BATCH
+    x, y = train_step.batch_of(args)
+
+    def step():
+        return float(model.train_on_batch(x, y, return_dict=True)["loss"])
+
+    def look():
+        step(), step()
+        times = [measuring.seconds(step)[0] for _ in range(args.steps)]
+        factors = [v for v in model.trainable_variables if v.name in "USV"]
+        state = [*factors, *model.optimizer.variables]
+        return {
+            "step": measuring.spread(times),
+            "buffers": sum(int(np.prod(v.shape)) for v in factors),
+            "state_mib": sum(int(np.prod(v.shape)) for v in state) / 2**18,
+            "max_rank": sorted({x.adapter.max_rank for x in layers.values()}),
+            "mean_rank": float(np.mean([x.rank for x in layers.values()])),
+        }
+
+    before = look()
+    seconds, _ = measuring.seconds(lambda: model.compact_geolora(MULTIPLE))
+    first = measuring.seconds(step)[0]
+    measuring.append(
+        RESULT,
+        {
+            **measuring.environment(args.backend),
+            "before": before,
+            "after": look(),
+            "compacting": seconds,
+            "first_step_after": first,
+        },
+    )
+
+
+def print_table():
+    """Prints the last run of every backend."""
+    last = {row["backend"]: row for row in measuring.rows(RESULT)}
+    header = [
+        "backend",
+        "mean rank",
+        "buffers",
+        "factors' parameters",
+        "factors and slots, MiB",
+        "step, s",
+        "compacting and first step, s",
+    ]
+
+    def both(row, cell):
+        return " -> ".join(cell(row[when]) for when in ("before", "after"))
+
+    lines = [
+        [
+            backend,
+            both(row, lambda x: f"{x['mean_rank']:.1f}"),
+            both(row, lambda x: "/".join(map(str, x["max_rank"]))),
+            both(row, lambda x: f"{x['buffers'] / 1e6:.2f} M"),
+            both(row, lambda x: f"{x['state_mib']:.1f}"),
+            both(row, lambda x: f"{x['step']['median']:.3f}"),
+            f"{row['compacting']:.1f} and {row['first_step_after']:.1f}",
+        ]
+        for backend, row in sorted(last.items())
+    ]
+    print(measuring.markdown(header, lines))
+
+
+if __name__ == "__main__":
+    main()
