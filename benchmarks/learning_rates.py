@@ -10,8 +10,8 @@ rate, all linear layers of the backbone adapted. Every run adds one line to
 `benchmarks/results/learning_rates.jsonl`; `table` prints Markdown tables.
 LoRA is plain `x @ A @ B` on the same matrices (`plain_lora.py`), of the rank
 that gives it as many trainable parameters as the buffers of GeoLoRA have.
-`--moments`, `--interval` and `--ratio` change the method, to compare
-candidates.
+`--moments`, `--interval`, `--tolerance` and `--ratio` change the method, to
+compare candidates.
 """
 
 import argparse
@@ -254,7 +254,8 @@ def print_tables():
         print_best(mine, rates)
         print(f"\n**{task}**, the candidates, seeds 0 to 2\n")
         three = [row for row in mine if row["seed"] < 3]
-        print_table(three, dict.fromkeys(row["tag"] for row in three), rates)
+        found = sorted({row["tag"] for row in three} - {"geolora", "lora"})
+        print_table(three, ["geolora", "lora", *found], rates)
 
 
 def print_table(rows, tags, rates):
