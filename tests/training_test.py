@@ -188,13 +188,13 @@ def test_the_model_to_compare_with_has_moved(fitted):
 
 def test_fit_with_jit_compile_gives_the_same_factors(fitted):
     if keras.backend.backend() == "torch":
-        pytest.skip("torch.compile needs a C++ compiler and minutes")
+        pytest.skip("torch.compile needs a C++ compiler and two minutes")
     assert_close(deltas(trained_by_fit(jit_compile=True)), deltas(fitted))
 
 
 def test_adam_with_its_bound_trains_with_jit_compile():
     if keras.backend.backend() == "torch":
-        pytest.skip("torch.compile needs a C++ compiler and minutes")
+        pytest.skip("torch.compile needs a C++ compiler and two minutes")
     model = deep_model()
     model.compile(
         GeoLoRA(keras.optimizers.Adam(0.03)), loss="mse", jit_compile=True
