@@ -24,7 +24,7 @@ energy for new directions and make their steps too large.
 import keras
 from keras import ops
 
-from keras_geolora.integrator import T, Unknowns
+from keras_geolora.integrator import T, Unknowns, divide, norm
 
 _RULES = {}
 _REFUSALS = {}
@@ -198,10 +198,21 @@ def _project(slots, move):
     across = ops.matmul(T(m_L), new.V) - ops.matmul(m_S, B)
     down = T(K_in_U) - ops.matmul(T(m_S), A)
     return Unknowns(
-        ops.matmul(m_K, B) + ops.matmul(old.U, across),
+        limited_sum(ops.matmul(m_K, B), ops.matmul(old.U, across)),
         ops.matmul(K_in_U, B) + ops.matmul(T(A), across),
-        ops.matmul(m_L, A) + ops.matmul(old.V, down),
+        limited_sum(ops.matmul(m_L, A), ops.matmul(old.V, down)),
     )
+
+
+def limited_sum(own, others):
+    """Adds to every row what others say of it, but no more than its own.
+
+    A row without a gradient, as of a token that was not seen, has a second
+    moment of zero: whatever else its first moment becomes would be divided by
+    that.
+    """
+    share = divide(norm(own, -1), norm(others, -1))
+    return own + ops.minimum(share, 1.0) * others
 
 
 def _average(slots, move):

@@ -62,9 +62,9 @@ def random_factors(rng, input_dim, output_dim, sigma):
 class Adam:
     """Adam on the manifold: moments that follow the bases, by the book.
 
-    The first moment is a matrix, projected on the tangent space of every new
-    point. The second moment is averaged over the rank axis, so that it says
-    the same in every basis.
+    The first moment stands for a matrix, which is projected on the tangent
+    space of every new point, as far as rows knew of it. The second moment is
+    averaged over the rank axis, so that it says the same in every basis.
     """
 
     def __init__(self, U, S, V, lr, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
@@ -72,26 +72,28 @@ class Adam:
         self.lr, self.epsilon = lr, epsilon
         self.beta_1, self.beta_2 = beta_1, beta_2
         self.steps = 0
-        self.M = np.zeros((len(U), len(V)))
+        self.m = [np.zeros_like(x) for x in (U, S, V)]
         self.v = [np.zeros_like(x) for x in (U, S, V)]
 
     def step(self, G, **truncation):
         """Moves by the gradient `G` of the full matrix."""
         U, S, V = self.U, self.S, self.V
         self.steps += 1
-        self.M = self.beta_1 * self.M + (1 - self.beta_1) * G
         gradients = G @ V, U.T @ G @ V, G.T @ U
-        moments = self.M @ V, U.T @ self.M @ V, self.M.T @ U
         K, S_new, L = (
-            x - self.update(i, g, m)
-            for i, (x, g, m) in enumerate(
-                zip((U @ S, S, V @ S.T), gradients, moments, strict=True)
+            x - self.update(i, g)
+            for i, (x, g) in enumerate(
+                zip((U @ S, S, V @ S.T), gradients, strict=True)
             )
         )
-        # As far as the old point knows it, seen from the new one.
-        self.M = tangent_projection(U, V, self.M)
         self.U, self.S, self.V = retract(U, V, K, S_new, L, **truncation)
-        self.M = tangent_projection(self.U, self.V, self.M)
+        m_K, m_S, m_L = self.m
+        M = m_K @ V.T + U @ m_L.T - U @ m_S @ V.T
+        self.m = [
+            limited(M @ self.V, m_K @ V.T @ self.V),
+            self.U.T @ M @ self.V,
+            limited(M.T @ self.U, m_L @ U.T @ self.U),
+        ]
         v_K, v_S, v_L = self.v
         ones = np.ones((1, len(self.S)))
         self.v = [
@@ -100,8 +102,17 @@ class Adam:
             v_L.mean(axis=1, keepdims=True) @ ones,
         ]
 
-    def update(self, i, g, m):
+    def update(self, i, g):
+        self.m[i] = self.beta_1 * self.m[i] + (1 - self.beta_1) * g
         self.v[i] = self.beta_2 * self.v[i] + (1 - self.beta_2) * g * g
-        m = m / (1 - self.beta_1**self.steps)
+        m = self.m[i] / (1 - self.beta_1**self.steps)
         correction = np.sqrt(1 - self.beta_2**self.steps)
         return self.lr * m * correction / (np.sqrt(self.v[i]) + self.epsilon)
+
+
+def limited(rows, own):
+    """Rows, of which the part that is not their own is at most as long."""
+    others = rows - own
+    lengths = np.linalg.norm(others, axis=1, keepdims=True)
+    known = np.linalg.norm(own, axis=1, keepdims=True)
+    return own + np.minimum(1, known / np.maximum(lengths, 1e-300)) * others

@@ -102,9 +102,23 @@ def test_a_moment_is_projected_on_the_new_tangent_space():
     old, new = random_point(0, [3.0, 2.0]), random_point(1, [3.0, 2.0, 1.0])
     M = np.random.default_rng(2).normal(size=SIDES)
     known = reference.tangent_projection(old.U[0], old.V[0], M)
-    moved = move("linear", batch(coordinates(M, old)), old, new)
-    for x, y in zip(moved, coordinates(known, new), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+    K, S, L = move("linear", batch(coordinates(M, old)), old, new)
+    expected = coordinates(known, new)
+    np.testing.assert_allclose(S, expected.S, atol=1e-5)
+    own = M @ old.V[0] @ old.V[0].T @ new.V[0]
+    limited = reference.limited(expected.K, own)
+    np.testing.assert_allclose(K, limited, atol=1e-5)
+    own = M.T @ old.U[0] @ old.U[0].T @ new.U[0]
+    limited = reference.limited(expected.L, own)
+    np.testing.assert_allclose(L, limited, atol=1e-5)
+
+
+def test_a_row_without_a_gradient_stays_without_a_moment():
+    old, new = random_point(0, [3.0, 2.0]), random_point(1, [3.0, 2.0])
+    M = np.random.default_rng(2).normal(size=SIDES)
+    M[3] = 0
+    K, _, _ = move("linear", batch(coordinates(M, old)), old, new)
+    assert not K[3].any() and K[4].any()
 
 
 def test_a_moment_of_unused_columns_is_zero():
