@@ -276,7 +276,8 @@ def print_best(rows, rates):
     """Compares GeoLoRA and LoRA at their best rates, seed by seed."""
     accuracies, names = [], []
     for tag in ("geolora", "lora"):
-        best = max(rates, key=lambda rate: mean_accuracy(rows, tag, rate))
+        measured = [rate for rate in rates if select(rows, tag, rate)]
+        best = max(measured, key=lambda rate: mean_accuracy(rows, tag, rate))
         names.append(f"{tag} at {best:.0e}")
         accuracies.append(
             {r["seed"]: r["accuracy"] for r in select(rows, tag, best)}
