@@ -10,9 +10,6 @@ process. Memory is what the arrays of factors and slots take. Rows are added to
 `benchmarks/results/compaction.jsonl`.
 """
 
-import argparse
-import os
-
 import measuring
 import train_step
 
@@ -22,18 +19,9 @@ RESULT = "compaction"
 
 def main():
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--backend", choices=measuring.BACKENDS, required=True)
+    parser, _, run = measuring.command_line(__doc__)
     run.add_argument("--steps", type=int, default=20)
-    commands.add_parser("table")
-    args = parser.parse_args()
-    if args.command == "table":
-        print_table()
-    else:
-        os.environ["KERAS_BACKEND"] = args.backend
-        measure(args)
+    measuring.run_or_print(parser.parse_args(), measure, print_table)
 
 
 def measure(args):

@@ -11,14 +11,15 @@ Markdown. The check itself is that of the test suite.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
 import warnings
 
+import measuring
+
 ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "families.jsonl"
+RESULT = "families"
 
 
 def run(names):
@@ -42,10 +43,7 @@ def run(names):
             keras.__version__,
             keras_hub.__version__,
         )
-        print(json.dumps(row), flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        measuring.append(RESULT, row)
         keras.backend.clear_session()
 
 
@@ -72,7 +70,7 @@ def all_layers(model):
 
 def table():
     """Prints a row for every family."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = measuring.rows(RESULT)
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     print(
         "| family | layers adapted | by `enable_lora` | kernels left out "

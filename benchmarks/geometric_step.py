@@ -12,8 +12,6 @@ settings vary one thing in 48 layers of 768 x 768 at `max_rank=8`. Rows are
 added to `benchmarks/results/geometric_step.jsonl`.
 """
 
-import argparse
-import os
 import pathlib
 
 import measuring
@@ -31,27 +29,25 @@ RESULT = "geometric_step"
 
 def main():
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--backend", choices=measuring.BACKENDS, required=True)
+    parser, commands, run = measuring.command_line(__doc__)
     run.add_argument("--settings", nargs="+", default=list(SETTINGS))
     run.add_argument("--rounds", type=int, default=30)
-    commands.add_parser("table")
     plot = commands.add_parser("plot")
     plot.add_argument("file", type=pathlib.Path)
     args = parser.parse_args()
-    if args.command == "table":
-        print_table()
-    elif args.command == "plot":
+    if args.command == "plot":
         draw(args.file)
     else:
-        os.environ["KERAS_BACKEND"] = args.backend
-        for setting in args.settings:
-            measure(args, setting)
+        measuring.run_or_print(args, measure, print_table)
 
 
-def measure(args, setting):
+def measure(args):
+    """Times the settings asked for."""
+    for setting in args.settings:
+        measure_setting(args, setting)
+
+
+def measure_setting(args, setting):
     """Times one setting, and adds a row."""
     shapes, max_rank = SETTINGS[setting]
     steps = {

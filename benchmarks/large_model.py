@@ -1,19 +1,19 @@
 """A Llama of 1.1 billion parameters in bfloat16, adapted and trained.
 
     python benchmarks/large_model.py run --backend jax
-    python benchmarks/large_model.py run --backend jax --remat
+    python benchmarks/large_model.py run --backend torch --remat full
     python benchmarks/large_model.py table
 
 The sizes are those of TinyLlama (22 layers of 2048, 5632 inside, 32 heads of
 which 4 hold keys and values), the weights random, so that nothing has to be
 downloaded. All 154 linear layers get an adapter. `--remat` computes
-activations anew in the backward pass, by `keras.RematScope`. Memory is that of
-the whole process. Rows are added to `benchmarks/results/large_model.jsonl`.
+activations anew in the backward pass, by a `keras.RematScope` of that mode;
+with Keras 3.15, layers of Llama as a whole (`full`) on torch only. Memory is
+that of the whole process. Rows are added to
+`benchmarks/results/large_model.jsonl`.
 """
 
-import argparse
 import contextlib
-import os
 
 import measuring
 
@@ -30,23 +30,14 @@ RESULT = "large_model"
 
 def main():
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--backend", choices=measuring.BACKENDS, required=True)
-    run.add_argument("--remat", action="store_true")
+    parser, _, run = measuring.command_line(__doc__)
+    run.add_argument("--remat", choices=["full", "activations"])
     run.add_argument("--rank", type=int, default=8)
     run.add_argument("--batch", type=int, default=1)
     run.add_argument("--length", type=int, default=128)
     run.add_argument("--layers", type=int, default=LLAMA["num_layers"])
     run.add_argument("--steps", type=int, default=4)
-    commands.add_parser("table")
-    args = parser.parse_args()
-    if args.command == "table":
-        print_table()
-    else:
-        os.environ["KERAS_BACKEND"] = args.backend
-        measure(args)
+    measuring.run_or_print(parser.parse_args(), measure, print_table)
 
 
 def measure(args):
@@ -109,8 +100,8 @@ def llama(args):
     import keras
     import keras_hub
 
-    scope = keras.RematScope("full") if args.remat else contextlib.nullcontext()
-    with scope:
+    remat = keras.RematScope(args.remat) if args.remat else None
+    with remat or contextlib.nullcontext():
         backbone = keras_hub.models.LlamaBackbone(
             **{**LLAMA, "num_layers": args.layers}, dtype="bfloat16"
         )
@@ -139,7 +130,7 @@ def print_table():
         [
             row["backend"],
             f"{row['batch']} x {row['length']}",
-            "yes" if row["remat"] else "no",
+            row["remat"] or "no",
             f"{row['parameters'] / 1e9:.2f} G",
             f"{row['trained'] / 1e6:.1f} M",
             f"{row['adapt_seconds']:.1f} s, +{row['adapting_peak_mib']} MiB",
@@ -148,7 +139,7 @@ def print_table():
             row["model_mib"],
             row["peak_mib"],
         ]
-        for _, row in sorted(last.items())
+        for _, row in sorted(last.items(), key=str)
     ]
     print(measuring.markdown(header, lines))
 

@@ -15,14 +15,15 @@ compare candidates.
 """
 
 import argparse
-import json
+import functools
 import os
 import pathlib
 import sys
-import time
+
+import measuring
 
 ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "learning_rates.jsonl"
+RESULT = "learning_rates"
 LENGTH = {"movies": 32, "trec": 16}
 TRAIN, VALIDATION, BATCH, EPOCHS = 1600, 3000, 32, 2
 RANK, MAX_RANK = 8, 16
@@ -111,15 +112,16 @@ def measure(args):
                     keras.ops.convert_to_numpy(v) for v in optimizer.variables
                 ]
             optimizer.learning_rate = rate
-            start = time.perf_counter()
-            history = model.fit(
-                {name: column[train] for name, column in x.items()},
-                y[train],
-                batch_size=BATCH,
-                epochs=EPOCHS,
-                verbose=0,
+            seconds, history = measuring.seconds(
+                functools.partial(
+                    model.fit,
+                    {name: column[train] for name, column in x.items()},
+                    y[train],
+                    batch_size=BATCH,
+                    epochs=EPOCHS,
+                    verbose=0,
+                )
             )
-            seconds = time.perf_counter() - start
             logits = model.predict(
                 {name: column[held_out] for name, column in x.items()},
                 batch_size=125,
@@ -141,10 +143,7 @@ def measure(args):
                 "backend": args.backend,
                 "keras": keras.__version__,
             }
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            measuring.append(RESULT, row)
 
 
 def load(task):
@@ -245,7 +244,7 @@ def rotate(moments, move):
 
 def print_tables():
     """Prints GeoLoRA and LoRA, then all candidates, on the seeds there are."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = measuring.rows(RESULT)
     for task in sorted({row["task"] for row in rows}):
         mine = [row for row in rows if row["task"] == task]
         rates = sorted({row["rate"] for row in mine})

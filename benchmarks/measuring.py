@@ -1,5 +1,6 @@
-"""What the timing benchmarks share: machine, versions, medians, results."""
+"""What the benchmarks share: command line, machine, medians, results."""
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -13,6 +14,25 @@ import time
 RESULTS = pathlib.Path(__file__).parent / "results"
 BACKENDS = ("tensorflow", "jax", "torch")
 PACKAGES = ("keras", "keras-hub", "numpy", "peft", "transformers", *BACKENDS)
+
+
+def command_line(description):
+    """Returns a parser, its commands, and `run`, which takes a backend."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--backend", choices=BACKENDS, required=True)
+    commands.add_parser("table")
+    return parser, commands, run
+
+
+def run_or_print(args, measure, print_table):
+    """Does what `run` or `table` asks for."""
+    if args.command == "table":
+        print_table()
+    else:
+        os.environ["KERAS_BACKEND"] = args.backend
+        measure(args)
 
 
 def environment(backend):

@@ -32,6 +32,7 @@ SHAPES = {
 LENGTH, VOCABULARY, RANK, CLASSES = 128, 30522, 8, 2
 KERAS_METHODS = ("geolora", "plain_lora", "keras_lora", "full")
 PEFT_METHODS = ("peft_lora", "peft_adalora")
+OPTIONS = ("shape", "batch", "max_rank", "jit", "form")
 RESULT = "train_step"
 
 
@@ -92,8 +93,7 @@ def run(args):
 
 def settings(args):
     """Returns the options that rows are told apart by."""
-    keys = ("shape", "batch", "max_rank", "jit", "form")
-    return {key: vars(args)[key] for key in keys}
+    return {key: vars(args)[key] for key in OPTIONS}
 
 
 def memory(args):
@@ -101,11 +101,11 @@ def memory(args):
     found = {}
     for method in args.methods:
         command = [sys.executable, __file__, "memory_of", "--methods", method]
-        for option in ("backend", "shape", "batch", "max_rank", "jit", "form"):
-            command += [
-                f"--{option.replace('_', '-')}",
-                str(vars(args)[option]),
-            ]
+        for option, value in {
+            "backend": args.backend,
+            **settings(args),
+        }.items():
+            command += [f"--{option.replace('_', '-')}", str(value)]
         output = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True
         )
@@ -331,7 +331,7 @@ def print_tables():
     """Prints the last run of every backend, shape and setting."""
     last = {}
     for row in measuring.rows(RESULT):
-        keys = ("kind", "backend", "shape", "batch", "max_rank", "jit", "form")
+        keys = ("kind", "backend", *OPTIONS)
         last[tuple(row[key] for key in keys)] = row
     last = [last[key] for key in sorted(last)]
     times = [row for row in last if row["kind"] == "time"]

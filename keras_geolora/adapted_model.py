@@ -169,7 +169,7 @@ class AdaptedModel:
                 f"adapters {[name for name, *_ in signature]} for model "
                 f"'{self.name}' with {list(adaptation.adapters)}"
             )
-        if BUFFERS in ours:  # since version 0.2
+        if BUFFERS in ours:  # files of early versions have none
             resize_buffers(
                 self,
                 adaptation.with_buffers(json.loads(ours[BUFFERS].tobytes())),
@@ -492,8 +492,8 @@ def resize_buffers(model, max_ranks, optimizer=None):
 
     Args:
         model: `keras.Model`.
-        max_ranks: Dict from the ids of `LowRankAdapter`s to widths, each at
-            least the rank of the adapter.
+        max_ranks: Dict from the ids of `LowRankAdapter`s to widths. Columns
+            in use that do not fit are lost.
         optimizer: Optimizer that trains the model, that of `compile` if not
             given.
     """

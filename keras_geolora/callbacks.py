@@ -118,11 +118,8 @@ class EpochCompaction(keras.callbacks.Callback):
             )
 
     def _count(self):
-        return sum(
-            factor.shape[0] * factor.shape[1]
-            for layer in adapted_layers(self.model).values()
-            for factor in (layer.adapter.U, layer.adapter.S, layer.adapter.V)
-        )
+        layers = adapted_layers(self.model).values()
+        return sum(layer.adapter.count_params() for layer in layers)
 
 
 class RankLogger(keras.callbacks.Callback):

@@ -3,6 +3,7 @@
 import operator
 
 from keras_geolora.adapted_model import check_at_rest, resize_buffers
+from keras_geolora.layers.adapter import check_columns
 from keras_geolora.targeting import carriers
 
 
@@ -57,12 +58,7 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
     ```
     """
     check_at_rest(model, "compacted")
-    if isinstance(multiple, bool) or not hasattr(multiple, "__index__"):
-        raise TypeError(
-            "`multiple` counts columns, so it must be an integer. "
-            f"Received: multiple={multiple!r} (of type "
-            f"{type(multiple).__name__})"
-        )
+    check_columns("multiple", multiple)
     if multiple < 1:
         raise ValueError(
             "`multiple` must be at least 1, which leaves the columns in use "

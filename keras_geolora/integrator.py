@@ -91,6 +91,11 @@ def diagonal(sigma):
     return sigma[..., None] * ops.eye(sigma.shape[-1], dtype=sigma.dtype)
 
 
+def core_values(point):
+    """Returns the singular values of a point, `(..., r)`, descending."""
+    return ops.diagonal(point.S, axis1=-2, axis2=-1)
+
+
 def lift(point):
     """Changes to the coordinates of the inner optimizer.
 
@@ -101,7 +106,7 @@ def lift(point):
         `Unknowns` with `K = U S`, `S` and `L = V S.T`.
     """
     U, S, V = point
-    sigma = ops.diagonal(S, axis1=-2, axis2=-1)[..., None, :]
+    sigma = core_values(point)[..., None, :]
     return Unknowns(U * sigma, S, V * sigma)
 
 
@@ -154,8 +159,8 @@ def extend(basis, active, change, known):
         `Extension`.
     """
     r = basis.shape[-1]
-    # Squares of very small or large values stay finite.
     active = active[..., None, :]
+    # Scaled, squares of very small or large values stay finite.
     sizes = ops.mean(ops.abs(change), axis=-2, keepdims=True)
     size = ops.sum(ops.where(active, sizes, 0.0), axis=-1, keepdims=True)
     finite = ops.isfinite(size)
@@ -388,7 +393,7 @@ def cut(point, rank):
 
 def singular_values(augmented):
     """Returns the singular values after a step, `(..., r)`, before a cut."""
-    before = ops.diagonal(augmented.point.S, axis1=-2, axis2=-1)
+    before = core_values(augmented.point)
     size = augmented.size[..., 0]
     after = augmented.sigma[..., : before.shape[-1]] * size
     return ops.where(size > 0, after, before)
@@ -417,7 +422,7 @@ def wanted_rank_at_rest(point, tolerance, min_rank):
 
     As `wanted_rank`, for the singular values of the point itself.
     """
-    sigma = ops.diagonal(point.S, axis1=-2, axis2=-1)
+    sigma = core_values(point)
     rank = truncated_rank(sigma, tolerance, min_rank, sigma.shape[-1])
     in_use = count(active_columns(point.U))
     return ops.where(sigma[..., :1] > 0, rank, in_use)

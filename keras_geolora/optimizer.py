@@ -150,13 +150,17 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.inner_optimizer.build(variables)
         super().build(variables)
         groups = AdapterGroup.collect(variables, self.inner_optimizer)
-        check_floor(self.rank_budget, "rank_budget", "ranks", groups)
-        check_floor(
-            self.parameter_budget, "parameter_budget", "parameters", groups
-        )
+        check_floor(*self._budget, groups)
         for group in groups:
             group.max_change = self._add_max_change(group)
         self._groups = Untracked(groups)
+
+    @property
+    def _budget(self):
+        """The budget or `None`, the name of the option, and what it counts."""
+        if self.parameter_budget is not None:
+            return self.parameter_budget, "parameter_budget", "parameters"
+        return self.rank_budget, "rank_budget", "ranks"
 
     def _add_max_change(self, group):
         """Adds a variable with the bounds of the steps of a group."""
@@ -285,19 +289,16 @@ class GeoLoRA(keras.optimizers.Optimizer):
         for step in steps:
             step.clear_gradients()
 
-    def _choose_ranks(self, steps, tolerance, updates, taken=True):
+    def _choose_ranks(self, steps, tolerance, updates):
         """Returns the ranks of the adapters of each `GroupStep`.
 
         Args:
             steps: List of `GroupStep`s.
             tolerance: Scalar, share of the norm of each that may be cut.
             updates: Int scalar, number of updates so far.
-            taken: Bool, whether the steps have been taken.
         """
-        budget, unit = self.rank_budget, "ranks"
-        if self.parameter_budget is not None:
-            budget, unit = self.parameter_budget, "parameters"
-        claims = [step.claim(tolerance, unit, taken) for step in steps]
+        budget, _, unit = self._budget
+        claims = [step.claim(tolerance, unit) for step in steps]
         if budget is None or not steps:
             return [claim.wanted for claim in claims]
         groups = self._groups.content
@@ -326,7 +327,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         steps = [GroupStep(group) for group in self._groups.content]
         updates = ops.cast(self.iterations, "int32")
         tolerance = value_at(self.tolerance, updates)
-        ranks = self._choose_ranks(steps, tolerance, updates, taken=False)
+        ranks = self._choose_ranks(steps, tolerance, updates)
         for step, rank in zip(steps, ranks, strict=True):
             step.cut(rank)
 
@@ -552,6 +553,7 @@ class GroupStep:
         self.point = read(group.factors)
         self.slots = [read(slots) for _, slots in group.slots]
         self.lifted = integrator.lift(self.point)
+        self.augmented = None
 
     def lift(self):
         """Puts the variables into the coordinates of the inner optimizer."""
@@ -629,24 +631,23 @@ class GroupStep:
         self.augmented = augmented._replace(size=size)
         return self.finite
 
-    def claim(self, tolerance, unit, taken=True):
+    def claim(self, tolerance, unit):
         """Returns the `Claim` of the group on a budget.
 
         Args:
             tolerance: Scalar, share of the norm that may be cut.
             unit: `"ranks"` or `"parameters"`.
-            taken: Bool, whether `augment` has computed a step.
         """
         min_rank = ops.convert_to_tensor(self.group.min_rank)
-        if taken:
-            step = self.augmented
-            sigma = integrator.singular_values(step)
-            wanted = integrator.wanted_rank(step, tolerance, min_rank)
-        else:
-            sigma = ops.diagonal(self.point.S, axis1=-2, axis2=-1)
+        if self.augmented is None:  # no step was taken
+            sigma = integrator.core_values(self.point)
             wanted = integrator.wanted_rank_at_rest(
                 self.point, tolerance, min_rank
             )
+        else:
+            step = self.augmented
+            sigma = integrator.singular_values(step)
+            wanted = integrator.wanted_rank(step, tolerance, min_rank)
         sigma = sigma * ops.convert_to_tensor(self.group.scale)
         return Claim(sigma, wanted, min_rank, self.group.cost(unit))
 
@@ -684,6 +685,8 @@ class GroupStep:
         ):
             if updated is not None:
                 old = choose(self.finite, slots, old)
+            # Columns of old slots beyond a smaller rank do no harm: the bases
+            # are zero there.
             write(variables, choose(turned, transport(kind, slots, move), old))
         for variables in self.group.accumulators:
             spoilt = ops.logical_and(ops.logical_not(self.finite), updated)

@@ -14,7 +14,7 @@ others through `register_slot_rules`.
 
 A linear slot stands for a tangent vector of the old point. Its projection on
 the tangent space of the new point is the nearest vector that the new
-coordinates can express; without truncation nothing of it is lost.
+coordinates can express. No row takes more of it than its own.
 
 A mean over the rank axis counts the columns in use only. It makes the second
 moment the same in every basis; squaring the rotation instead would lose
@@ -226,18 +226,17 @@ def _average(slots, move):
 
 
 def _average_columns(slots, move):
-    return Unknowns(
-        *(
-            mean_of_active(x[..., None, :], move.active)[..., 0, :]
-            for x in slots
-        )
-    )
+    return Unknowns(*(mean_of_row(x, move.active) for x in slots))
 
 
 def _keep_rows(slots, move):
     K, S, L = slots
-    mean = mean_of_active(S[..., None, :], move.active)[..., 0, :]
-    return Unknowns(K, mean, L)
+    return Unknowns(K, mean_of_row(S, move.active), L)
+
+
+def mean_of_row(x, active):
+    """As `mean_of_active`, for arrays without rows, `(..., r)`."""
+    return mean_of_active(x[..., None, :], active)[..., 0, :]
 
 
 def mean_of_active(x, active):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     ],
     "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
     "lifecycle": ["layers.adapter", "adaptation", "adapted_model"],
-    "compaction": ["targeting", "adapted_model"],
+    "compaction": ["layers.adapter", "targeting", "adapted_model"],
     "report": ["targeting"],
     "files": [],  # bytes and paths
     "version": [],

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from inner_optimizers import INNER
 from keras import ops
 
 import keras_geolora
@@ -12,17 +13,6 @@ from keras_geolora.callbacks import EpochCompaction
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(48, 12)).astype("float32")
 Y = (np.tanh(X @ RNG.normal(size=(12, 6)))).astype("float32")
-
-INNER = {
-    "adamw": lambda: keras.optimizers.AdamW(1e-2),
-    "momentum": lambda: keras.optimizers.SGD(
-        keras.optimizers.schedules.CosineDecay(0.1, 20), momentum=0.9
-    ),
-    "accumulating": lambda: keras.optimizers.Adam(
-        1e-2, gradient_accumulation_steps=2
-    ),
-    "adafactor": lambda: keras.optimizers.Adafactor(1e-2),
-}
 
 
 def model_of(optimizer=None, compiled=False, **options):

@@ -11,6 +11,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from inner_optimizers import INNER
 from keras import ops
 
 from keras_geolora import GeoLoRA, GeoLoRADense
@@ -20,17 +21,6 @@ X = RNG.normal(size=(32, 8)).astype("float32")
 Y = np.tanh(X @ RNG.normal(size=(8, 3))).astype("float32")
 BACKENDS = "tensorflow", "jax", "torch"
 OTHERS = [name for name in BACKENDS if name != keras.backend.backend()]
-
-INNER = {
-    "adamw": lambda: keras.optimizers.AdamW(1e-2),
-    "momentum": lambda: keras.optimizers.SGD(
-        keras.optimizers.schedules.CosineDecay(0.1, 20), momentum=0.9
-    ),
-    "accumulating": lambda: keras.optimizers.Adam(
-        1e-2, gradient_accumulation_steps=3
-    ),
-    "adafactor": lambda: keras.optimizers.Adafactor(1e-2),
-}
 
 
 def plain():

@@ -416,6 +416,11 @@ class AdaptedProduct(AdaptedLayer):
     # Whether the update is never added to the kernel, which others share.
     keeps_update_apart = False
 
+    @property
+    def _stays_apart(self):
+        # In lower precision the sum of kernel and update rounds the latter.
+        return self.keeps_update_apart or self.compute_dtype != "float32"
+
     def _adapted_call(self, inputs, product):
         """Computes the layer, with one of the products below."""
         if self._acting_adapter is None:
@@ -431,8 +436,7 @@ class AdaptedProduct(AdaptedLayer):
         """Returns the fastest product of linear layers."""
         if self._acting_adapter is None:
             return None
-        # In lower precision the sum of kernel and update rounds the latter.
-        if self.keeps_update_apart or self.compute_dtype != "float32":
+        if self._stays_apart:
             return self._product_apart
         # What torch computes anew in the backward pass is not told `training`.
         anew = training is None and self._remat_mode is not None

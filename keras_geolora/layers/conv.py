@@ -43,9 +43,7 @@ class AdaptedConv(AdaptedProduct):
 
     def call(self, inputs):
         apart = self.is_adapted and (
-            self.keeps_update_apart
-            or self.compute_dtype != "float32"
-            or self.adapter.dropout.rate > 0
+            self._stays_apart or self.adapter.dropout.rate > 0
         )
         product = self._product_apart if apart else self._product_with_sum
         return self._adapted_call(inputs, product)
