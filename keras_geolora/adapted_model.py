@@ -13,7 +13,7 @@ from keras_geolora.adaptation import Adaptation
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.layers.adapted import become_adapted, become_plain
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.optimizer import GeoLoRA, rebuild
+from keras_geolora.optimizer import find_geolora, rebuild
 from keras_geolora.targeting import (
     adapted_class,
     carriers,
@@ -79,7 +79,7 @@ class AdaptedModel:
 
     def get_compile_config(self):
         """As `keras.Model.get_compile_config`; `None` without a `GeoLoRA`."""
-        if not is_geolora(getattr(self, "optimizer", None)):
+        if find_geolora(getattr(self, "optimizer", None)) is None:
             return None  # the model was compiled before it was adapted
         config = super().get_compile_config()
         # With the loss scaling that a policy of `mixed_float16` adds: the
@@ -226,7 +226,7 @@ class AdaptedModel:
     def _build_optimizer(self):
         # Keras does not load into an optimizer that is not built.
         optimizer = getattr(self, "optimizer", None)
-        if is_geolora(optimizer) and not optimizer.built:
+        if find_geolora(optimizer) is not None and not optimizer.built:
             optimizer.build(self.trainable_variables)
 
     def quantize(self, *args, **kwargs):
@@ -509,7 +509,7 @@ def resize_buffers(model, max_ranks, optimizer=None):
     in_training = getattr(model, "train_function", None) is not None
     forget_traces(model)
     optimizer = optimizer or getattr(model, "optimizer", None)
-    if is_geolora(optimizer) and optimizer.built:
+    if find_geolora(optimizer) is not None and optimizer.built:
         rebuild(optimizer, model.trainable_variables)
     if in_training:  # `fit` asks for the function before the first epoch only
         model.make_train_function(force=True)
@@ -619,15 +619,9 @@ def check_optimizer_is_new(optimizer, variables):
         )
 
 
-def is_geolora(optimizer):
-    """Says whether an optimizer is a `GeoLoRA`, maybe in a loss scaling one."""
-    wrapped = getattr(optimizer, "inner_optimizer", None)
-    return isinstance(optimizer, GeoLoRA) or isinstance(wrapped, GeoLoRA)
-
-
 def check_optimizer(optimizer):
     """Refuses to train adapters with anything but `GeoLoRA`."""
-    if is_geolora(optimizer):
+    if find_geolora(optimizer) is not None:
         return
     raise ValueError(
         "Adapters are trained by GeoLoRA, around any Keras optimizer: "

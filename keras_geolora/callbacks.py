@@ -5,6 +5,7 @@ import warnings
 import keras
 import numpy as np
 
+from keras_geolora.optimizer import find_geolora
 from keras_geolora.targeting import adapted_layers
 
 
@@ -307,14 +308,6 @@ class SilentFailureGuard(keras.callbacks.Callback):
             "look whether the labels vary, and whether `from_logits` of the "
             "loss fits the last activation."
         )
-
-
-def find_geolora(optimizer):
-    """Returns the `GeoLoRA`, which LossScaleOptimizer may hold, or `None`."""
-    for candidate in (optimizer, getattr(optimizer, "inner_optimizer", None)):
-        if hasattr(candidate, "skipped_steps"):
-            return candidate
-    return None
 
 
 def synchronize(model):

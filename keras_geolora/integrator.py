@@ -428,6 +428,28 @@ def wanted_rank_at_rest(point, tolerance, min_rank):
     return ops.where(sigma[..., :1] > 0, rank, in_use)
 
 
+def discarded_share(sigma, rank):
+    """Returns the share of the norm that a truncation discards.
+
+    Args:
+        sigma: Array of shape `(..., r)`.
+        rank: Int array of shape `(..., 1)`.
+
+    Returns:
+        Array of shape `(...)`, in [0, 1].
+    """
+    beyond = ops.arange(sigma.shape[-1], dtype="int32") >= rank
+    tail = norm(ops.where(beyond, sigma, 0.0), -1)
+    return divide(tail, norm(sigma, -1))[..., 0]
+
+
+def discarded_in_step(augmented, rank):
+    """As `discarded_share`, when a step is truncated to a rank."""
+    stay = ops.equal(augmented.size[..., 0, 0], 0)
+    at_rest = discarded_share(core_values(augmented.point), rank)
+    return ops.where(stay, at_rest, discarded_share(augmented.sigma, rank))
+
+
 def choose(mask, these, those):
     """Takes `these` arrays where a mask is true, `those` elsewhere.
 

@@ -1,22 +1,17 @@
 """GeoLoRA: the geometric step around any Keras optimizer."""
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_geolora import integrator
-from keras_geolora.budget import Claim, spend
-from keras_geolora.integrator import Point, Unknowns, choose
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.transport import (
-    find_slots,
-    gradient_accumulators,
-    has_factored_moments,
-    slot_rules,
-    transport,
+from keras_geolora.budget import spend
+from keras_geolora.groups import (
+    GroupStep,
+    build_inner,
+    carry_groups,
+    plain_variables,
 )
+from keras_geolora.transport import slot_rules
 
-ROLES = ("U", "S", "V")
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -147,12 +142,16 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.skipped_steps = self.add_variable(
             shape=(), dtype="int32", name="skipped_steps"
         )
-        self.inner_optimizer.build(variables)
+        groups = build_inner(self.inner_optimizer, variables)
         super().build(variables)
-        groups = AdapterGroup.collect(variables, self.inner_optimizer)
         check_floor(*self._budget, groups)
         for group in groups:
             group.max_change = self._add_max_change(group)
+            group.discarded = self.add_variable(
+                shape=(len(group.adapters),),
+                dtype="float32",
+                name="discarded_share",
+            )
         self._groups = Untracked(groups)
 
     @property
@@ -185,6 +184,18 @@ class GeoLoRA(keras.optimizers.Optimizer):
             dtype="float32",
             name="max_change",
         )
+
+    def _beside_groups(self):
+        """Returns what the inner optimizer keeps beside what is of groups."""
+        of_groups = {
+            id(variable)
+            for group in self._groups.content
+            for store in group.state()
+            for variables in store.variables
+            for variable in variables
+        }
+        variables = self.inner_optimizer.variables
+        return [v for v in variables if id(v) not in of_groups]
 
     @property
     def variables(self):
@@ -249,30 +260,25 @@ class GeoLoRA(keras.optimizers.Optimizer):
         trainable_variables = list(trainable_variables)
         if not self.built:
             self.build(trainable_variables)
-        pairs = zip(grads, trainable_variables, strict=True)
-        moving = {id(v) for g, v in pairs if g is not None}
-        groups = [g.restricted_to(moving) for g in self._groups.content]
-        steps = [GroupStep(group) for group in groups if group.adapters]
+        self._check_variables_are_known(trainable_variables)
+        if not trainable_variables:
+            return
+        grads, moved = self._filter_empty_gradients(grads, trainable_variables)
+        gradients = {id(v): g for g, v in zip(grads, moved, strict=True)}
+        steps = [GroupStep(g, gradients) for g in self._groups.content]
+        moving = [step for step in steps if step.moving.any()]
+        pairs = [(gradients[id(v)], v) for v in plain_variables(moved)]
+        for step in moving:
+            pairs += step.lift(self.inner_optimizer)
         updates_before = ops.cast(self.iterations, "int32") + 0
-        accumulates = self.inner_optimizer.gradient_accumulation_steps
-        if has_factored_moments(self.inner_optimizer):
-            for step in steps:
-                grads = step.fill_padding(grads, trainable_variables)
-        try:
-            for step in steps:
-                step.lift()
-            with Factor.GeometricStep():
-                self.inner_optimizer.apply(grads, trainable_variables)
-        except Exception:
-            for step in steps:
-                step.undo()
-            raise
+        self.inner_optimizer.apply(*map(list, zip(*pairs, strict=True)))
 
         updates = ops.cast(self.iterations, "int32")
         # Between two updates of gradient accumulation nothing moves.
+        accumulates = self.inner_optimizer.gradient_accumulation_steps
         updated = updates > updates_before if accumulates else None
         finite, previous = [], None
-        for step in steps:
+        for step in moving:
             finite.append(step.augment(previous))
             previous = step
         tolerance = ops.where(
@@ -282,11 +288,12 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         ranks = self._choose_ranks(steps, tolerance, updates)
         for step, rank in zip(steps, ranks, strict=True):
-            step.retract(rank, updated)
+            if step in moving:
+                step.retract(rank, updated)
         if finite:
             finite = ops.all(ops.concatenate(finite))
             self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
-        for step in steps:
+        for step in moving:
             step.clear_gradients()
 
     def _choose_ranks(self, steps, tolerance, updates):
@@ -301,19 +308,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         claims = [step.claim(tolerance, unit) for step in steps]
         if budget is None or not steps:
             return [claim.wanted for claim in claims]
-        groups = self._groups.content
-        floor = sum(group.floor(unit) for group in groups)
+        floor = sum(step.group.floor(unit) for step in steps)
         budget = ops.cast(value_at(budget, updates), "int32")
-        budget = ops.maximum(budget, floor)
-        # Adapters that do not move in this step keep what they have.
-        moving = {id(a) for step in steps for a in step.group.adapters}
-        for group in groups:
-            for adapter in group.adapters:
-                if id(adapter) not in moving:
-                    columns = integrator.active_columns(adapter.U.value)
-                    rank = integrator.count(columns)[0]
-                    budget = budget - rank * group.cost(unit)
-        return spend(budget, claims)
+        return spend(ops.maximum(budget, floor), claims)
 
     def cut(self):
         """Cuts every adapter to the rank that it needs, now.
@@ -330,6 +327,23 @@ class GeoLoRA(keras.optimizers.Optimizer):
         ranks = self._choose_ranks(steps, tolerance, updates)
         for step, rank in zip(steps, ranks, strict=True):
             step.cut(rank)
+
+    def discarded_share(self, adapter):
+        """Returns what the last truncation of an adapter discarded.
+
+        Args:
+            adapter: `keras_geolora.LowRankAdapter`.
+
+        Returns:
+            Float in [0, 1), the share of the Frobenius norm of the update,
+            or `None` if this optimizer does not train the adapter, or not
+            yet.
+        """
+        for group in self._groups.content if self.built else ():
+            if adapter in group.adapters:
+                shares = ops.convert_to_numpy(group.discarded)
+                return float(shares[group.adapters.index(adapter)])
+        return None
 
     def get_config(self):
         """Returns the configuration, the inner optimizer's included."""
@@ -362,6 +376,18 @@ class GeoLoRA(keras.optimizers.Optimizer):
         return cls(inner_optimizer, **config)
 
 
+def find_geolora(optimizer):
+    """Returns the `GeoLoRA`, which a `LossScaleOptimizer` may hold, or `None`.
+
+    Args:
+        optimizer: Any optimizer, or `None`.
+    """
+    for candidate in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if isinstance(candidate, GeoLoRA):
+            return candidate
+    return None
+
+
 def rebuild(optimizer, variables):
     """Builds an optimizer anew, in place, on variables of other shapes.
 
@@ -376,13 +402,9 @@ def rebuild(optimizer, variables):
     new = type(optimizer).from_config(optimizer.get_config())
     old_inner, new_inner = innermost(optimizer), innermost(new)
     pairs = zip(optimizer._trainable_variables, variables, strict=True)
-    without_decay = [
-        new_variable
-        for variable, new_variable in pairs
-        if not old_inner._use_weight_decay(variable)
-    ]
-    if without_decay:
-        new_inner.exclude_from_weight_decay(without_decay)
+    new_inner.exclude_from_weight_decay(
+        [v for old, v in pairs if not old_inner._use_weight_decay(old)]
+    )
     new.build(variables)
     carry_state(optimizer, new)
     wrapped = getattr(optimizer, "inner_optimizer", None)
@@ -401,24 +423,21 @@ def innermost(optimizer):
 
 def carry_state(old, new):
     """Assigns the state of one optimizer to another, in its shapes."""
-    if hasattr(old, "inner_optimizer"):
-        carry_state(old.inner_optimizer, new.inner_optimizer)
-    if isinstance(old, GeoLoRA):
-        # The bounds of steps come from the kernels.
-        new.skipped_steps.assign(old.skipped_steps)
+    if not isinstance(old, GeoLoRA):
+        carry_variables(old._variables, new._variables)
+        if hasattr(old, "inner_optimizer"):
+            carry_state(old.inner_optimizer, new.inner_optimizer)
         return
-    for before, after in zip(old._variables, new._variables, strict=True):
-        after.assign(fitted(before, after.shape))
+    # The bounds of steps come from the kernels.
+    new.skipped_steps.assign(old.skipped_steps)
+    carry_variables(old._beside_groups(), new._beside_groups())
+    carry_groups(old._groups.content, new._groups.content)
 
 
-def fitted(variable, shape):
-    """Returns a value, cut or continued by zeros to a shape."""
-    if tuple(variable.shape) == tuple(shape):
-        return variable.value
-    value = ops.convert_to_numpy(variable)
-    value = value[tuple(slice(size) for size in shape)]
-    missing = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
-    return np.pad(value, missing)
+def carry_variables(old, new):
+    """Assigns the values of variables to others of the same shapes."""
+    for before, after in zip(old, new, strict=True):
+        after.assign(before.value)
 
 
 def take_attributes(optimizer, other):
@@ -432,288 +451,6 @@ class Untracked:
 
     def __init__(self, content):
         self.content = content
-
-
-class AdapterGroup:
-    """Adapters of equal shape, whose arrays are stacked for the step.
-
-    Attributes:
-        adapters: List of the adapters.
-        factors: `Point` of lists of variables, one for each adapter.
-        slots: List of `(kind, Unknowns of lists of variables)`.
-        accumulators: List of none or one `Unknowns` of lists of variables,
-            the sums of gradients between two updates.
-    """
-
-    def __init__(self, adapters, factors, slots, accumulators):
-        self.adapters = adapters
-        self.factors = factors
-        self.slots = slots
-        self.accumulators = accumulators
-        # Keras takes long to look through lists.
-        self.min_rank = np.array([[a.min_rank] for a in adapters], "int32")
-        self.scale = np.array([[abs(a.scale)] for a in adapters], "float32")
-        self.max_change = None
-
-    @classmethod
-    def collect(cls, variables, inner_optimizer):
-        """Finds the adapters behind variables and groups them by shape."""
-        rules = slot_rules(inner_optimizer)
-        sums = gradient_accumulators(inner_optimizer)
-        indices, adapters = {}, {}
-        for index, variable in enumerate(variables):
-            factor = variable.constraint
-            if isinstance(factor, Factor):
-                adapters[id(factor.adapter)] = factor.adapter
-                indices.setdefault(id(factor.adapter), {})[factor.role] = index
-
-        if not adapters:
-            return []
-        found_slots = find_slots(inner_optimizer, variables)
-        by_shape = {}
-        for key, adapter in adapters.items():
-            if set(indices[key]) != set(ROLES):
-                raise ValueError(
-                    "An adapter trains with all its factors U, S and V, or "
-                    "with none: set `trainable` on the adapter, not on its "
-                    "variables. Received: "
-                    f"{sorted(indices[key])} of adapter '{adapter.path}'"
-                )
-            shape = (adapter.input_dim, adapter.output_dim, adapter.max_rank)
-            by_shape.setdefault(shape, []).append((adapter, indices[key]))
-
-        def select(kind, source, members):
-            return kind(*([source[at[r]] for _, at in members] for r in ROLES))
-
-        return [
-            cls(
-                [adapter for adapter, _ in members],
-                select(Point, variables, members),
-                [
-                    (rules[name], select(Unknowns, slots, members))
-                    for name, slots in found_slots.items()
-                    if slots[members[0][1]["U"]] is not None
-                ],
-                [select(Unknowns, sums, members)] if sums else [],
-            )
-            for members in by_shape.values()
-        ]
-
-    def cost(self, unit):
-        """Returns the price of a rank, in `"ranks"` or `"parameters"`."""
-        if unit == "ranks":
-            return 1
-        return self.adapters[0].parameters_per_rank
-
-    def floor(self, unit):
-        """Returns the price of the smallest ranks of all adapters."""
-        return self.cost(unit) * int(self.min_rank.sum())
-
-    def bounds(self):
-        """Returns the bounds of the steps, `(adapters, 1, 1)`, or `None`."""
-        if self.max_change is None:
-            return None
-        return ops.reshape(self.max_change, (-1, 1, 1))
-
-    def restricted_to(self, variables):
-        """Returns the part of the group whose factors are in a set of ids."""
-        inside = []
-        for factors in zip(*self.factors, strict=True):
-            found = [v.path for v in factors if id(v) in variables]
-            if len(found) not in (0, len(ROLES)):
-                raise ValueError(
-                    "The three factors of an adapter move together. "
-                    f"Received: gradients for {found} only"
-                )
-            inside.append(bool(found))
-        if all(inside):
-            return self
-
-        def some(values):
-            return [v for v, keep in zip(values, inside, strict=True) if keep]
-
-        group = AdapterGroup(
-            some(self.adapters),
-            Point(*map(some, self.factors)),
-            [(k, Unknowns(*map(some, slots))) for k, slots in self.slots],
-            [Unknowns(*map(some, sums)) for sums in self.accumulators],
-        )
-        if self.max_change is not None:
-            rows = [i for i, keep in enumerate(inside) if keep]
-            rows = ops.convert_to_tensor(rows, dtype="int32")
-            group.max_change = ops.take(self.max_change, rows, axis=0)
-        return group
-
-
-class GroupStep:
-    """One step of one group: remembers the state before, moves it after."""
-
-    def __init__(self, group):
-        self.group = group
-        self.point = read(group.factors)
-        self.slots = [read(slots) for _, slots in group.slots]
-        self.lifted = integrator.lift(self.point)
-        self.augmented = None
-
-    def lift(self):
-        """Puts the variables into the coordinates of the inner optimizer."""
-        factors = self.group.factors
-        write((factors.U, factors.V), (self.lifted.K, self.lifted.L))
-
-    def fill_padding(self, grads, variables):
-        """Puts the mean size of a gradient where it is zero for lack of rank.
-
-        Moments of rows times moments of columns underflow to zero in the
-        padding, and zero by zero is no step. What the inner optimizer does
-        with the padding is thrown away after its step.
-
-        Args:
-            grads: List of gradients.
-            variables: List of their variables.
-
-        Returns:
-            List of gradients.
-        """
-        columns = integrator.active_columns(self.point.U)[..., None, :]
-        square = ops.logical_and(columns, integrator.T(columns))
-        filled = list(grads)
-        place = {id(v): i for i, v in enumerate(variables)}
-        for vs, active in zip(
-            self.group.factors, (columns, square, columns), strict=True
-        ):
-            for i, variable in enumerate(vs):
-                g = grads[place[id(variable)]]
-                used = ops.broadcast_to(active[i], ops.shape(g))
-                used = ops.sum(ops.cast(used, g.dtype))
-                mean = ops.sum(ops.abs(g)) / used
-                filled[place[id(variable)]] = ops.where(active[i], g, mean)
-        return filled
-
-    def clear_gradients(self):
-        """Clears the gradients that torch keeps with the factors.
-
-        A model that was built before a part of it was adapted does not know
-        the factors, so its `zero_grad` would let gradients add up.
-        """
-        for variables in self.group.factors:
-            for variable in variables:
-                if getattr(variable.value, "grad", None) is not None:
-                    variable.value.grad = None
-
-    def undo(self):
-        """Puts the factors back as they were before the step."""
-        write(self.group.factors, self.point)
-
-    def augment(self, previous=None):
-        """Computes the step, before it is known to what rank to truncate.
-
-        An adapter whose step is not finite steps nowhere.
-
-        Args:
-            previous: The `GroupStep` that has to be computed before, if any.
-
-        Returns:
-            Bool array `(number of adapters,)`, whose steps were finite.
-        """
-        moved = read(self.group.factors)
-        change = Unknowns(
-            *(x - y for x, y in zip(moved, self.lifted, strict=True))
-        )
-        if previous is not None:
-            K = integrator.in_turn(change.K, previous.augmented.sigma)
-            change = change._replace(K=K)
-        augmented = integrator.augment(self.point, change, self.group.bounds())
-        self.new_slots = [read(slots) for _, slots in self.group.slots]
-        self.finite = augmented.finite
-        for slots in self.new_slots:
-            self.finite = ops.logical_and(self.finite, all_finite(slots))
-        size = ops.where(self.finite[:, None, None], augmented.size, 0.0)
-        self.augmented = augmented._replace(size=size)
-        return self.finite
-
-    def claim(self, tolerance, unit):
-        """Returns the `Claim` of the group on a budget.
-
-        Args:
-            tolerance: Scalar, share of the norm that may be cut.
-            unit: `"ranks"` or `"parameters"`.
-        """
-        min_rank = ops.convert_to_tensor(self.group.min_rank)
-        if self.augmented is None:  # no step was taken
-            sigma = integrator.core_values(self.point)
-            wanted = integrator.wanted_rank_at_rest(
-                self.point, tolerance, min_rank
-            )
-        else:
-            step = self.augmented
-            sigma = integrator.singular_values(step)
-            wanted = integrator.wanted_rank(step, tolerance, min_rank)
-        sigma = sigma * ops.convert_to_tensor(self.group.scale)
-        return Claim(sigma, wanted, min_rank, self.group.cost(unit))
-
-    def cut(self, rank):
-        """Truncates the adapters and their slots, without a step."""
-        move = integrator.cut(self.point, rank)
-        write(self.group.factors, move.new)
-        for (kind, variables), slots in zip(
-            self.group.slots, self.slots, strict=True
-        ):
-            write(variables, transport(kind, slots, move))
-        # Sums of gradients, where an update is not complete.
-        for variables in self.group.accumulators:
-            write(variables, transport("linear", read(variables), move))
-
-    def retract(self, rank, updated=None):
-        """Returns to the manifold and moves the slots along.
-
-        Adapters whose step was not finite keep their factors, as far as the
-        rank allows, and slots.
-
-        Args:
-            rank: Int array `(number of adapters, 1)`.
-            updated: Bool scalar, whether the inner optimizer took a step;
-                `None` where it always does.
-        """
-        move = integrator.truncate(self.augmented, rank)
-        new, turned = move.new, self.finite
-        if updated is not None:
-            new = choose(updated, new, self.point)
-            turned = ops.logical_and(self.finite, updated)
-        write(self.group.factors, new)
-        for (kind, variables), old, slots in zip(
-            self.group.slots, self.slots, self.new_slots, strict=True
-        ):
-            if updated is not None:
-                old = choose(self.finite, slots, old)
-            # Columns of old slots beyond a smaller rank do no harm: the bases
-            # are zero there.
-            write(variables, choose(turned, transport(kind, slots, move), old))
-        for variables in self.group.accumulators:
-            spoilt = ops.logical_and(ops.logical_not(self.finite), updated)
-            sums = read(variables)
-            zeros = Unknowns(*map(ops.zeros_like, sums))
-            write(variables, choose(spoilt, zeros, sums))
-
-
-def read(variables):
-    """Stacks lists of variables, three for three factors, to arrays."""
-    stacked = (ops.stack([v.value for v in vs]) for vs in variables)
-    return type(variables)(*map(ops.stop_gradient, stacked))
-
-
-def write(variables, arrays):
-    """Assigns stacked arrays to lists of variables."""
-    for vs, array in zip(variables, arrays, strict=True):
-        for variable, value in zip(vs, ops.unstack(array), strict=True):
-            variable.assign(value)
-
-
-def all_finite(arrays):
-    """Says of every adapter whether all its numbers are finite."""
-    sums = ops.stack(
-        [ops.sum(x, axis=tuple(range(1, len(x.shape)))) for x in arrays]
-    )
-    return ops.all(ops.isfinite(sums), axis=0)
 
 
 def value_at(value, updates):

@@ -17,9 +17,10 @@ MAY_IMPORT = {
     "layers.adapter": [],
     "layers": ["layers"],  # a model loads and predicts without an optimizer
     "budget": ["integrator"],  # arrays only, too
-    "optimizer": ["integrator", "transport", "budget", "layers.adapter"],
+    "groups": ["integrator", "transport", "budget", "layers.adapter"],
+    "optimizer": ["transport", "budget", "groups"],
     "targeting": ["layers"],
-    "callbacks": ["targeting"],
+    "callbacks": ["targeting", "optimizer"],
     "adaptation": ["layers.adapter", "targeting"],
     # It refuses to compile with an optimizer that is no GeoLoRA.
     "adapted_model": [

@@ -15,36 +15,24 @@ class Factor:
 
     Keras calls a variable's constraint at the end of every optimizer step.
     The factors of an adapter live on a manifold, and their gradients are
-    those of the geometric step, so only an optimizer that says so with
-    `Factor.GeometricStep` may move them: any other is refused.
+    those of the geometric step, so an optimizer that moves them itself is
+    refused: `keras_geolora.GeoLoRA` gives its inner optimizer other
+    variables.
     """
-
-    _open_steps = 0
 
     def __init__(self, adapter, role):
         self.adapter = adapter
         self.role = role
 
     def __call__(self, variable):
-        if not Factor._open_steps:
-            raise RuntimeError(
-                "The factors of an adapter live on a manifold that an "
-                "ordinary optimizer would leave. Wrap the optimizer: "
-                "`model.compile(optimizer=keras_geolora.GeoLoRA("
-                "keras.optimizers.AdamW(1e-3)), ...)`. "
-                f"Received an optimizer other than GeoLoRA that moves "
-                f"variable '{variable.path}'."
-            )
-        return variable
-
-    class GeometricStep:
-        """Context in which factors may be moved."""
-
-        def __enter__(self):
-            Factor._open_steps += 1
-
-        def __exit__(self, *exception):
-            Factor._open_steps -= 1
+        raise RuntimeError(
+            "The factors of an adapter live on a manifold that an "
+            "ordinary optimizer would leave. Wrap the optimizer: "
+            "`model.compile(optimizer=keras_geolora.GeoLoRA("
+            "keras.optimizers.AdamW(1e-3)), ...)`. "
+            f"Received an optimizer other than GeoLoRA that moves "
+            f"variable '{variable.path}'."
+        )
 
 
 class Orthonormal(keras.initializers.Initializer):

@@ -1,0 +1,543 @@
+"""Adapters of equal shape, stacked, and the step that moves them.
+
+The inner optimizer sees neither adapters nor their factors. Its variables for
+a group are the unknowns `K`, `S` and `L`: scratch, written before its step and
+read after it. Where the optimizer treats every number by itself, one variable
+holds the unknowns of all adapters, and its slots are stacked the same way, so
+that the number of operations does not grow with the number of layers.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_geolora import integrator
+from keras_geolora.budget import Claim
+from keras_geolora.integrator import Point, Unknowns, choose
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.transport import (
+    find_slots,
+    gradient_accumulators,
+    has_factored_moments,
+    is_elementwise,
+    slot_rules,
+    transport,
+)
+
+ROLES = ("U", "S", "V")
+
+
+class Store:
+    """Where the arrays of all adapters of a group are kept, factor by factor.
+
+    Args:
+        variables: `Point` or `Unknowns` of lists of variables: one variable
+            for each adapter, or a single one with an axis over the adapters.
+        stacked: Bool, whether it is a single one.
+    """
+
+    def __init__(self, variables, stacked=False):
+        self.variables = variables
+        self.stacked = stacked
+
+    @classmethod
+    def joined(cls, stores):
+        """Joins stores that have a variable for each adapter."""
+        kind = type(stores[0].variables)
+        by_role = zip(*(store.variables for store in stores), strict=True)
+        return cls(kind(*(sum(lists, []) for lists in by_role)))
+
+    def read(self):
+        """Returns a `Point` or `Unknowns` of stacked arrays."""
+
+        def stack(variables):
+            if self.stacked:  # a copy: torch writes in place
+                return ops.copy(variables[0].value)
+            return ops.stack([v.value for v in variables])
+
+        arrays = map(ops.stop_gradient, map(stack, self.variables))
+        return type(self.variables)(*arrays)
+
+    def write(self, arrays):
+        """Assigns stacked arrays to the variables."""
+        for value, variable in self.pair(arrays):
+            variable.assign(value)
+
+    def pair(self, arrays):
+        """Returns pairs of an array and the variable that it is for."""
+        pairs = []
+        for variables, array in zip(self.variables, arrays, strict=True):
+            values = [array] if self.stacked else ops.unstack(array)
+            pairs += zip(values, variables, strict=True)
+        return pairs
+
+
+class AdapterGroup:
+    """Adapters of equal shape.
+
+    Attributes:
+        adapters: Tuple of the adapters.
+        places: Tuple of their places among all adapters of the optimizer.
+        factors: `Store` of their `U`, `S` and `V`.
+        unknowns: `Store` of the variables of the inner optimizer.
+        slots: List of pairs of the kind of a slot and a `Store`.
+        accumulators: List of none or one `Store`, the sums of gradients
+            between two updates.
+        max_change: Variable `(adapters,)`, the bounds of the steps, or `None`.
+        discarded: Variable `(adapters,)`, the shares of the norms that the
+            last truncation discarded.
+    """
+
+    def __init__(self, adapters, places, factors, unknowns):
+        self.adapters = adapters
+        self.places = places
+        self.factors = factors
+        self.unknowns = unknowns
+        self.slots, self.accumulators = [], []
+        self.max_change = self.discarded = None
+        # Keras takes long to look through lists.
+        self.min_rank = np.array([[a.min_rank] for a in adapters], "int32")
+        self.scale = np.array([[abs(a.scale)] for a in adapters], "float32")
+
+    @classmethod
+    def collect(cls, variables, inner_optimizer):
+        """Finds the adapters behind variables, and makes their unknowns.
+
+        Args:
+            variables: List of variables, the factors of adapters among them.
+            inner_optimizer: The optimizer that will be built on
+                `unknowns.variables`.
+
+        Returns:
+            List of groups: of adapters of equal shape where they share
+            variables, of one adapter each otherwise.
+        """
+        stacked = is_elementwise(inner_optimizer)
+        adapters, factors = {}, {}
+        for variable in variables:
+            factor = variable.constraint
+            if isinstance(factor, Factor):
+                adapters[id(factor.adapter)] = factor.adapter
+                found = factors.setdefault(id(factor.adapter), {})
+                found[factor.role] = variable
+
+        alike = {}
+        for place, (key, adapter) in enumerate(adapters.items()):
+            found = factors[key]
+            if set(found) != set(ROLES):
+                raise ValueError(
+                    "An adapter trains with all its factors U, S and V, or "
+                    "with none: set `trainable` on the adapter, not on its "
+                    f"variables. Received: {sorted(found)} of adapter "
+                    f"'{adapter.path}'"
+                )
+            shape = shape_of(adapter)
+            found = Point(*(found[role] for role in ROLES))
+            decays = tuple(map(inner_optimizer._use_weight_decay, found))
+            key = (shape, decays) if stacked else place
+            alike.setdefault(key, []).append((adapter, place, found))
+        groups = []
+        for members in alike.values():
+            adapters, places, found = zip(*members, strict=True)
+            factors = Point(*map(list, zip(*found, strict=True)))
+            unknowns = create_unknowns(factors, stacked, len(groups))
+            groups.append(cls(adapters, places, Store(factors), unknowns))
+        return groups
+
+    def find_slots(self, found, sums, rules, place):
+        """Finds what the inner optimizer keeps for the unknowns.
+
+        Args:
+            found: Dict from names of slots to lists of them, one for each
+                variable of the inner optimizer.
+            sums: Such a list, of sums of gradients, or an empty one.
+            rules: Dict from names of slots to their kinds.
+            place: Dict from ids of variables to places in the lists.
+        """
+
+        def select(source):
+            variables = (
+                [source[place[id(v)]] for v in unknowns]
+                for unknowns in self.unknowns.variables
+            )
+            return Store(Unknowns(*variables), self.unknowns.stacked)
+
+        first = place[id(self.unknowns.variables.K[0])]
+        self.slots = [
+            (rules[name], select(slots))
+            for name, slots in found.items()
+            if slots[first] is not None
+        ]
+        self.accumulators = [select(sums)] if sums else []
+
+    def cost(self, unit):
+        """Returns the price of a rank, in `"ranks"` or `"parameters"`."""
+        if unit == "ranks":
+            return 1
+        return self.adapters[0].parameters_per_rank
+
+    def floor(self, unit):
+        """Returns the price of the smallest ranks of all adapters."""
+        return self.cost(unit) * int(self.min_rank.sum())
+
+    def state(self):
+        """Returns the `Store`s of what goes along with the adapters."""
+        return [*(store for _, store in self.slots), *self.accumulators]
+
+
+def joined(groups):
+    """Joins groups of adapters of equal shape, with slots of equal kinds."""
+    alike = {}
+    for group in groups:
+        kinds = tuple(kind for kind, _ in group.slots)
+        key = shape_of(group.adapters[0]), kinds
+        alike.setdefault(key, []).append(group)
+    found = []
+    for (_, kinds), parts in alike.items():
+        adapters = sum((part.adapters for part in parts), ())
+        places = sum((part.places for part in parts), ())
+        factors = Store.joined([part.factors for part in parts])
+        unknowns = Store.joined([part.unknowns for part in parts])
+        group = AdapterGroup(adapters, places, factors, unknowns)
+        states = zip(*(part.state() for part in parts), strict=True)
+        stores = [Store.joined(stores) for stores in states]
+        group.slots = list(zip(kinds, stores, strict=False))
+        group.accumulators = stores[len(kinds) :]
+        found.append(group)
+    return found
+
+
+def shape_of(adapter):
+    """Returns the shape by which adapters are grouped."""
+    return adapter.input_dim, adapter.output_dim, adapter.max_rank
+
+
+def create_unknowns(factors, stacked, number):
+    """Creates the variables that the inner optimizer moves.
+
+    Args:
+        factors: `Point` of lists of variables.
+        stacked: Bool, whether one variable holds all.
+        number: Int, tells groups of one shape apart.
+
+    Returns:
+        `Store`. Variables for one adapter each have the paths of its factors,
+        which some optimizers ask for.
+    """
+    if not stacked:
+        return Store(Unknowns(*([alike(v) for v in vs] for vs in factors)))
+    with keras.name_scope(f"adapters_{number}"):
+        variables = Unknowns(
+            *(
+                [empty((len(vs), *vs[0].shape), vs[0].dtype, name)]
+                for name, vs in zip(Unknowns._fields, factors, strict=True)
+            )
+        )
+    return Store(variables, stacked=True)
+
+
+def alike(variable):
+    """Creates a variable of the shape and the path of another."""
+    *parents, scope, name = variable.path.split("/")
+    with keras.name_scope(scope, override_parent="/".join(parents)):
+        return empty(variable.shape, variable.dtype, name)
+
+
+def empty(shape, dtype, name):
+    """Creates a variable that will be written before it is read."""
+    return keras.Variable("zeros", shape=shape, dtype=dtype, name=name)
+
+
+class GroupStep:
+    """One step of one group: remembers the state before, moves it after.
+
+    Args:
+        group: `AdapterGroup`.
+        gradients: Dict from the ids of factors to their gradients. Adapters
+            without gradients rest: their factors and slots stay. `None` to
+            cut without a step.
+    """
+
+    def __init__(self, group, gradients=None):
+        self.group = group
+        self.point = group.factors.read()
+        self.slots = [store.read() for _, store in group.slots]
+        self.moving = np.ones(len(group.adapters), bool)
+        self.augmented = None
+        if gradients is not None:
+            self.moving = find_moving(group, gradients)
+        if gradients is not None and self.moving.any():
+            self.lifted = integrator.lift(self.point)
+            self.gradients = stack_gradients(group, gradients)
+
+    def lift(self, inner_optimizer):
+        """Writes the unknowns, for the inner optimizer to move.
+
+        Returns:
+            List of pairs of a gradient and a variable.
+        """
+        self.group.unknowns.write(self.lifted)
+        gradients = self.gradients
+        if has_factored_moments(inner_optimizer):
+            gradients = self._fill_padding(gradients)
+        return self.group.unknowns.pair(gradients)
+
+    def _fill_padding(self, gradients):
+        """Puts the mean size of a gradient where it is zero for lack of rank.
+
+        Moments of rows times moments of columns underflow to zero in the
+        padding, and zero by zero is no step. What the inner optimizer does
+        with the padding is thrown away after its step.
+        """
+        columns = integrator.active_columns(self.point.U)[..., None, :]
+        square = ops.logical_and(columns, integrator.T(columns))
+
+        def fill(gradient, active):
+            used = ops.broadcast_to(active, ops.shape(gradient))
+            used = ops.sum(ops.cast(used, gradient.dtype), (-2, -1), True)
+            mean = ops.sum(ops.abs(gradient), (-2, -1), True) / used
+            return ops.where(active, gradient, mean)
+
+        active = (columns, square, columns)
+        return Unknowns(*map(fill, gradients, active))
+
+    def clear_gradients(self):
+        """Clears the gradients that torch keeps with the factors.
+
+        A model that was built before a part of it was adapted does not know
+        the factors, so its `zero_grad` would let gradients add up.
+        """
+        for variables in self.group.factors.variables:
+            for variable in variables:
+                if getattr(variable.value, "grad", None) is not None:
+                    variable.value.grad = None
+
+    def augment(self, previous=None):
+        """Computes the step, before it is known to what rank to truncate.
+
+        An adapter whose step is not finite steps nowhere.
+
+        Args:
+            previous: The `GroupStep` that has to be computed before, if any.
+
+        Returns:
+            Bool array `(adapters,)`, whose steps were finite, or rested.
+        """
+        moved = self.group.unknowns.read()
+        change = Unknowns(
+            *(x - y for x, y in zip(moved, self.lifted, strict=True))
+        )
+        if previous is not None:
+            K = integrator.in_turn(change.K, previous.augmented.sigma)
+            change = change._replace(K=K)
+        bounds = self.group.max_change
+        if bounds is not None:
+            bounds = ops.reshape(bounds, (-1, 1, 1))
+        augmented = integrator.augment(self.point, change, bounds)
+        self.new_slots = [store.read() for _, store in self.group.slots]
+        finite = augmented.finite
+        for slots in self.new_slots:
+            finite = ops.logical_and(finite, all_finite(slots))
+        self.steps = finite
+        if not self.moving.all():
+            self.steps = ops.logical_and(finite, self.moving)
+            finite = ops.logical_or(finite, np.logical_not(self.moving))
+        size = ops.where(self.steps[:, None, None], augmented.size, 0.0)
+        self.augmented = augmented._replace(size=size)
+        return finite
+
+    def claim(self, tolerance, unit):
+        """Returns the `Claim` of the group on a budget.
+
+        Adapters that rest in this step keep what they have.
+
+        Args:
+            tolerance: Scalar, share of the norm that may be cut.
+            unit: `"ranks"` or `"parameters"`.
+        """
+        min_rank = ops.convert_to_tensor(self.group.min_rank)
+        if self.augmented is None:  # no step was taken
+            sigma = integrator.core_values(self.point)
+            wanted = integrator.wanted_rank_at_rest(
+                self.point, tolerance, min_rank
+            )
+        else:
+            step = self.augmented
+            sigma = integrator.singular_values(step)
+            wanted = integrator.wanted_rank(step, tolerance, min_rank)
+        if not self.moving.all():
+            active = integrator.active_columns(self.point.U)
+            rank, moving = integrator.count(active), self.moving[:, None]
+            wanted = ops.where(moving, wanted, rank)
+            min_rank = ops.where(moving, min_rank, rank)
+        sigma = sigma * ops.convert_to_tensor(self.group.scale)
+        return Claim(sigma, wanted, min_rank, self.group.cost(unit))
+
+    def cut(self, rank):
+        """Truncates the adapters and their slots, without a step."""
+        group = self.group
+        move = integrator.cut(self.point, rank)
+        sigma = integrator.core_values(self.point)
+        group.discarded.assign(integrator.discarded_share(sigma, rank))
+        group.factors.write(move.new)
+        for (kind, store), slots in zip(group.slots, self.slots, strict=True):
+            store.write(transport(kind, slots, move))
+        # Sums of gradients, where an update is not complete.
+        for store in group.accumulators:
+            store.write(transport("linear", store.read(), move))
+
+    def retract(self, rank, updated=None):
+        """Returns to the manifold and moves the slots along.
+
+        Adapters whose step was not finite keep their factors, as far as the
+        rank allows, and slots.
+
+        Args:
+            rank: Int array `(adapters, 1)`.
+            updated: Bool scalar, whether the inner optimizer took a step;
+                `None` where it always does.
+        """
+        group = self.group
+        move = integrator.truncate(self.augmented, rank)
+        new, turned = move.new, self.steps
+        discarded = integrator.discarded_in_step(self.augmented, rank)
+        if updated is not None:
+            new = choose(updated, new, self.point)
+            turned = ops.logical_and(self.steps, updated)
+            discarded = ops.where(updated, discarded, group.discarded)
+        group.factors.write(new)
+        group.discarded.assign(discarded)
+        for (kind, store), old, slots in zip(
+            group.slots, self.slots, self.new_slots, strict=True
+        ):
+            if updated is not None:
+                old = choose(self.steps, slots, old)
+            # Columns of old slots beyond a smaller rank do no harm: the bases
+            # are zero there.
+            slots = transport(kind, slots, move)
+            store.write(choose(turned, slots, old))
+        for store in group.accumulators:
+            spoilt = ops.logical_and(ops.logical_not(self.steps), updated)
+            sums = store.read()
+            zeros = Unknowns(*map(ops.zeros_like, sums))
+            store.write(choose(spoilt, zeros, sums))
+
+
+def find_moving(group, gradients):
+    """Says of every adapter of a group whether it has gradients.
+
+    Returns:
+        NumPy array of bools `(adapters,)`.
+    """
+    moving = []
+    for factors in zip(*group.factors.variables, strict=True):
+        found = [v.path for v in factors if id(v) in gradients]
+        if len(found) not in (0, len(ROLES)):
+            raise ValueError(
+                "The three factors of an adapter move together. "
+                f"Received: gradients for {found} only"
+            )
+        moving.append(bool(found))
+    return np.array(moving)
+
+
+def stack_gradients(group, gradients):
+    """Stacks the gradients of a group, zeros where there are none."""
+
+    def stack(variables):
+        return ops.stack(
+            [
+                ops.cast(gradients[id(v)], v.dtype)
+                if id(v) in gradients
+                else ops.zeros(v.shape, v.dtype)
+                for v in variables
+            ]
+        )
+
+    return Unknowns(*map(stack, group.factors.variables))
+
+
+def all_finite(arrays):
+    """Says of every adapter whether all its numbers are finite."""
+    sums = ops.stack(
+        [ops.sum(x, axis=tuple(range(1, len(x.shape)))) for x in arrays]
+    )
+    return ops.all(ops.isfinite(sums), axis=0)
+
+
+def build_inner(inner_optimizer, variables):
+    """Builds the inner optimizer on unknowns in the place of factors.
+
+    Args:
+        inner_optimizer: The inner optimizer, not built.
+        variables: List of variables, the factors of adapters among them.
+
+    Returns:
+        List of `AdapterGroup`s.
+    """
+    groups = AdapterGroup.collect(variables, inner_optimizer)
+    own = plain_variables(variables)
+    decays = inner_optimizer._use_weight_decay
+    without_decay = [v for v in own if not decays(v)]
+    for group in groups:
+        for factors, unknowns in zip(
+            group.factors.variables, group.unknowns.variables, strict=True
+        ):
+            own += unknowns
+            without_decay += [] if decays(factors[0]) else unknowns
+    if groups:  # names that stand for factors do not name the unknowns
+        inner_optimizer.exclude_from_weight_decay(without_decay)
+    inner_optimizer.build(own)
+    if not groups:
+        return groups
+    rules, found = slot_rules(inner_optimizer), find_slots(inner_optimizer, own)
+    sums = gradient_accumulators(inner_optimizer)
+    place = {id(v): i for i, v in enumerate(own)}
+    for group in groups:
+        group.find_slots(found, sums, rules, place)
+    return groups if groups[0].unknowns.stacked else joined(groups)
+
+
+def plain_variables(variables):
+    """Returns the variables that are no factors of adapters."""
+    return [v for v in variables if not isinstance(v.constraint, Factor)]
+
+
+def carry_groups(old, new):
+    """Assigns what goes along with adapters to groups of other shapes.
+
+    What does not fit into the new shapes is cut; what is missing is zero.
+
+    Args:
+        old: List of `AdapterGroup`s.
+        new: List of `AdapterGroup`s of as many adapters, in the same order.
+    """
+    states = {}
+    for group in old:
+        arrays = [to_numpy(store.read()) for store in group.state()]
+        shares = ops.convert_to_numpy(group.discarded)
+        for row, place in enumerate(group.places):
+            own = [[x[row] for x in xs] for xs in arrays]
+            states[place] = own, shares[row]
+    for group in new:
+        found = [states[place] for place in group.places]
+        group.discarded.assign(np.array([share for _, share in found]))
+        for i, store in enumerate(group.state()):
+            by_role = zip(*(own[i] for own, _ in found), strict=True)
+            arrays = [
+                ops.stack([fitted(x, like.shape[1:]) for x in xs])
+                for xs, like in zip(by_role, store.read(), strict=True)
+            ]
+            store.write(Unknowns(*arrays))
+
+
+def to_numpy(arrays):
+    """Returns the NumPy arrays of `Unknowns`."""
+    return Unknowns(*map(ops.convert_to_numpy, arrays))
+
+
+def fitted(value, shape):
+    """Cuts an array, or continues it by zeros, to a shape."""
+    value = value[tuple(slice(size) for size in shape)]
+    missing = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
+    return np.pad(value, missing)

@@ -1,0 +1,153 @@
+"""How adapters of equal shape share variables, and when they do not."""
+
+import keras
+import numpy as np
+import pytest
+from optimizer_test import (
+    INNER,
+    Regression,
+    assert_identical,
+    delta,
+    factors,
+    place,
+    slots_of,
+    tensors,
+    to_numpy,
+)
+
+from keras_geolora import GeoLoRA, LowRankAdapter, groups
+
+ELEMENTWISE = sorted(
+    set(INNER) - {"Adafactor", "Lamb", "Muon", "RMSprop-centered"}
+)
+THREE = ((12, 8), (12, 8), (12, 8))
+
+
+def built(inner, problem):
+    optimizer = GeoLoRA(inner)
+    optimizer.build(problem.variables)
+    return optimizer
+
+
+def number_of_slots(optimizer):
+    return sum(len(v.shape) > 1 for v in optimizer.inner_optimizer.variables)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_equal_adapters_share_the_variables_of_the_inner_optimizer(name):
+    one = number_of_slots(built(INNER[name](), Regression(THREE[:1])))
+    three = number_of_slots(built(INNER[name](), Regression(THREE)))
+    assert three == one
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Lamb", "Muon"])
+def test_optimizers_that_look_at_a_whole_variable_get_one_each(name):
+    one = number_of_slots(built(INNER[name](), Regression(THREE[:1])))
+    three = number_of_slots(built(INNER[name](), Regression(THREE)))
+    assert three == 3 * one > 0
+
+
+def test_clipping_by_the_norm_of_a_variable_keeps_adapters_apart():
+    one = number_of_slots(built(INNER["Adam"](), Regression(THREE[:1])))
+    three = built(INNER["Adam"](clipnorm=1.0), Regression(THREE))
+    assert number_of_slots(three) == 3 * one
+
+
+def test_a_subclass_is_not_taken_for_elementwise():
+    class Child(keras.optimizers.Adam):
+        pass
+
+    one = number_of_slots(built(INNER["Adam"](), Regression(THREE[:1])))
+    assert number_of_slots(built(Child(0.1), Regression(THREE))) == 3 * one
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"global_clipnorm": 0.5, "weight_decay": 0.02}],
+    ids=["plain", "options"],
+)
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_shared_variables_take_the_same_steps(name, options, monkeypatch):
+    shared, apart = Regression(THREE), Regression(THREE)
+    these = built(INNER[name](**options), shared)
+    monkeypatch.setattr(groups, "is_elementwise", lambda optimizer: False)
+    those = built(INNER[name](**options), apart)
+    assert number_of_slots(those) in (0, 3 * number_of_slots(these))
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        gradients = [rng.normal(size=v.shape) for v in shared.variables]
+        shared.step(these, gradients)
+        apart.step(those, gradients)
+    for x, y in zip(shared.adapters, apart.adapters, strict=True):
+        # A clipping factor is a sum in another order.
+        difference = np.linalg.norm(delta(x) - delta(y))
+        assert difference <= 1e-3 * np.linalg.norm(delta(y))
+
+
+@pytest.mark.parametrize("excluded", ["three factors", "^K$"])
+def test_weight_decay_spares_whom_the_user_named(excluded):
+    problem = Regression()
+    for adapter in problem.adapters:
+        place(adapter, [3.0, 1.0])
+    optimizer = GeoLoRA(
+        keras.optimizers.AdamW(0.1, weight_decay=0.5), max_update_ratio=None
+    )
+    if excluded == "three factors":
+        optimizer.exclude_from_weight_decay(problem.variables[:3])
+        first = 1.0
+    else:  # a variable of the inner optimizer has that name, none of the user
+        optimizer.exclude_from_weight_decay(var_names=[excluded])
+        first = 0.95
+    problem.step(optimizer, [np.zeros(v.shape) for v in problem.variables])
+    for adapter, share in zip(problem.adapters, (first, 0.95), strict=True):
+        sigma = np.diag(to_numpy([adapter.S])[0])[:2]
+        np.testing.assert_allclose(sigma, [3 * share, share], rtol=1e-5)
+
+
+def test_a_pattern_for_paths_reaches_optimizers_that_look_at_them():
+    problem = Regression()
+    chosen = problem.adapters[0].path.split("/")[0]
+    optimizer = built(INNER["Muon"](exclude_layers=[chosen]), problem)
+    kinds = [len(slots_of(optimizer, a)) for a in problem.adapters]
+    assert kinds[0] == 2 * kinds[1]  # AdamW's second moments
+
+
+def test_a_group_that_rests_is_not_touched():
+    problem = Regression(((12, 8), (12, 8), (6, 5)))
+    optimizer = built(INNER["Adam"](), problem)
+    problem.step(optimizer)
+    resting = problem.adapters[2]
+    kept = to_numpy(factors(resting)) + slots_of(optimizer, resting)
+    optimizer.apply(tensors(problem.gradients()[:6]), problem.variables[:6])
+    found = to_numpy(factors(resting)) + slots_of(optimizer, resting)
+    assert_identical(found, kept)
+
+
+# What a truncation discards.
+
+
+@pytest.mark.parametrize("how", ["step", "cut"])
+def test_the_discarded_share_is_that_of_the_norm(how):
+    problem = Regression()
+    place(problem.adapters[0], [3.0, 1.0, 0.1])
+    place(problem.adapters[1], [3.0, 1.0])
+    optimizer = GeoLoRA(keras.optimizers.SGD(0.0), 0.1, cut_interval=1)
+    optimizer.build(problem.variables)
+    assert optimizer.discarded_share(problem.adapters[0]) == 0.0
+    if how == "cut":
+        optimizer.cut()
+    else:
+        problem.step(optimizer)
+    shares = [optimizer.discarded_share(a) for a in problem.adapters]
+    assert shares[0] == pytest.approx(0.1 / np.sqrt(10.01), rel=1e-4)
+    assert shares[1] < 1e-6
+    assert problem.adapters[0].rank == 2
+
+
+def test_of_adapters_that_it_does_not_train_nothing_is_known():
+    problem = Regression()
+    optimizer = GeoLoRA("adam")
+    assert optimizer.discarded_share(problem.adapters[0]) is None
+    optimizer.build(problem.variables)
+    stranger = LowRankAdapter(12, 8, rank=2)
+    assert optimizer.discarded_share(stranger) is None
