@@ -404,7 +404,8 @@ class GroupStep:
         if updated is not None:
             new = choose(updated, new, self.point)
             turned = ops.logical_and(self.steps, updated)
-            discarded = ops.where(updated, discarded, group.discarded)
+            before = group.discarded.value
+            discarded = ops.where(updated, discarded, before)
         group.factors.write(new)
         group.discarded.assign(discarded)
         for (kind, store), old, slots in zip(
