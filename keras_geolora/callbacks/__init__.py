@@ -1,0 +1,8 @@
+"""Callbacks that show how the adapters of a model do while it trains."""
+
+from keras_geolora.callbacks.epoch_compaction import EpochCompaction
+from keras_geolora.callbacks.epoch_cut import EpochCut
+from keras_geolora.callbacks.rank_logger import RankLogger
+from keras_geolora.callbacks.silent_failure_guard import SilentFailureGuard
+
+__all__ = ["EpochCompaction", "EpochCut", "RankLogger", "SilentFailureGuard"]

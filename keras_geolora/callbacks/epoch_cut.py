@@ -1,0 +1,62 @@
+"""Ranks as validation, checkpoints and people should see them."""
+
+import keras
+
+from keras_geolora.callbacks.reading import updates_of
+from keras_geolora.optimizer import find_geolora
+
+
+class EpochCut(keras.callbacks.Callback):
+    """Cuts all adapters to the ranks they need, at the end of every epoch.
+
+    Ranks grow between two cuts of the optimizer. With this callback the model
+    that is validated, saved and handed over has no directions that the next
+    cut would take away. `fit` of a model with `enable_geolora` adds it by
+    itself.
+
+    Epochs of fewer updates than the `cut_interval` of the optimizer end
+    without a cut: new directions would not have had the time to grow.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    part = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    part.enable_geolora(rank=2)
+    model = keras.Sequential([part, keras.layers.Dense(1)])
+    optimizer = keras_geolora.GeoLoRA("sgd", tolerance=0.9, cut_interval=3)
+    model.compile(optimizer, loss="mse")
+    cut = keras_geolora.callbacks.EpochCut()
+    x, y = np.ones((8, 8)), np.ones((8, 1))
+    model.fit(x, y, batch_size=2, callbacks=[cut], verbose=0)
+    assert part.layers[0].rank == 1
+    ```
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._updates_before = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Notes how many updates there were."""
+        self._updates_before = updates_of(self.model)
+
+    def on_test_begin(self, logs=None):
+        """Cuts before the validation at the end of an epoch."""
+        self._cut()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Cuts where nothing was validated."""
+        self._cut()
+
+    def _cut(self):
+        if self._updates_before is None:
+            return  # not in training, or just cut
+        updates = updates_of(self.model) - self._updates_before
+        optimizer = find_geolora(self.model.optimizer)
+        if optimizer is not None and updates >= optimizer.cut_interval:
+            optimizer.cut()
+        self._updates_before = None

@@ -1,0 +1,133 @@
+"""Warnings where nothing is learned."""
+
+import warnings
+
+import keras
+import numpy as np
+
+from keras_geolora.callbacks.reading import synchronize
+from keras_geolora.targeting import adapted_layers
+
+
+class SilentFailureGuard(keras.callbacks.Callback):
+    """Warns after the first epoch of `fit` if nothing was learned.
+
+    `fit` of a model with `enable_geolora` adds it by itself. It says so, in
+    one sentence with the likely cause, when
+
+    - an adapter has not moved,
+    - the last layer, a `Dense`, is frozen and not adapted,
+    - the loss has not changed.
+
+    Example:
+
+    ```python
+    import warnings
+
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    model.compile(keras_geolora.GeoLoRA(keras.optimizers.SGD(0.0)), loss="mse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(np.ones((8, 8)), np.ones((8, 4)), verbose=0)
+    assert any("learning rate" in str(w.message) for w in caught)
+    ```
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._cores = None
+        self._first_loss = None
+
+    def on_train_begin(self, logs=None):
+        """Remembers where the adapters stand."""
+        synchronize(self.model)
+        self._cores = {
+            path: core_of(layer)
+            for path, layer in adapted_layers(self.model).items()
+        }
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Remembers the loss of the first batch."""
+        if batch == 0 and self._cores is not None and logs:
+            self._first_loss = float(logs.get("loss", np.nan))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Compares, once."""
+        if self._cores is None:
+            return
+        synchronize(self.model)
+        layers = adapted_layers(self.model)
+        still = [
+            path
+            for path, core in self._cores.items()
+            if path in layers and is_same(core, core_of(layers[path]))
+        ]
+        moved = len(self._cores) - len(still)
+        batches = (self.params or {}).get("steps") or 0
+        loss = (logs or {}).get("loss", np.nan)
+        for message in (
+            self._about_adapters(still, moved),
+            self._about_the_head(),
+            self._about_the_loss(loss, batches) if moved else None,
+        ):
+            if message:
+                warnings.warn(message, stacklevel=2)
+        self._cores = None
+
+    def _about_adapters(self, still, moved):
+        if not still:
+            return None
+        if not moved:
+            return (
+                f"None of the {len(still)} adapters has moved in the first "
+                "epoch: look at the learning rate, at `skipped_steps` in the "
+                "logs (steps that were not finite), and whether the loss "
+                "depends on the adapted layers."
+            )
+        return (
+            f"{len(still)} of {len(still) + moved} adapters have not moved in "
+            f"the first epoch ({', '.join(still[:3])}"
+            f"{', ...' if len(still) > 3 else ''}): the loss does not seem to "
+            "depend on these layers, which `exclude` would leave out."
+        )
+
+    def _about_the_head(self):
+        for output in getattr(self.model, "outputs", None) or []:
+            layer = output._keras_history.operation
+            if (
+                isinstance(layer, keras.layers.Dense)
+                and not layer.trainable_variables
+                and not getattr(layer, "is_adapted", False)
+            ):
+                return (
+                    f"The last layer, '{layer.name}', is frozen and not "
+                    "adapted: if it is a new head, name it in "
+                    "`enable_geolora(modules_to_save=...)`."
+                )
+        return None
+
+    def _about_the_loss(self, loss, batches):
+        if batches < 2 or self._first_loss is None:
+            return None
+        if not np.isclose(loss, self._first_loss, rtol=1e-6, atol=0):
+            return None
+        return (
+            f"The loss has not changed in the first epoch (it is {loss:.6g}): "
+            "look whether the labels vary, and whether `from_logits` of the "
+            "loss fits the last activation."
+        )
+
+
+def core_of(layer):
+    """Returns `S` of an adapted layer as an array."""
+    return np.array(keras.ops.convert_to_numpy(layer.adapter.S))
+
+
+def is_same(core, other):
+    """Says whether two cores differ by rounding errors only."""
+    return np.linalg.norm(other - core) <= 1e-6 * np.linalg.norm(core)
