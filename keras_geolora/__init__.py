@@ -39,7 +39,7 @@ from keras_geolora.lifecycle import (
     geolora_disabled,
 )
 from keras_geolora.optimizer import GeoLoRA
-from keras_geolora.report import geolora_summary
+from keras_geolora.report import geolora_summary, plot_ranks
 from keras_geolora.transport import register_slot_rules
 from keras_geolora.version import __version__
 
@@ -70,6 +70,7 @@ __all__ = [
     "import_peft",
     "load_geolora",
     "merge_geolora",
+    "plot_ranks",
     "register_slot_rules",
     "remove_geolora",
     "save_geolora",

@@ -1,33 +1,68 @@
 """What a person wants to see of an adapted model."""
 
-import numpy as np
+import io
+import pathlib
 
+import numpy as np
+from keras import ops
+
+from keras_geolora.abbreviation import abbreviated
+from keras_geolora.files import write_whole
+from keras_geolora.optimizer import find_geolora, value_at
+from keras_geolora.rank_table import read_ranks
 from keras_geolora.targeting import adapted_layers
 
 BARS = "▁▂▃▄▅▆▇█"
+# Characters for a spectrum, for a path in a table, and in a picture.
+BAR_WIDTH = 16
+PATH_WIDTH = 40
+LABEL_WIDTH = 44
+# Columns of a heat map whose numbers can still be read side by side.
+MAX_COLUMNS = 24
 
 
-def geolora_summary(model, print_fn=print):
+def geolora_summary(model, print_fn=print, style="text", optimizer=None):
     """Prints a table of all adapters, and returns it as data.
 
-    Also a method of every `keras.Model`: `model.geolora_summary()`.
+    Also a method of every `keras.Model`: `model.geolora_summary()`. The
+    columns are
 
-    The columns are the layer's path, the kernel as a matrix, the rank found
-    and the largest rank, the parameters of the update at that rank, the
-    largest singular value and the spectrum relative to it, and the largest
-    deviation of a basis from orthonormality, which should stay below 1e-5.
+    - the path of the layer, and its kernel as a matrix,
+    - the rank found and the largest rank, with a bar for each singular value
+      that is kept, relative to the largest of the layer, and a dot for each
+      rank that is free,
+    - the largest and the smallest singular value that is kept, `scale`
+      included,
+    - `dropped`: the share of the Frobenius norm of the update that its last
+      truncation discarded,
+    - `params`: the parameters of the update at its rank,
+    - `share`: their share of those of all adapters. With a `rank_budget` or
+      `parameter_budget` it is `budget`, the share of that.
+
+    Below stand totals, how far a basis is from orthonormal at most, which
+    should stay below 1e-5, and what LoRA would take on the same layers: with
+    the mean rank (rounded) in every one, and with the largest rank that was
+    found, which it would need to give every layer the rank that it has here.
 
     Args:
         model: `keras.Model` with adapted layers.
         print_fn: Callable that takes one line, or `None` to print nothing.
+        style: `"text"` or `"markdown"`. Defaults to `"text"`, in which long
+            paths are shortened.
+        optimizer: The `GeoLoRA` of a custom training loop; that of
+            `model.compile` if not given. It knows what was dropped, and the
+            budget.
 
     Returns:
         List of dicts, one for each adapted layer, with the keys `path`,
         `kernel_shape`, `rank`, `max_rank`, `parameters`, `singular_values`
-        (a list of floats, `scale` included) and `orthogonality_error`.
+        (a list of floats, descending, `scale` included),
+        `orthogonality_error`, `discarded_share` (`None` where no `GeoLoRA`
+        trains the layer), `parameter_share` (of the parameters of all
+        adapters) and `budget_share` (`None` without a budget).
 
     Raises:
-        ValueError: If no layer is adapted.
+        ValueError: If no layer is adapted, or `style` is unknown.
 
     Example:
 
@@ -39,8 +74,17 @@ def geolora_summary(model, print_fn=print):
     model.enable_geolora(rank=2)
     rows = model.geolora_summary()
     assert rows[0]["rank"] == 2 and rows[0]["parameters"] == 2 * (8 + 4) + 2
+
+    lines = []
+    model.geolora_summary(print_fn=lines.append, style="markdown")
+    assert lines[2].startswith("| layer | kernel | rank |")
     ```
     """
+    if style not in ("text", "markdown"):
+        raise ValueError(
+            "`style` is how the table is written, 'text' or 'markdown'. "
+            f"Received: style={style!r}"
+        )
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(
@@ -48,15 +92,26 @@ def geolora_summary(model, print_fn=print):
             f"`model.enable_geolora()`. Received: model '{model.name}' "
             "without an adapted layer"
         )
-    rows = [describe(path, layer.adapter) for path, layer in layers.items()]
+    optimizer = find_geolora(optimizer or getattr(model, "optimizer", None))
+    rows = [
+        describe(path, layer.adapter, optimizer)
+        for path, layer in layers.items()
+    ]
+    budget, unit = budget_of(optimizer, layers)
+    total = sum(row["parameters"] for row in rows)
+    for row in rows:
+        used = row["rank"] if unit == "ranks" else row["parameters"]
+        row["parameter_share"] = row["parameters"] / total
+        row["budget_share"] = used / budget if budget else None
     if print_fn is not None:
-        for line in table(rows, model):
+        write = as_text if style == "text" else as_markdown
+        for line in write(rows, model.name, totals(rows, budget, unit)):
             print_fn(line)
     return rows
 
 
-def describe(path, adapter):
-    """Returns the row of one adapter."""
+def describe(path, adapter, optimizer=None):
+    """Returns the row of one adapter, without shares of the whole."""
     U, S, V = adapter.trimmed()
     rank = len(S)
     return {
@@ -70,42 +125,312 @@ def describe(path, adapter):
             float(np.abs(basis.T @ basis - np.eye(rank)).max())
             for basis in (U, V)
         ),
+        "discarded_share": optimizer and optimizer.discarded_share(adapter),
     }
 
 
-def table(rows, model):
-    """Yields the lines of the table."""
-    width = max(len(row["path"]) for row in rows)
-    head = (
-        f"{'layer':{width}}  {'kernel':>11}  {'rank':>7}  {'params':>9}  "
-        f"{'largest':>8}  {'orthog.':>7}  spectrum"
-    )
-    yield f"Adapters of '{model.name}'"
-    yield head
-    yield "-" * (len(head) + 8)
-    for row in rows:
-        kernel = "x".join(map(str, row["kernel_shape"]))
-        rank = f"{row['rank']}/{row['max_rank']}"
-        sigma = row["singular_values"]
-        yield (
-            f"{row['path']:{width}}  {kernel:>11}  {rank:>7}  "
-            f"{row['parameters']:>9,}  {sigma[0]:>8.2g}  "
-            f"{row['orthogonality_error']:>7.0e}  {spectrum(sigma)}"
-        )
-    yield "-" * (len(head) + 8)
+def budget_of(optimizer, layers):
+    """Returns the budget, `None` without one, and what it counts."""
+    adapters = [layer.adapter for layer in layers.values()]
+    if optimizer is None:
+        return None, "parameters"
+    if optimizer.rank_budget is not None:
+        budget, unit = optimizer.rank_budget, "ranks"
+        floor = sum(a.min_rank for a in adapters)
+    elif optimizer.parameter_budget is not None:
+        budget, unit = optimizer.parameter_budget, "parameters"
+        floor = sum(a.min_rank * a.parameters_per_rank for a in adapters)
+    else:
+        return None, "parameters"
+    # A schedule may say less than what no layer gives up.
+    budget = value_at(budget, ops.cast(optimizer.iterations, "int32"))
+    return max(int(ops.convert_to_numpy(budget)), floor), unit
+
+
+def totals(rows, budget, unit):
+    """Returns what is said below the table, as sentences."""
+    ranks = [row["rank"] for row in rows]
     total = sum(row["parameters"] for row in rows)
     kernels = sum(np.prod(row["kernel_shape"]) for row in rows)
-    mean = sum(row["rank"] for row in rows) / len(rows)
-    yield (
+    mean, largest = sum(ranks) / len(ranks), max(ranks)
+    worst = max(rows, key=lambda row: row["orthogonality_error"])
+    sentences = [
         f"{len(rows)} adapters, mean rank {mean:.1f}, {total:,} parameters at "
-        f"these ranks ({total / kernels:.2%} of the adapted kernels)"
+        f"these ranks ({total / kernels:.2%} of the adapted kernels).",
+        f"LoRA with rank {round(mean)} on the same layers (the mean): "
+        f"{lora_parameters(rows, round(mean)):,} parameters.",
+        f"LoRA with rank {largest} on the same layers (the largest found): "
+        f"{lora_parameters(rows, largest):,} parameters.",
+        f"Bases are orthonormal up to {worst['orthogonality_error']:.0e} "
+        f"({worst['path']}).",
+    ]
+    if budget:
+        used = sum(ranks) if unit == "ranks" else total
+        sentences.insert(
+            1,
+            f"Budget: {used:,} of {budget:,} {unit} in use "
+            f"({used / budget:.1%}).",
+        )
+    return sentences
+
+
+def lora_parameters(rows, rank):
+    """Returns the parameters of LoRA with one rank on all layers."""
+    return sum(
+        min(rank, *row["kernel_shape"]) * sum(row["kernel_shape"])
+        for row in rows
     )
 
 
-def spectrum(sigma):
-    """Draws singular values, relative to the largest, as a row of bars."""
-    if not sigma or sigma[0] == 0:
-        return "untrained"
+def cells(rows, paths):
+    """Returns the titles of the columns, and the texts of each row."""
+    budget = rows[0]["budget_share"] is not None
+    titles = (
+        "layer",
+        "kernel",
+        "rank",
+        "singular values",
+        "largest",
+        "smallest",
+        "dropped",
+        "params",
+        "budget" if budget else "share",
+    )
+    texts = []
+    for row, path in zip(rows, paths, strict=True):
+        sigma = row["singular_values"]
+        share = row["budget_share" if budget else "parameter_share"]
+        texts.append(
+            (
+                path,
+                "x".join(map(str, row["kernel_shape"])),
+                f"{row['rank']}/{row['max_rank']}",
+                spectrum(sigma, row["max_rank"]),
+                two_digits(sigma[0]),
+                two_digits(sigma[-1]),
+                percent(row["discarded_share"]),
+                f"{row['parameters']:,}",
+                percent(share),
+            )
+        )
+    return titles, texts
+
+
+def as_text(rows, name, sentences):
+    """Yields the lines of the table for a terminal."""
+    common, paths = abbreviated([row["path"] for row in rows], PATH_WIDTH)
+    titles, texts = cells(rows, paths)
+    widths = [max(map(len, x)) for x in zip(titles, *texts, strict=True)]
+    left = ("layer", "singular values")
+
+    def line(texts):
+        return "  ".join(
+            f"{text:{'<' if title in left else '>'}{width}}"
+            for title, text, width in zip(titles, texts, widths, strict=True)
+        ).rstrip()
+
+    rule = "-" * len(line(titles))
+    yield f"Adapters of '{name}'" + (f", below '{common}'" if common else "")
+    yield line(titles)
+    yield rule
+    yield from map(line, texts)
+    yield rule
+    yield from sentences
+
+
+def as_markdown(rows, name, sentences):
+    """Yields the lines of the table for a page."""
+    titles, texts = cells(rows, [f"`{row['path']}`" for row in rows])
+    yield f"Adapters of `{name}`"
+    yield ""
+    yield markdown_row(titles)
+    yield markdown_row(
+        ["---" if t in ("layer", "singular values") else "--:" for t in titles]
+    )
+    yield from map(markdown_row, texts)
+    yield ""
+    for sentence in sentences:
+        yield f"- {sentence}"
+
+
+def markdown_row(texts):
+    """Returns one line of a Markdown table."""
+    return f"| {' | '.join(text.replace('|', '&#124;') for text in texts)} |"
+
+
+def two_digits(number):
+    """Returns a number with two digits, a zero at the end included."""
+    return f"{number:#.2g}".rstrip(".")
+
+
+def percent(share):
+    """Returns a share as a text of few characters."""
+    if share is None:
+        return "-"
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return "0" if share == 0 else f"{share:.1%}"
+
+
+def spectrum(sigma, max_rank):
+    """Draws a bar for each singular value, and a dot for each free rank.
+
+    Where there are more ranks than room, a bar stands for the largest of
+    several.
+    """
+    width = min(max_rank, BAR_WIDTH)
+    largest = sigma[0] or 1.0
+    starts = [i * max_rank // width for i in range(width)]
     return "".join(
-        BARS[min(int(s / sigma[0] * len(BARS)), len(BARS) - 1)] for s in sigma
+        BARS[min(int(sigma[i] / largest * len(BARS)), len(BARS) - 1)]
+        if i < len(sigma)
+        else "·"
+        for i in starts
     )
+
+
+def plot_ranks(history, filename, title=None):
+    """Draws ranks over the course of a training as a picture.
+
+    A row for each layer, a column for each step, the darker the higher, and
+    in every cell the rank as a number: the picture says the same without
+    colours. Where there are more than 24 readings, 24 of them are shown,
+    evenly spaced, the first and the last included.
+
+    Needs `matplotlib`: `pip install "keras_geolora[plot]"`.
+
+    Args:
+        history: `keras_geolora.callbacks.RankHistory`, or the name of the CSV
+            file that one wrote.
+        filename: String or path of the PNG file to write.
+        title: String. Says the mean rank at the start and at the end if not
+            given.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        OSError: If the file cannot be written.
+        ValueError: If there is nothing to draw, or the file is no PNG file.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    model.compile(keras_geolora.GeoLoRA("adam"), loss="mse")
+    history = keras_geolora.callbacks.RankHistory(interval=1)
+    x, y = np.ones((8, 8)), np.ones((8, 4))
+    model.fit(x, y, batch_size=2, callbacks=[history], verbose=0)
+    keras_geolora.plot_ranks(history, "ranks.png")
+    ```
+    """
+    check_can_plot(filename)
+    if isinstance(history, (str, pathlib.PurePath)):
+        steps, ranks = read_ranks(history)
+    else:
+        steps, ranks = history.steps, history.ranks
+    if not steps or not ranks:
+        raise ValueError(
+            "There are no ranks to draw before `fit` has run with the "
+            f"callback. Received: history={history!r} with {len(steps)} "
+            "readings"
+        )
+    table = np.array(list(ranks.values()), "float")  # NaN for no adapter
+    picture = io.BytesIO()
+    heat_map(steps, list(ranks), table, title).savefig(picture, format="png")
+    write_whole(filename, picture.getvalue())
+
+
+def check_can_plot(filename):
+    """Refuses to draw into what is no PNG file, or without matplotlib."""
+    if pathlib.Path(filename).suffix.lower() != ".png":
+        raise ValueError(
+            "The heat map is a PNG file, so its name must end in '.png'. "
+            f"Received: '{filename}'"
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "The heat map is drawn by matplotlib. Write: "
+            '`pip install "keras_geolora[plot]"`'
+        ) from error
+
+
+def heat_map(steps, paths, table, title=None):
+    """Returns the `matplotlib.figure.Figure` of the ranks.
+
+    Args:
+        steps: List of ints, the number of updates of each column.
+        paths: List of strings, the layer of each row.
+        table: Array of shape `(rows, columns)`, NaN where there is no rank.
+        title: String or `None`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    if title is None:
+        first, last = np.nanmean(table[:, 0]), np.nanmean(table[:, -1])
+        title = (
+            f"Ranks found in training: on average {first:.1f} at first, "
+            f"{last:.1f} at last"
+        )
+    read = len(steps)
+    if read > MAX_COLUMNS:
+        chosen = np.linspace(0, read - 1, MAX_COLUMNS).round().astype(int)
+        steps, table = [steps[i] for i in chosen], table[:, chosen]
+    common, names = abbreviated(paths, LABEL_WIDTH)
+    rows, columns = table.shape
+    width = 1.8 + 0.062 * max(map(len, names)) + 0.34 * columns
+    figure = Figure(
+        (max(width, 7), 1.6 + 0.2 * rows), dpi=110, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    axes = figure.add_subplot()
+    lowest, highest = np.nanmin(table), np.nanmax(table)
+    highest = max(highest, lowest + 1)
+    greys = LinearSegmentedColormap.from_list("greys", ["0.96", "0.3"])
+    image = axes.imshow(table, greys, vmin=lowest, vmax=highest, aspect="auto")
+    dark = lowest + 0.7 * (highest - lowest)
+    for (row, column), rank in np.ndenumerate(table):
+        if np.isfinite(rank):
+            axes.text(
+                column,
+                row,
+                f"{rank:.0f}",
+                color="white" if rank > dark else "black",
+                fontsize=7,
+                ha="center",
+                va="center",
+            )
+    axes.set_yticks(range(rows), names, fontsize=7)
+    axes.set_ylabel(f"layer, below '{common}'" if common else "layer")
+    turned = 90 if steps[-1] >= 10**4 else 0
+    axes.set_xticks(range(columns), steps, fontsize=7, rotation=turned)
+    some = f" ({columns} of {read} readings)" if columns < read else ""
+    axes.set_xlabel(f"updates{some}")
+    # White between the cells, black where another part of the model begins.
+    axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    parts = [name.split("/")[0] for name in names]
+    for row in range(1, rows):
+        if "/" in names[row] and parts[row] != parts[row - 1]:
+            axes.axhline(row - 0.5, color="black", linewidth=1)
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        label="rank",
+        shrink=0.5 if rows > 16 else 1,
+        aspect=20,
+        anchor=(0, 1),
+    )
+    bar.locator.set_params(integer=True)
+    bar.update_ticks()
+    return figure
