@@ -275,17 +275,20 @@ class AdaptedScope:
 
 
 def own_callbacks(callbacks):
-    """Returns the callbacks of `fit`, with ours in front."""
+    """Returns the callbacks of `fit`, with ours in front.
+
+    Those that were given, too: what they put into the logs reaches all others.
+    """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
     if callbacks is None:
         callbacks = []
     elif not isinstance(callbacks, (list, tuple)):
         callbacks = [callbacks]
-    for own in (SilentFailureGuard, RankLogger, EpochCut):
-        if not any(isinstance(c, own) for c in callbacks):
-            callbacks = [own(), *callbacks]
-    return callbacks
+    front = []
+    for own in (EpochCut, RankLogger, SilentFailureGuard):
+        front += [c for c in callbacks if isinstance(c, own)] or [own()]
+    return [*front, *(c for c in callbacks if c not in front)]
 
 
 @functools.cache
