@@ -5,6 +5,7 @@
 
 The model is all-MiniLM-L6-v2, the data are rated sentences of movie reviews.
 Two epochs over 2,000 sentences take a few minutes on two CPU cores.
+`--heat-map ranks.png` draws the rank of every layer over the training.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main(args):
     import keras
     import keras_hub
 
-    import keras_geolora  # noqa: F401  adds the methods to `keras.Model`
+    import keras_geolora  # also adds methods to `keras.Model`
     from keras_geolora import GeoLoRA
 
     keras.utils.set_random_seed(args.seed)
@@ -58,6 +59,9 @@ def main(args):
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+    history = keras_geolora.callbacks.RankHistory(
+        heat_map=args.heat_map, interval=10
+    )
     classifier.fit(
         sentences,
         liked,
@@ -65,6 +69,7 @@ def main(args):
         epochs=args.epochs,
         batch_size=32,
         shuffle=False,  # They are shuffled, and KerasHub keeps their order.
+        callbacks=[history],
     )
 
     print("\nWhich rank did each layer need?")
@@ -90,6 +95,7 @@ def parse_args():
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--heat-map", metavar="PNG")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

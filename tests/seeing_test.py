@@ -18,6 +18,7 @@ from keras_geolora.callbacks import (
     RankLogger,
     RankTensorBoard,
 )
+from keras_geolora.callbacks.reading import IntervalCallback
 from keras_geolora.targeting import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The last layer")
@@ -75,10 +76,22 @@ def test_the_history_ends_an_epoch_with_what_its_cut_has_left():
 
 
 def test_readings_keep_their_distance_where_keras_does_several_steps_at_once():
-    model, history = adapted(), RankHistory(interval=3)
-    model.compile(model.optimizer, loss="mse", steps_per_execution=2)
-    fit(model, history)
-    assert history.steps == [0, 4, 6, 8]
+    class Counter(IntervalCallback):
+        readings = 0
+
+        def read(self, step):
+            self.readings += 1
+
+    counter = Counter(interval=3)
+    counter.set_model(adapted())
+    counter.on_train_begin()
+    counter.on_epoch_begin(0)
+    counts = []
+    for batch in range(1, 16, 2):
+        counter.on_train_batch_end(batch)
+        counts.append(counter.readings)
+    # The first is before the first batch; 4, 6, 10, 12, 16 batches are done.
+    assert counts == [1, 2, 3, 3, 4, 5, 5, 6]
 
 
 def test_a_second_fit_goes_on_with_the_history():
