@@ -59,9 +59,7 @@ def main(args):
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    history = keras_geolora.callbacks.RankHistory(
-        heat_map=args.heat_map, interval=10
-    )
+    history = keras_geolora.callbacks.RankHistory(heat_map=args.heat_map)
     classifier.fit(
         sentences,
         liked,

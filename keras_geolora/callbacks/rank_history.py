@@ -30,7 +30,7 @@ class RankHistory(IntervalCallback):
             `keras_geolora.plot_ranks`. Optional; needs `matplotlib`.
         interval: Int, how many batches apart the ranks are read. Each reading
             waits for the device and copies a basis of every layer. Defaults
-            to 20, which is how often `GeoLoRA` cuts unless told otherwise.
+            to 20, the `cut_interval` of `GeoLoRA`; in between ranks only grow.
 
     Attributes:
         steps: List of ints, the number of updates at each reading.

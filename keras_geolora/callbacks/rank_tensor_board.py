@@ -39,7 +39,7 @@ class RankTensorBoard(IntervalCallback):
             `keras.callbacks.TensorBoard` for example. Defaults to `"logs"`.
         interval: Int, how many batches apart ranks are written. Each reading
             waits for the device and copies a basis of every layer. Defaults
-            to 20, which is how often `GeoLoRA` cuts unless told otherwise.
+            to 20, the `cut_interval` of `GeoLoRA`; in between ranks only grow.
         histogram_freq: Int, how many epochs apart histograms are written; 0
             for none. Defaults to 1.
 

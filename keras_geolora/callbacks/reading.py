@@ -7,8 +7,9 @@ class IntervalCallback(keras.callbacks.Callback):
     """Reads something now and then while `fit` runs.
 
     Before the first batch, every `interval` batches, and at the end of every
-    epoch. What is read before and after the cut of an epoch has the same
-    step.
+    epoch. Batches are counted through all epochs, as updates are, so that an
+    interval that is the `cut_interval` of `GeoLoRA` meets its cuts. What is
+    read before and after the cut of an epoch has the same step.
     """
 
     def __init__(self, interval):
@@ -16,6 +17,8 @@ class IntervalCallback(keras.callbacks.Callback):
         check_interval(interval)
         self.interval = interval
         self._begins = False
+        self._done = 0  # batches, in all and in this epoch
+        self._done_in_epoch = 0
         self._next = interval
 
     def read(self, step):
@@ -28,18 +31,26 @@ class IntervalCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         """Reads before the first batch."""
-        self._next = self.interval
+        self._done_in_epoch = 0
         if self._begins:
-            self.read(updates_of(self.model))
+            step = updates_of(self.model)
+            self._count(step)
+            self.read(step)
         self._begins = False
 
     def on_train_batch_end(self, batch, logs=None):
         """Reads every `interval` batches."""
         # `batch` moves in strides where Keras does several steps at once.
-        done = batch + 1
-        if done >= self._next:
-            self._next = (done // self.interval + 1) * self.interval
+        done = self._done + batch + 1 - self._done_in_epoch
+        self._done_in_epoch = batch + 1
+        due = done >= self._next
+        self._count(done)
+        if due:
             self.read(updates_of(self.model))
+
+    def _count(self, done):
+        self._done = done
+        self._next = (done // self.interval + 1) * self.interval
 
     def on_epoch_end(self, epoch, logs=None):
         """Reads what the cut of the epoch has left."""
