@@ -8,17 +8,15 @@ from keras import ops
 
 from keras_geolora.abbreviation import abbreviated
 from keras_geolora.files import write_whole
+from keras_geolora.heat_map import check_can_draw, heat_map
 from keras_geolora.optimizer import find_geolora, value_at
 from keras_geolora.rank_table import read_ranks
 from keras_geolora.targeting import adapted_layers
 
 BARS = "▁▂▃▄▅▆▇█"
-# Characters for a spectrum, for a path in a table, and in a picture.
+# Characters for a spectrum, and for a path.
 BAR_WIDTH = 16
 PATH_WIDTH = 40
-LABEL_WIDTH = 44
-# Columns of a heat map whose numbers can still be read side by side.
-MAX_COLUMNS = 24
 
 
 def geolora_summary(model, print_fn=print, style="text", optimizer=None):
@@ -125,7 +123,9 @@ def describe(path, adapter, optimizer=None):
             float(np.abs(basis.T @ basis - np.eye(rank)).max())
             for basis in (U, V)
         ),
-        "discarded_share": optimizer and optimizer.discarded_share(adapter),
+        "discarded_share": (
+            None if optimizer is None else optimizer.discarded_share(adapter)
+        ),
     }
 
 
@@ -327,7 +327,7 @@ def plot_ranks(history, filename, title=None):
     keras_geolora.plot_ranks(history, "ranks.png")
     ```
     """
-    check_can_plot(filename)
+    check_can_draw(filename)
     if isinstance(history, (str, pathlib.PurePath)):
         steps, ranks = read_ranks(history)
     else:
@@ -342,95 +342,3 @@ def plot_ranks(history, filename, title=None):
     picture = io.BytesIO()
     heat_map(steps, list(ranks), table, title).savefig(picture, format="png")
     write_whole(filename, picture.getvalue())
-
-
-def check_can_plot(filename):
-    """Refuses to draw into what is no PNG file, or without matplotlib."""
-    if pathlib.Path(filename).suffix.lower() != ".png":
-        raise ValueError(
-            "The heat map is a PNG file, so its name must end in '.png'. "
-            f"Received: '{filename}'"
-        )
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "The heat map is drawn by matplotlib. Write: "
-            '`pip install "keras_geolora[plot]"`'
-        ) from error
-
-
-def heat_map(steps, paths, table, title=None):
-    """Returns the `matplotlib.figure.Figure` of the ranks.
-
-    Args:
-        steps: List of ints, the number of updates of each column.
-        paths: List of strings, the layer of each row.
-        table: Array of shape `(rows, columns)`, NaN where there is no rank.
-        title: String or `None`.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    if title is None:
-        first, last = np.nanmean(table[:, 0]), np.nanmean(table[:, -1])
-        title = (
-            f"Ranks found in training: on average {first:.1f} at first, "
-            f"{last:.1f} at last"
-        )
-    read = len(steps)
-    if read > MAX_COLUMNS:
-        chosen = np.linspace(0, read - 1, MAX_COLUMNS).round().astype(int)
-        steps, table = [steps[i] for i in chosen], table[:, chosen]
-    common, names = abbreviated(paths, LABEL_WIDTH)
-    rows, columns = table.shape
-    width = 1.8 + 0.062 * max(map(len, names)) + 0.34 * columns
-    figure = Figure(
-        (max(width, 7), 1.6 + 0.2 * rows), dpi=110, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    axes = figure.add_subplot()
-    lowest, highest = np.nanmin(table), np.nanmax(table)
-    highest = max(highest, lowest + 1)
-    greys = LinearSegmentedColormap.from_list("greys", ["0.96", "0.3"])
-    image = axes.imshow(table, greys, vmin=lowest, vmax=highest, aspect="auto")
-    dark = lowest + 0.7 * (highest - lowest)
-    for (row, column), rank in np.ndenumerate(table):
-        if np.isfinite(rank):
-            axes.text(
-                column,
-                row,
-                f"{rank:.0f}",
-                color="white" if rank > dark else "black",
-                fontsize=7,
-                ha="center",
-                va="center",
-            )
-    axes.set_yticks(range(rows), names, fontsize=7)
-    axes.set_ylabel(f"layer, below '{common}'" if common else "layer")
-    turned = 90 if steps[-1] >= 10**4 else 0
-    axes.set_xticks(range(columns), steps, fontsize=7, rotation=turned)
-    some = f" ({columns} of {read} readings)" if columns < read else ""
-    axes.set_xlabel(f"updates{some}")
-    # White between the cells, black where another part of the model begins.
-    axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0)
-    parts = [name.split("/")[0] for name in names]
-    for row in range(1, rows):
-        if "/" in names[row] and parts[row] != parts[row - 1]:
-            axes.axhline(row - 0.5, color="black", linewidth=1)
-    bar = figure.colorbar(
-        image,
-        ax=axes,
-        label="rank",
-        shrink=0.5 if rows > 16 else 1,
-        aspect=20,
-        anchor=(0, 1),
-    )
-    bar.locator.set_params(integer=True)
-    bar.update_ticks()
-    return figure

@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "targeting",
         "optimizer",
         "rank_table",
+        "heat_map",
         "report",
     ],
     "adaptation": ["layers.adapter", "targeting"],
@@ -45,9 +46,11 @@ MAY_IMPORT = {
         "targeting",
         "optimizer",
         "abbreviation",
+        "heat_map",
         "rank_table",
         "files",
     ],
+    "heat_map": ["abbreviation"],
     "abbreviation": [],  # strings
     "rank_table": ["files"],
     "files": [],  # bytes and paths
@@ -93,7 +96,7 @@ MAY_IMPORT = {
 EXTERNAL = {"keras", "numpy", "safetensors"}
 # What one module may import beyond that: its reason to exist.
 EXTERNAL_OF = {
-    "report": {"matplotlib"},
+    "heat_map": {"matplotlib"},
     "callbacks.rank_tensor_board": {"tensorboardX"},
     "exchange": {"h5py"},
     "saved_model": {"tensorflow"},

@@ -1,7 +1,6 @@
 """What people see of ranks: callbacks, files, pictures and tables."""
 
 import csv
-import pathlib
 import sys
 import types
 
@@ -9,7 +8,6 @@ import keras
 import numpy as np
 import pytest
 
-import keras_geolora
 from keras_geolora import GeoLoRA, plot_ranks
 from keras_geolora.abbreviation import abbreviated
 from keras_geolora.callbacks import (
@@ -19,6 +17,8 @@ from keras_geolora.callbacks import (
     RankTensorBoard,
 )
 from keras_geolora.callbacks.reading import IntervalCallback
+from keras_geolora.heat_map import heat_map
+from keras_geolora.report import as_text, totals
 from keras_geolora.targeting import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The last layer")
@@ -198,12 +198,11 @@ def test_a_folder_that_does_not_exist_is_refused_at_once(argument, tmp_path):
         RankHistory(**{argument: missing})
 
 
-@pytest.mark.parametrize("callback", [RankHistory])
-def test_a_model_without_adapters_has_no_history(callback):
+def test_a_model_without_adapters_has_no_history():
     model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(6)])
     compile_(model, keras.optimizers.Adam())
     with pytest.raises(ValueError, match="Received: model '.*' without an ad"):
-        fit(model, callback())
+        fit(model, RankHistory())
 
 
 # Heat map.
@@ -227,8 +226,6 @@ def ranks_like(layers, readings):
 
 
 def texts_in_cells(history):
-    from keras_geolora.report import heat_map
-
     table = np.array(list(history.ranks.values()), "float")
     figure = heat_map(history.steps, list(history.ranks), table)
     return figure, [text.get_text() for text in figure.axes[0].texts]
@@ -572,8 +569,6 @@ def test_a_style_that_is_unknown_is_refused(style):
 
 
 def test_the_table_fits_a_terminal():
-    from keras_geolora.report import as_text, totals
-
     rows = [
         {
             "path": path,
@@ -591,8 +586,3 @@ def test_the_table_fits_a_terminal():
     ]
     lines = list(as_text(rows, "model", totals(rows, None, "parameters")))
     assert max(map(len, lines)) <= 120
-
-
-def test_names_are_public():
-    assert "plot_ranks" in keras_geolora.__all__
-    assert pathlib.Path(keras_geolora.callbacks.__file__).stem == "__init__"

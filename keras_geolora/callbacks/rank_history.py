@@ -4,8 +4,9 @@ import os
 import pathlib
 
 from keras_geolora.callbacks.reading import IntervalCallback
+from keras_geolora.heat_map import check_can_draw
 from keras_geolora.rank_table import read_ranks, write_ranks
-from keras_geolora.report import check_can_plot, plot_ranks
+from keras_geolora.report import plot_ranks
 from keras_geolora.targeting import adapted_layers
 
 
@@ -62,7 +63,7 @@ class RankHistory(IntervalCallback):
             check_folder("filename", filename)
         if heat_map is not None:
             check_folder("heat_map", heat_map)
-            check_can_plot(heat_map)
+            check_can_draw(heat_map)
         self.filename = filename
         self.heat_map = heat_map
         self.steps = []
