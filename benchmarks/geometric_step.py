@@ -2,7 +2,7 @@
 
     python benchmarks/geometric_step.py run --backend jax
     python benchmarks/geometric_step.py table
-    python benchmarks/geometric_step.py plot docs/images/geometric_step.png
+    python benchmarks/geometric_step.py plot
 
 Times `optimizer.apply` of `GeoLoRA(AdamW)` on adapters of random matrices,
 compiled as a train step would be, and that of `AdamW` on variables of the same
@@ -11,8 +11,6 @@ has 48 kernels of 768 x 768, 12 of 768 x 3072 and 12 of 3072 x 768; the other
 settings vary one thing in 48 layers of 768 x 768 at `max_rank=8`. Rows are
 added to `benchmarks/results/geometric_step.jsonl`.
 """
-
-import pathlib
 
 import measuring
 
@@ -25,6 +23,7 @@ SETTINGS = {
     **{f"rank {r}": ([(768, 768)] * 48, r) for r in (4, 8, 16, 32, 64)},
 }
 RESULT = "geometric_step"
+PLOT = "docs/images/geometric_step.png"
 
 
 def main():
@@ -32,13 +31,9 @@ def main():
     parser, commands, run = measuring.command_line(__doc__)
     run.add_argument("--settings", nargs="+", default=list(SETTINGS))
     run.add_argument("--rounds", type=int, default=30)
-    plot = commands.add_parser("plot")
-    plot.add_argument("file", type=pathlib.Path)
+    measuring.plot_command(commands, PLOT)
     args = parser.parse_args()
-    if args.command == "plot":
-        draw(args.file)
-    else:
-        measuring.run_or_print(args, measure, print_table)
+    measuring.run_or_print(args, measure, print_table, draw)
 
 
 def measure(args):
@@ -228,7 +223,6 @@ def draw(file):
     axes[0].set_ylabel("geometric step, ms")
     axes[0].legend()
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 

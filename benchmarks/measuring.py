@@ -26,10 +26,19 @@ def command_line(description):
     return parser, commands, run
 
 
-def run_or_print(args, measure, print_table):
-    """Does what `run` or `table` asks for."""
+def plot_command(commands, file):
+    """Adds `plot`, which takes the file to write, with a default."""
+    plot = commands.add_parser("plot")
+    plot.add_argument("file", nargs="?", type=pathlib.Path, default=file)
+
+
+def run_or_print(args, measure, print_table, draw=None):
+    """Does what `run`, `table` or `plot` asks for."""
     if args.command == "table":
         print_table()
+    elif args.command == "plot":
+        args.file.parent.mkdir(parents=True, exist_ok=True)
+        draw(args.file)
     else:
         os.environ["KERAS_BACKEND"] = args.backend
         measure(args)
@@ -143,3 +152,62 @@ def markdown(header, lines):
     """Returns a Markdown table."""
     table = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in table)
+
+
+def figure(rows, columns, width=9.0, height=3.2, **options):
+    """Returns a figure of `rows` times `columns` axes, and the axes.
+
+    Args:
+        rows: Int.
+        columns: Int.
+        width: Float, inches of the figure.
+        height: Float, inches of a row.
+        **options: As `Figure.subplots`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height * rows), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = made.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, alpha=0.25, linewidth=0.6)
+    return made, axes
+
+
+def label_lines(axis, texts, gap=0.055):
+    """Writes the name of every line beside its last point.
+
+    Labels that would lie on each other move apart.
+
+    Args:
+        axis: Axes, whose limits are final.
+        texts: Dict from name to line.
+        gap: Float, smallest distance of two labels in heights of the axes.
+    """
+    to_axes = axis.transData + axis.transAxes.inverted()
+    ends = []
+    for name, line in texts.items():
+        x, y = to_axes.transform(line.get_xydata()[-1])
+        ends.append((min(max(y, 0), 1), name, line.get_color(), x))
+    ends.sort()
+    # Up from below, then down from above where the axes end.
+    heights = []
+    for y, *_ in ends:
+        heights.append(max(y, heights[-1] + gap) if heights else y)
+    highest = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], highest)
+        highest = heights[i] - gap
+    for height, (_, name, color, x) in zip(heights, ends, strict=True):
+        axis.text(
+            max(x, 1) + 0.02,
+            height,
+            name,
+            color=color,
+            transform=axis.transAxes,
+            va="center",
+            fontsize=8,
+            clip_on=False,
+        )
