@@ -12,7 +12,8 @@ all their factors at once by the plain optimizer: three (`usv`, started as the
 adapter is) or two (`lora`), of rank 16 or told the rank 6. No step is bounded.
 
     python benchmarks/toy_convergence.py run --backend jax --inner sgd \
-        --steps 40000 --methods usv-6 lora-6 usv-16 lora-16 --rates 0.3 0.6 1
+        --steps 40000 --problems regression --rates 0.03 0.3 0.6 1 \
+        --methods usv-6 lora-6 usv-16 lora-16
 
 asks whether what has stalled stands still. Rows are added to
 `benchmarks/results/toy_convergence.jsonl`; `plot` writes two figures, the
@@ -180,43 +181,64 @@ def best(by_rate):
 
 
 def print_tables():
-    """Prints the best and the same rate for every problem and method."""
-    rows, long = table_rows(), long_rows()
-    header = ["method", "best rate", "loss", "steps to 1e-6", "error", "rank"]
-    header += ["descent left", "loss at rate {}", "rates solved"]
-    for problem in PROBLEMS:
+    """Prints what was reached at the best rate, at the same, and later."""
+    rows = table_rows()
+    cells = {
+        "Loss at the end (best rate; steps to 1e-6; rates that got there)": (
+            best_cell
+        ),
+        "Loss at the end, at the same rate for all": same_cell,
+        "The matrix at the best rate: error; ranks": matrix_cell,
+        "Gradient that is left among matrices of rank 6": left_cell,
+    }
+    for title, cell in cells.items():
         for inner in RATES:
             lines = [
-                table_line(of_method(rows, problem, inner, method), method)
+                [
+                    method,
+                    *(
+                        cell(of_method(rows, p, inner, method))
+                        for p in PROBLEMS
+                    ),
+                ]
                 for method in METHODS
             ]
-            same = [h.format(SAME_RATE[inner]) for h in header]
-            print(f"\n**{problem}, {inner}**\n")
-            print(measuring.markdown(same, lines))
-    lines = [long_line(key, row) for key, row in long.items()]
+            print(f"\n{title}, {INNER_NAMES[inner]}\n")
+            print(measuring.markdown(["method", *PROBLEMS], lines))
+    lines = [long_line(key, row) for key, row in long_rows().items()]
     print("\nLonger, at the best rate of those tried\n")
-    header = ["problem", "method", "rate", "steps", "loss", "descent left"]
+    header = ["problem", "method", "rate", "steps", "loss", "gradient left"]
     print(measuring.markdown(header, lines))
 
 
-def table_line(by_rate, method):
-    """Formats one method."""
+def best_cell(by_rate):
+    """Formats the loss at the best rate, and how many rates are good."""
     rate = best(by_rate)
-    row = by_rate[rate]
-    inner = row["inner"]
-    same = by_rate[SAME_RATE[inner]]
-    solved = [r for r, one in by_rate.items() if final(one)[2] < SOLVED]
-    return [
-        method,
-        f"{rate:g}",
-        span(final(row)),
-        steps_to_solve(row),
-        span(values(row, "error")),
-        ", ".join(str(run["rank"]) for run in row["seeds"].values()),
-        span(values(row, "descent_left"))[:5],
-        f"{final(same)[0]:.0e}",
-        f"{len(solved)} of {len(by_rate)}",
-    ]
+    solved = [r for r, row in by_rate.items() if final(row)[2] < SOLVED]
+    return (
+        f"{final(by_rate[rate])[0]:.0e} ({rate:g}; "
+        f"{steps_to_solve(by_rate[rate])}; {len(solved)} of {len(by_rate)})"
+    )
+
+
+def same_cell(by_rate):
+    """Formats the loss at the rate that all methods share."""
+    inner = next(iter(by_rate.values()))["inner"]
+    rate = SAME_RATE[inner]
+    loss = final(by_rate[rate])[0]
+    return f"{loss:.0e} ({rate:g})" if loss < 1e12 else f"diverged ({rate:g})"
+
+
+def matrix_cell(by_rate):
+    """Formats the error and the ranks of all seeds, at the best rate."""
+    row = by_rate[best(by_rate)]
+    ranks = ", ".join(str(run["rank"]) for run in row["seeds"].values())
+    return f"{values(row, 'error')[0]:.0e}; {ranks}"
+
+
+def left_cell(by_rate):
+    """Formats the projected gradient, relative to the start."""
+    return span(values(by_rate[best(by_rate)], "descent_left"))
 
 
 def values(row, what):
@@ -292,7 +314,7 @@ def draw_grid(rows, file, points, xlabel, xscale):
                     **style,
                 )
             axis.set(yscale="log", ylim=(1e-12, 30), xscale=xscale)
-            axis.set_title(f"{problem}, {INNER_NAMES[inner]}", fontsize=10)
+            axis.set_title(f"{problem}, {INNER_NAMES[inner]}", fontsize=11)
             measuring.label_lines(axis, lines)
         line[0].set_ylabel("loss, relative to the start")
     for axis in axes[-1]:
