@@ -1,0 +1,325 @@
+"""Does the number of parameters at the end depend on the rank at the start?
+
+    python benchmarks/starting_rank.py run --backend jax --task teacher
+    python benchmarks/starting_rank.py table
+    python benchmarks/starting_rank.py plot
+
+Trains every task from the ranks 2, 4, 8, 16 and 32, in buffers of 32, with the
+defaults of the library around Adam, three seeds, at each `--tolerances`:
+
+- `regression` and `completion` of `toys.py`: one matrix of rank 6, full batch;
+- `teacher`: three layers of 64 x 64 with frozen random kernels learn from a
+  network whose kernels differ by matrices of rank 2, 4 and 8 and half their
+  norm; 4,096 inputs, batches of 64.
+
+Rows, with the number of parameters at the ranks after every epoch, are added to
+`benchmarks/results/starting_rank.jsonl`. Takes 5 minutes a task on one core of
+a server.
+"""
+
+import statistics
+import warnings
+
+import measuring
+
+RESULT = "starting_rank"
+PLOT = "docs/images/starting_rank.png"
+RANKS, MAX_RANK, SEEDS = (2, 4, 8, 16, 32), 32, (0, 1, 2)
+TOLERANCES = (0.1, 0.2)
+
+
+def main():
+    """Parses the command line."""
+    parser, commands, run = measuring.command_line(__doc__)
+    run.add_argument("--task", choices=list(TASKS), required=True)
+    run.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    run.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
+    measuring.plot_command(commands, PLOT)
+    args = parser.parse_args()
+    measuring.run_or_print(args, measure, print_table, draw)
+
+
+def measure(args):
+    """Trains from every rank with every seed."""
+    warnings.simplefilter("ignore")  # Keras' generator has no length
+    for tolerance in args.tolerances:
+        for rank in args.ranks:
+            for seed in args.seeds:
+                found = train(TASKS[args.task](seed), rank, seed, tolerance)
+                row = {"task": args.task, "tolerance": tolerance}
+                row |= {"rank": rank, "seed": seed, **found}
+                row |= measuring.environment(args.backend)
+                measuring.append(RESULT, row)
+
+
+class Matrix:
+    """A problem of one matrix, of `toys.py`.
+
+    A task says how its model is made and trained: `rate`, `loss`, `epochs`
+    and `steps` of an epoch, or `None` for all of the data; `model()` without
+    adapters; `data()` as `fit` takes it; and `quality(model)`, a dict of
+    numbers.
+    """
+
+    rate, epochs, steps = 3e-3, 40, 100
+
+    def __init__(self, name, seed):
+        import toys
+
+        self.problem = toys.Problem(name, seed)
+        self.loss = toys.half_squared_error
+
+    def model(self):
+        import keras
+
+        layer = keras.layers.Dense(
+            self.problem.shape[1], use_bias=False, kernel_initializer="zeros"
+        )
+        inputs = keras.Input((self.problem.shape[0],))
+        return keras.Sequential([inputs, layer])
+
+    def data(self):
+        return {"x": self.problem.batches()}
+
+    def quality(self, model):
+        from keras import ops
+
+        delta = ops.convert_to_numpy(model.layers[0].delta())
+        start = self.problem.loss(0 * delta)
+        return {
+            "loss": self.problem.loss(delta) / start,
+            "error": self.problem.error(delta),
+        }
+
+
+class Teacher:
+    """A network that learns from another of the same kernels, but for ranks."""
+
+    rate, epochs, steps, loss = 1e-3, 50, None, "mse"
+    width, ranks, inputs, batch = 64, (2, 4, 8), 4096, 64
+
+    def __init__(self, seed):
+        import keras
+        import numpy as np
+        import toys
+
+        keras.utils.set_random_seed(seed)
+        rng = np.random.default_rng(seed)
+        teacher = self.network()
+        self.kernels = teacher.get_weights()
+        shifted = []
+        for kernel, rank in zip(self.kernels, self.ranks, strict=True):
+            sigma = np.full(rank, 0.5 * np.linalg.norm(kernel) / rank**0.5)
+            U, S, V = toys.reference.random_factors(rng, *kernel.shape, sigma)
+            shifted.append(kernel + U @ S @ V.T)
+        teacher.set_weights(shifted)
+        x = rng.normal(size=(2 * self.inputs, self.width)).astype("float32")
+        self.x = x[: self.inputs], x[self.inputs :]
+        self.y = [teacher.predict(x, verbose=0) for x in self.x]
+
+    def network(self):
+        from keras import Input, Sequential, layers
+
+        made = [
+            layers.Dense(self.width, use_bias=False, activation=activation)
+            for activation in ("tanh", "tanh", None)
+        ]
+        return Sequential([Input((self.width,)), *made])
+
+    def model(self):
+        network = self.network()
+        network.set_weights(self.kernels)
+        return network
+
+    def data(self):
+        return {"x": self.x[0], "y": self.y[0], "batch_size": self.batch}
+
+    def quality(self, model):
+        import numpy as np
+
+        x, y = self.x[1], self.y[1]
+        before = np.mean((self.model().predict(x, verbose=0) - y) ** 2)
+        after = np.mean((model.predict(x, verbose=0) - y) ** 2)
+        return {"loss": float(after / before)}
+
+
+def regression(seed):
+    """A matrix of rank 6, seen through inputs."""
+    return Matrix("regression", seed)
+
+
+def completion(seed):
+    """A matrix of rank 6, of which 60 % are known."""
+    return Matrix("completion", seed)
+
+
+TASKS = {"regression": regression, "completion": completion, "teacher": Teacher}
+
+
+def train(task, rank, seed, tolerance):
+    """Returns the parameters after every epoch, and what is at the end."""
+    import keras
+
+    import keras_geolora
+
+    keras.utils.set_random_seed(1000 + seed)
+    model = task.model()
+    keras_geolora.enable_geolora(
+        model, rank=rank, max_rank=MAX_RANK, seed=1000 + seed
+    )
+    optimizer = keras.optimizers.Adam(task.rate)
+    optimizer = keras_geolora.GeoLoRA(optimizer, tolerance)
+    model.compile(optimizer, loss=task.loss)
+    parameters = [count(model)]
+
+    def note(epoch, logs):
+        parameters.append(count(model))
+
+    model.fit(
+        **task.data(),
+        epochs=task.epochs,
+        steps_per_epoch=task.steps,
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=note)],
+        verbose=0,
+    )
+    return {
+        "parameters": parameters,
+        "ranks": [adapter.rank for adapter in adapters(model)],
+        **task.quality(model),
+    }
+
+
+def adapters(model):
+    """Returns the adapters of a model."""
+    from keras_geolora import LowRankAdapter
+
+    layers = model._flatten_layers()
+    return [layer for layer in layers if isinstance(layer, LowRankAdapter)]
+
+
+def count(model):
+    """Returns the parameters of the adapters at their ranks."""
+    return sum(a.rank * a.parameters_per_rank for a in adapters(model))
+
+
+def found():
+    """Returns the last row of every run, by task and tolerance."""
+    runs = {}
+    for row in measuring.rows(RESULT):
+        setting = runs.setdefault((row["task"], row["tolerance"]), {})
+        setting[row["rank"], row["seed"]] = row
+    return dict(sorted(runs.items()))
+
+
+def by_rank(runs):
+    """Returns the rows of every starting rank."""
+    return {
+        rank: [row for (start, _), row in sorted(runs.items()) if start == rank]
+        for rank in sorted({rank for rank, _ in runs})
+    }
+
+
+def print_table():
+    """Prints parameters at the end, and how far they are apart."""
+    for (task, tolerance), runs in found().items():
+        print(f"\n**{task}, tolerance {tolerance:g}**\n")
+        header = ["rank at the start", "parameters at the end, by seed"]
+        header += ["mean", "ranks", "loss at the end, relative"]
+        lines = []
+        for rank, rows in by_rank(runs).items():
+            ends = [row["parameters"][-1] for row in rows]
+            line = [rank, ", ".join(f"{end:,}" for end in ends)]
+            line.append(f"{statistics.mean(ends):,.0f}")
+            line.append("; ".join(text(row["ranks"]) for row in rows))
+            line.append(", ".join(f"{row['loss']:.1e}" for row in rows))
+            lines.append(line)
+        print(measuring.markdown(header, lines))
+        print(f"\n{apart(runs)}")
+
+
+def text(ranks):
+    """Formats ranks."""
+    return " ".join(map(str, ranks))
+
+
+def apart(runs):
+    """Says how far the numbers at the end are apart."""
+    means = [
+        statistics.mean(row["parameters"][-1] for row in rows)
+        for rows in by_rank(runs).values()
+    ]
+    seeds = {}
+    for (_, seed), row in runs.items():
+        seeds.setdefault(seed, []).append(row["parameters"][-1])
+    worst = max(largest_by_smallest(ends) for ends in seeds.values())
+    return (
+        f"Largest by smallest mean: {largest_by_smallest(means):.2f}; "
+        f"worst of a seed: {worst:.2f}."
+    )
+
+
+def largest_by_smallest(numbers):
+    """Returns the ratio of the extremes."""
+    return max(numbers) / min(numbers)
+
+
+STYLES = {
+    2: dict(color="#0b3c8c", linestyle="-", marker="o"),
+    4: dict(color="#1a7f5a", linestyle="--", marker="s"),
+    8: dict(color="#8a6d00", linestyle="-.", marker="^"),
+    16: dict(color="#b03a00", linestyle=":", marker="D"),
+    32: dict(color="#7a1f7a", linestyle="-", marker="v"),
+}
+
+
+def draw(file):
+    """Draws the parameters over epochs, from every rank."""
+    settings = found()
+    tasks = sorted({task for task, _ in settings})
+    tolerances = sorted({tolerance for _, tolerance in settings})
+    figure, axes = measuring.figure(
+        len(tolerances), len(tasks), width=3.8 * len(tasks)
+    )
+    for (task, tolerance), runs in settings.items():
+        axis = axes[tolerances.index(tolerance), tasks.index(task)]
+        for rank, rows in by_rank(runs).items():
+            curves = [row["parameters"] for row in rows]
+            points = list(zip(*curves, strict=True))
+            x = range(len(points))
+            mean = [statistics.mean(p) for p in points]
+            axis.annotate(
+                f"{rank}",
+                (0, mean[0]),
+                (-4, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=9,
+                color=STYLES.get(rank, {}).get("color"),
+            )
+            axis.plot(
+                x,
+                mean,
+                markersize=4,
+                markevery=max(1, len(points) // 8),
+                linewidth=1.3,
+                **STYLES.get(rank, {}),
+            )
+            axis.fill_between(
+                x,
+                [min(p) for p in points],
+                [max(p) for p in points],
+                color=STYLES.get(rank, {}).get("color"),
+                alpha=0.12,
+                linewidth=0,
+            )
+        axis.set(yscale="log", xlabel="epoch", xlim=(-0.12 * len(points), None))
+        axis.set_title(f"{task}, tolerance {tolerance:g}", fontsize=10)
+    for line in axes:
+        line[0].set_ylabel("parameters at the ranks, from each first rank")
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
