@@ -390,7 +390,7 @@ EXPERIMENTS = {
 def print_tables():
     """Prints the distances, and the rises."""
     for experiment, what in EXPERIMENTS.items():
-        shown = STEPS[::3]
+        shown = STEPS[::4]
         header = [what, "way", *(f"step {TIME / n:.2g}" for n in shown)]
         lines = [
             [show(value), way, *(f"{d[n]:.1e}" for n in shown), slope_of(d)]
@@ -403,7 +403,10 @@ def print_tables():
         print(f"\nRises of the loss, {problem}, {way}: how many, the largest\n")
         rises = rises_of(problem, way)
         lines = [
-            [f"{rate:g}", *(cell(rises[cut, rate]) for cut in DESCENT_CUTS)]
+            [
+                f"{rate:g}",
+                *(cell(rises.get((cut, rate), [])) for cut in DESCENT_CUTS),
+            ]
             for rate in sorted({rate for _, rate in rises})
         ]
         print(measuring.markdown(header, lines))
@@ -429,7 +432,7 @@ def rises_of(problem, way):
 def cell(rises):
     """Formats how often the loss rose, and how far at most."""
     counts = ", ".join(str(one["count"]) for one in rises)
-    largest = max(one["largest"] for one in rises)
+    largest = max((one["largest"] for one in rises), default=0)
     return f"{counts}; {largest:.0e}" if largest else counts
 
 

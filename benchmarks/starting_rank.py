@@ -5,9 +5,11 @@
     python benchmarks/starting_rank.py plot
 
 Trains every task from the ranks 2, 4, 8, 16 and 32, in buffers of 32, with the
-defaults of the library around Adam, three seeds, at each `--tolerances`:
+defaults of the library around Adam, three seeds, at each of `--tolerances`:
 
 - `regression` and `completion` of `toys.py`: one matrix of rank 6, full batch;
+- `continued`: `regression` from an adapter that is not zero, as after training
+  on something else: random, its singular values between 1 and 0.5;
 - `teacher`: three layers of 64 x 64 with frozen random kernels learn from a
   network whose kernels differ by matrices of rank 2, 4 and 8 and half their
   norm; 4,096 inputs, batches of 64.
@@ -25,7 +27,7 @@ import measuring
 RESULT = "starting_rank"
 PLOT = "docs/images/starting_rank.png"
 RANKS, MAX_RANK, SEEDS = (2, 4, 8, 16, 32), 32, (0, 1, 2)
-TOLERANCES = (0.1, 0.2)
+TOLERANCES = (0.1,)
 
 
 def main():
@@ -58,8 +60,8 @@ class Matrix:
 
     A task says how its model is made and trained: `rate`, `loss`, `epochs`
     and `steps` of an epoch, or `None` for all of the data; `model()` without
-    adapters; `data()` as `fit` takes it; and `quality(model)`, a dict of
-    numbers.
+    adapters; `begin(model, seed)`, which may change the adapters; `data()` as
+    `fit` takes it; and `quality(model)`, a dict of numbers.
     """
 
     rate, epochs, steps = 3e-3, 40, 100
@@ -79,6 +81,9 @@ class Matrix:
         inputs = keras.Input((self.problem.shape[0],))
         return keras.Sequential([inputs, layer])
 
+    def begin(self, model, seed):
+        """Leaves the adapter zero."""
+
     def data(self):
         return {"x": self.problem.batches()}
 
@@ -91,6 +96,22 @@ class Matrix:
             "loss": self.problem.loss(delta) / start,
             "error": self.problem.error(delta),
         }
+
+
+class Continued(Matrix):
+    """The same from an adapter that is not zero."""
+
+    rate = 1e-3
+
+    def begin(self, model, seed):
+        import numpy as np
+        import toys
+
+        (adapter,) = adapters(model)
+        rng = np.random.default_rng(seed)
+        sigma = np.geomspace(1, 0.5, adapter.rank)
+        start = toys.reference.random_factors(rng, *self.problem.shape, sigma)
+        toys.assign(adapter, start)
 
 
 class Teacher:
@@ -132,6 +153,9 @@ class Teacher:
         network.set_weights(self.kernels)
         return network
 
+    def begin(self, model, seed):
+        """Leaves the adapters zero."""
+
     def data(self):
         return {"x": self.x[0], "y": self.y[0], "batch_size": self.batch}
 
@@ -154,7 +178,17 @@ def completion(seed):
     return Matrix("completion", seed)
 
 
-TASKS = {"regression": regression, "completion": completion, "teacher": Teacher}
+def continued(seed):
+    """A matrix of rank 6, after another one."""
+    return Continued("regression", seed)
+
+
+TASKS = {
+    "regression": regression,
+    "completion": completion,
+    "continued": continued,
+    "teacher": Teacher,
+}
 
 
 def train(task, rank, seed, tolerance):
@@ -168,6 +202,7 @@ def train(task, rank, seed, tolerance):
     keras_geolora.enable_geolora(
         model, rank=rank, max_rank=MAX_RANK, seed=1000 + seed
     )
+    task.begin(model, seed)
     optimizer = keras.optimizers.Adam(task.rate)
     optimizer = keras_geolora.GeoLoRA(optimizer, tolerance)
     model.compile(optimizer, loss=task.loss)
@@ -222,29 +257,44 @@ def by_rank(runs):
 
 def print_table():
     """Prints parameters at the end, and how far they are apart."""
-    for (task, tolerance), runs in found().items():
-        print(f"\n**{task}, tolerance {tolerance:g}**\n")
-        header = ["rank at the start", "parameters at the end, by seed"]
-        header += ["mean", "ranks", "loss at the end, relative"]
-        lines = []
-        for rank, rows in by_rank(runs).items():
-            ends = [row["parameters"][-1] for row in rows]
-            line = [rank, ", ".join(f"{end:,}" for end in ends)]
-            line.append(f"{statistics.mean(ends):,.0f}")
-            line.append("; ".join(text(row["ranks"]) for row in rows))
-            line.append(", ".join(f"{row['loss']:.1e}" for row in rows))
-            lines.append(line)
-        print(measuring.markdown(header, lines))
-        print(f"\n{apart(runs)}")
+    settings = found()
+    names = [f"{task}, {tolerance:g}" for task, tolerance in settings]
+    ranks = sorted({rank for runs in settings.values() for rank, _ in runs})
+    lines = [
+        [
+            rank,
+            *(cell(by_rank(runs).get(rank, [])) for runs in settings.values()),
+        ]
+        for rank in ranks
+    ]
+    print("Parameters at the end, mean of seeds (ranks of every seed)\n")
+    print(measuring.markdown(["first rank", *names], lines))
+    print("\nHow far apart, and the loss at the end, relative to the start\n")
+    header = ["task", "largest by smallest mean", "worst seed", "loss"]
+    lines = [
+        [name, *apart(runs), losses(runs)]
+        for name, runs in zip(names, settings.values(), strict=True)
+    ]
+    print(measuring.markdown(header, lines))
 
 
-def text(ranks):
-    """Formats ranks."""
-    return " ".join(map(str, ranks))
+def cell(rows):
+    """Formats the parameters and ranks of the seeds."""
+    if not rows:
+        return "-"
+    mean = statistics.mean(row["parameters"][-1] for row in rows)
+    found = [" ".join(map(str, row["ranks"])) for row in rows]
+    return f"{mean:,.0f} ({'; '.join(found)})"
+
+
+def losses(runs):
+    """Formats the smallest and the largest loss."""
+    ends = [row["loss"] for row in runs.values()]
+    return f"{min(ends):.1e} to {max(ends):.1e}"
 
 
 def apart(runs):
-    """Says how far the numbers at the end are apart."""
+    """Returns how far the numbers at the end are apart: means, worst seed."""
     means = [
         statistics.mean(row["parameters"][-1] for row in rows)
         for rows in by_rank(runs).values()
@@ -252,11 +302,8 @@ def apart(runs):
     seeds = {}
     for (_, seed), row in runs.items():
         seeds.setdefault(seed, []).append(row["parameters"][-1])
-    worst = max(largest_by_smallest(ends) for ends in seeds.values())
-    return (
-        f"Largest by smallest mean: {largest_by_smallest(means):.2f}; "
-        f"worst of a seed: {worst:.2f}."
-    )
+    worst = max(map(largest_by_smallest, seeds.values()))
+    return f"{largest_by_smallest(means):.2f}", f"{worst:.2f}"
 
 
 def largest_by_smallest(numbers):
@@ -275,14 +322,17 @@ STYLES = {
 
 def draw(file):
     """Draws the parameters over epochs, from every rank."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     settings = found()
-    tasks = sorted({task for task, _ in settings})
-    tolerances = sorted({tolerance for _, tolerance in settings})
-    figure, axes = measuring.figure(
-        len(tolerances), len(tasks), width=3.8 * len(tasks)
-    )
-    for (task, tolerance), runs in settings.items():
-        axis = axes[tolerances.index(tolerance), tasks.index(task)]
+    columns = 2 if len(settings) <= 4 else 3
+    rows = -(-len(settings) // columns)
+    figure, axes = measuring.figure(rows, columns, width=5 * columns)
+    for axis in list(axes.flat)[len(settings) :]:
+        axis.remove()
+    for axis, ((task, tolerance), runs) in zip(
+        axes.flat, settings.items(), strict=False
+    ):
         for rank, rows in by_rank(runs).items():
             curves = [row["parameters"] for row in rows]
             points = list(zip(*curves, strict=True))
@@ -315,9 +365,12 @@ def draw(file):
                 linewidth=0,
             )
         axis.set(yscale="log", xlabel="epoch", xlim=(-0.12 * len(points), None))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.set_title(f"{task}, tolerance {tolerance:g}", fontsize=10)
     for line in axes:
-        line[0].set_ylabel("parameters at the ranks, from each first rank")
+        line[0].set_ylabel("parameters, by first rank")
     figure.savefig(file, dpi=110)
 
 

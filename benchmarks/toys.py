@@ -192,20 +192,20 @@ class Trainer:
         ):
             variable.assign(value)
         optimizer.learning_rate = rate
-        if start is not None:
-            self.start_from(start)
-        batches = problem.batches()
         layer = self.model.layers[0]
+        if start is not None:
+            assign(layer.adapter, start)
+        batches = problem.batches()
         yield ops.convert_to_numpy(layer.delta())
         for _ in range(epochs):
             self.model.fit(batches, steps_per_epoch=steps, verbose=0)
             yield ops.convert_to_numpy(layer.delta())
 
-    def start_from(self, factors):
-        """Assigns factors without padding to those of an adapter."""
-        adapter = self.model.layers[0].adapter
-        variables = adapter.U, adapter.S, adapter.V
-        for variable, value in zip(variables, factors, strict=True):
-            missing = zip(variable.shape, value.shape, strict=True)
-            padding = [(0, n - m) for n, m in missing]
-            variable.assign(np.pad(value, padding))
+
+def assign(adapter, factors):
+    """Assigns factors without padding to those of an adapter."""
+    variables = adapter.U, adapter.S, adapter.V
+    for variable, value in zip(variables, factors, strict=True):
+        missing = zip(variable.shape, value.shape, strict=True)
+        padding = [(0, n - m) for n, m in missing]
+        variable.assign(np.pad(value, padding))
