@@ -446,14 +446,9 @@ def stack_gradients(group, gradients):
     """Stacks the gradients of a group, zeros where there are none."""
 
     def stack(variables):
-        return ops.stack(
-            [
-                ops.cast(gradients[id(v)], v.dtype)
-                if id(v) in gradients
-                else ops.zeros(v.shape, v.dtype)
-                for v in variables
-            ]
-        )
+        zeros = ops.zeros(variables[0].shape, variables[0].dtype)
+        found = [gradients.get(id(v), zeros) for v in variables]
+        return ops.cast(ops.stack(found), zeros.dtype)
 
     return Unknowns(*map(stack, group.factors.variables))
 

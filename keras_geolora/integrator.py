@@ -123,6 +123,7 @@ class Extension(NamedTuple):
     | `both`  | (..., dim, 2 r) | basis and further columns                  |
     | `gram`  | (..., 2 r, 2 r) | `both.T @ both`                            |
     | `mix`   | (..., 2 r, 2 r) | makes the columns orthonormal              |
+    | `used`  | (..., 2 r)      | which columns of `both @ mix` are not zero |
     | `gain`  | (..., r, r)     | new directions, transposed, times the step |
     | `finite`| (...)           | whether the step was; if not it is zero    |
     """
@@ -130,6 +131,7 @@ class Extension(NamedTuple):
     both: object
     gram: object
     mix: object
+    used: object
     gain: object
     finite: object
 
@@ -159,7 +161,7 @@ def extend(basis, active, change, known):
         `Extension`.
     """
     r = basis.shape[-1]
-    active = active[..., None, :]
+    in_use, active = active, active[..., None, :]
     # Scaled, squares of very small or large values stay finite.
     sizes = ops.mean(ops.abs(change), axis=-2, keepdims=True)
     size = ops.sum(ops.where(active, sizes, 0.0), axis=-1, keepdims=True)
@@ -182,7 +184,8 @@ def extend(basis, active, change, known):
     apart = T(unit) * gram[..., r:, r:] * unit - ops.matmul(T(overlap), overlap)
     eigenvalues, Q = ops.eigh(apart)
     # A unit column that the others nearly explain is noise as well.
-    clear = (eigenvalues > 1e-2)[..., None, :]
+    used = ops.concatenate([in_use, eigenvalues > 1e-2], axis=-1)
+    clear = used[..., None, r:]
     eigenvalues = eigenvalues[..., None, :]
     Q = ops.where(clear, Q / ops.sqrt(ops.where(clear, eigenvalues, 1.0)), 0.0)
 
@@ -197,7 +200,8 @@ def extend(basis, active, change, known):
     )
     gain = ops.matmul(T(new), ops.matmul(T(extra), X))
     gain = gain + ops.matmul(T(back), inside)
-    return Extension(both, gram, mix, gain * size, finite[..., 0, 0])
+    finite = finite[..., 0, 0]
+    return Extension(both, gram, mix, used, gain * size, finite)
 
 
 def turn(extension, rotation, stay, keep):
@@ -239,14 +243,14 @@ def truncated_rank(sigma, tolerance, min_rank, max_rank):
     """Chooses the rank from the singular values.
 
     The smallest `r` with `||sigma[r:]|| <= tolerance * ||sigma||`, clamped to
-    `[min_rank, max_rank]`. Singular values that are rounding noise never
-    count, not even towards `min_rank`.
+    `[min_rank, max_rank]`.
 
     Args:
         sigma: Array of shape `(..., r)`, descending.
         tolerance: Scalar in [0, 1), the share of the norm to discard.
         min_rank: Int array of shape `(..., 1)`.
-        max_rank: Int.
+        max_rank: Int or int array of shape `(..., 1)`, which goes before
+            `min_rank`.
 
     Returns:
         Int array of shape `(..., 1)`.
@@ -254,8 +258,7 @@ def truncated_rank(sigma, tolerance, min_rank, max_rank):
     energy = ops.square(divide(sigma, sigma[..., :1]))
     tails = ops.sqrt(ops.flip(ops.cumsum(ops.flip(energy, -1), axis=-1), -1))
     rank = count(tails > tolerance * tails[..., :1])
-    rank = ops.minimum(ops.maximum(rank, min_rank), max_rank)
-    return ops.minimum(rank, count(sigma > ROUNDING * sigma[..., :1]))
+    return ops.minimum(ops.maximum(rank, min_rank), max_rank)
 
 
 def count(mask):
@@ -411,10 +414,38 @@ def wanted_rank(augmented, tolerance, min_rank):
         Int array of shape `(..., 1)`. Where the point stays, the number of
         columns in use.
     """
-    max_rank = augmented.active.shape[-1]
-    rank = truncated_rank(augmented.sigma, tolerance, min_rank, max_rank)
+    possible = usable_columns(augmented)
+    rank = truncated_rank(augmented.sigma, tolerance, min_rank, possible)
     stay = ops.equal(augmented.size[..., 0], 0)
     return ops.where(stay, count(augmented.active), rank)
+
+
+def usable_columns(augmented):
+    """Counts the first singular vectors that bases can be made of.
+
+    The bases of a step have zero columns, and singular vectors of values that
+    are zero, or rounding noise, may point there. A small value alone is no
+    reason to drop a direction: in its first step it is second order, the
+    product of what the K- and the L-step found.
+
+    Args:
+        augmented: `Augmented`, the step.
+
+    Returns:
+        Int array of shape `(..., 1)`, at most `r`.
+    """
+    outside = 0.0
+    for extension, vectors in (
+        (augmented.U_hat, augmented.P),
+        (augmented.V_hat, augmented.Q),
+    ):
+        squares = ops.square(vectors)
+        zero = ops.logical_not(extension.used)[..., None]
+        lost = ops.sum(ops.where(zero, squares, 0.0), axis=-2)
+        outside = ops.maximum(outside, lost)
+    max_rank = augmented.active.shape[-1]
+    spoilt = ops.cumsum(ops.cast(outside > 1e-3, "int32"), axis=-1)
+    return count(spoilt[..., :max_rank] < 1)
 
 
 def wanted_rank_at_rest(point, tolerance, min_rank):
@@ -423,8 +454,8 @@ def wanted_rank_at_rest(point, tolerance, min_rank):
     As `wanted_rank`, for the singular values of the point itself.
     """
     sigma = core_values(point)
-    rank = truncated_rank(sigma, tolerance, min_rank, sigma.shape[-1])
     in_use = count(active_columns(point.U))
+    rank = truncated_rank(sigma, tolerance, min_rank, in_use)
     return ops.where(sigma[..., :1] > 0, rank, in_use)
 
 

@@ -301,3 +301,29 @@ def test_new_directions_of_very_different_size_are_all_found(rng):
     assert np.abs(basis.T @ found).max() < 1e-5
     residual = fresh - found @ (found.T @ fresh)
     assert (np.linalg.norm(residual, axis=0) < [1e-5, 1e-4, 1e-2, 0.1]).all()
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-4, 1e-6])
+def test_directions_join_however_small_they_are_at_first(rng, lr):
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, (1.0, 0.5))
+    point = padded(U, S, V, 4)
+    G = rng.normal(size=(1, INPUT_DIM, OUTPUT_DIM))
+    for _ in range(3):
+        point = retract(point, sgd(point, G, lr))
+        check_invariants(point)
+    assert ranks(point)[0] == 4
+    # From the second step on they grow as the others do.
+    sigma = np.diag(np.asarray(point.S[0], "float64"))
+    assert 0.1 * lr < sigma[3] < 20 * lr
+
+
+@pytest.mark.parametrize("side", ["U", "V"])
+def test_directions_of_one_side_alone_add_no_rank(rng, side):
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA[:3])
+    point = padded(U, S, V, 6)
+    inside = rng.normal(size=(3, 3))
+    outside = rng.normal(size=(INPUT_DIM, OUTPUT_DIM))
+    outside = outside @ V @ V.T if side == "U" else U @ U.T @ outside
+    moved = retract(point, sgd(point, (outside + U @ inside @ V.T)[None], 0.1))
+    assert ranks(moved)[0] == 3
+    check_invariants(moved)
