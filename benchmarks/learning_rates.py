@@ -17,14 +17,12 @@ compare candidates.
 import argparse
 import functools
 import os
-import pathlib
-import sys
 
 import measuring
+from contenders import draw_weights
+from tasks import TASKS
 
-ROOT = pathlib.Path(__file__).parents[1]
 RESULT = "learning_rates"
-LENGTH = {"movies": 32, "trec": 16}
 TRAIN, VALIDATION, BATCH, EPOCHS = 1600, 3000, 32, 2
 RANK, MAX_RANK = 8, 16
 
@@ -34,7 +32,7 @@ def main():
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
-    run.add_argument("--task", choices=sorted(LENGTH), required=True)
+    run.add_argument("--task", choices=["movies", "trec"], required=True)
     run.add_argument("--method", choices=["geolora", "lora"], required=True)
     run.add_argument(
         "--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
@@ -72,8 +70,8 @@ def measure(args):
         use_untouched_slots()
     elif args.moments == "rotated":
         use_rotated_moments()
-    x, y = load(args.task)
-    model, layers = build(args.method, int(y.max()) + 1)
+    x, y = TASKS[args.task].load()
+    model, layers = build(args.method, TASKS[args.task])
     initial = model.get_weights()
     inner = keras.optimizers.AdamW(1e-3)
     if args.method == "lora":
@@ -100,7 +98,7 @@ def measure(args):
             # One compilation serves all runs: everything starts anew.
             keras.utils.set_random_seed(seed)
             model.set_weights(initial)
-            draw_weights(model, seed)
+            draw_weights(model, seed, RANK)
             if state is not None:
                 for variable, value in zip(
                     optimizer.variables, state, strict=True
@@ -146,63 +144,17 @@ def measure(args):
             measuring.append(RESULT, row)
 
 
-def load(task):
-    """Returns token ids, masks and segment ids of a task, and labels."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import assets
-    import keras_hub
-    import numpy as np
-
-    read = {"movies": assets.movie_sentences, "trec": assets.trec_questions}
-    texts, labels = read[task]()[:2]
-    preprocessor = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
-        str(assets.minilm_folder()), sequence_length=LENGTH[task]
-    )
-    x = {
-        name: np.asarray(column).astype("int32")
-        for name, column in preprocessor(list(texts)).items()
-    }
-    return x, np.asarray(labels)
-
-
-def build(method, num_classes):
+def build(method, task):
     """Returns a MiniLM classifier of tokens, and its adapted layers."""
-    import assets
-    import keras_hub
-
     from keras_geolora.targeting import adapted_layers
 
-    model = keras_hub.models.BertTextClassifier.from_preset(
-        str(assets.minilm_folder()), num_classes=num_classes, preprocessor=None
-    )
+    model = task.keras_model()
     if method == "lora":
-        sys.path.insert(0, str(ROOT / "benchmarks"))
         from plain_lora import enable_plain_lora
 
         return model, enable_plain_lora(model, MAX_RANK)
     model.enable_geolora(rank=RANK, max_rank=MAX_RANK, seed=0)
     return model, adapted_layers(model)
-
-
-def draw_weights(model, seed):
-    """Draws the random weights of adapters and head from a seed."""
-    import keras
-
-    from keras_geolora.layers.adapter import Factor, Orthonormal
-
-    for index, weight in enumerate(model.trainable_weights):
-        own_seed = 1000 * seed + index
-        if isinstance(weight.constraint, Factor):
-            if weight.constraint.role == "S":
-                continue
-            draw = Orthonormal(RANK, seed=own_seed)
-        elif weight.name == "A":
-            draw = keras.initializers.HeUniform(seed=own_seed)
-        elif weight.name == "kernel":
-            draw = keras.initializers.TruncatedNormal(0.0, 0.02, own_seed)
-        else:
-            continue
-        weight.assign(draw(weight.shape, "float32"))
 
 
 def size_of_adapters(layers):

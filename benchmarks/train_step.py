@@ -216,18 +216,9 @@ def prepare_plain_lora(model, args):
 
 def prepare_keras_lora(model, args):
     """Enables Keras' own LoRA in the same layers; returns the optimizer."""
-    from keras_geolora.targeting import Layers
+    from contenders import enable_keras_lora
 
-    layers = Layers(model.backbone).to_adapt("all-linear")
-    for layer in model.backbone._flatten_layers(include_self=False):
-        layer.trainable = False
-    for layer in layers.values():
-        layer.trainable = True
-        layer.enable_lora(args.max_rank)
-        if layer.bias is not None:
-            layer.bias.trainable = False
-    if hasattr(model, "_torch_params"):
-        model._track_variables()
+    enable_keras_lora(model, args.max_rank)
     return adamw()
 
 
