@@ -1,0 +1,493 @@
+"""Accuracy of GeoLoRA, LoRA and AdaLoRA over learning rates and sizes.
+
+    python benchmarks/accuracy.py run --tasks movies --methods geolora \\
+        --ranks 4 8 16 --rates 1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1
+    python benchmarks/accuracy.py table
+    python benchmarks/accuracy.py plot
+
+One protocol for the methods of `contenders.py` on the tasks of `tasks.py`: the
+same pretrained weights, token ids, split, order of batches, first weights of
+the head, number of steps, and AdamW at a constant rate. Methods of Keras run on
+`--backend`, those of PEFT on torch. Every run adds one line to
+`benchmarks/results/accuracy.jsonl`; runs that are there are skipped, so that a
+sweep can be stopped and go on, and several processes can share the work. One
+takes 1 to 3 minutes on one core.
+
+`table` and `plot` answer two questions. How wide is the band of learning rates
+in which a method works? And how many parameters does it need for an accuracy,
+each size at its best rate, which is chosen on other examples (`validation`)
+than those that are reported? A run is lost if its output is not finite, or it
+is no better than to answer the most frequent class every time.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pathlib
+import statistics
+import time
+import warnings
+
+import measuring
+
+RESULT = "accuracy"
+PLOTS = pathlib.Path("docs/images")
+TASKS = ("movies", "trec", "sms", "fashion")
+METHODS = ("geolora", "plain_lora", "keras_lora", "peft_lora", "peft_adalora")
+RANKS, RATES, SEEDS = (2, 4, 8, 16, 32), (3e-4, 1e-3, 3e-3), (0, 1, 2)
+KEY = ("task", "method", "rank", "options", "rate", "seed", "train", "held_out")
+# A run is lost where it is less than this above the most frequent class.
+MARGIN = 0.01
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--tasks", choices=TASKS, nargs="+", default=TASKS)
+    run.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
+    run.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    run.add_argument("--rates", type=float, nargs="+", default=RATES)
+    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    run.add_argument(
+        "--tolerances",
+        type=float,
+        nargs="+",
+        default=[0.1],
+        help="of GeoLoRA: share of the norm that a cut may discard",
+    )
+    run.add_argument(
+        "--room",
+        type=int,
+        default=2,
+        help="of GeoLoRA: buffers of so many times the rank; 1: no budget",
+    )
+    run.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="of PEFT: strength of the adapters, `lora_alpha / r`",
+    )
+    run.add_argument("--backend", choices=measuring.BACKENDS)
+    run.add_argument("--threads", type=int, default=0)
+    run.add_argument("--train", type=int, help="examples, to try the script")
+    run.add_argument("--held-out", type=int, help="examples, likewise")
+    commands.add_parser("table")
+    plot = commands.add_parser("plot")
+    plot.add_argument("folder", nargs="?", type=pathlib.Path, default=PLOTS)
+    args = parser.parse_args()
+    if args.command == "table":
+        print_tables()
+    elif args.command == "plot":
+        args.folder.mkdir(parents=True, exist_ok=True)
+        draw_rates(args.folder / "accuracy_rates.png")
+        draw_parameters(args.folder / "accuracy_parameters.png")
+    else:
+        args.backend = args.backend or "tensorflow"
+        os.environ["KERAS_BACKEND"] = args.backend
+        measure(args)
+
+
+def options_of(method, args):
+    """Returns a list of the options with which a method shall run."""
+    if method == "geolora":
+        return [
+            {"tolerance": tolerance, "room": args.room}
+            for tolerance in args.tolerances
+        ]
+    if method.startswith("peft"):
+        return [{"scale": scale} for scale in args.scales]
+    return [{}]
+
+
+def plan(args):
+    """Returns what is to run, by task and contender, that is not there yet."""
+    import tasks
+
+    there = {key_of(row) for row in measured()}
+    groups = {}
+    for name, method, rank in itertools.product(
+        args.tasks, args.methods, args.ranks
+    ):
+        task = tasks.TASKS[name]
+        for options in options_of(method, args):
+            for rate, seed in itertools.product(args.rates, args.seeds):
+                row = {
+                    "task": name,
+                    "method": method,
+                    "rank": rank,
+                    "options": options,
+                    "rate": rate,
+                    "seed": seed,
+                    "train": args.train or task.examples,
+                    "held_out": args.held_out or task.held_out,
+                }
+                if key_of(row) not in there:
+                    group = (name, method, rank, json.dumps(options))
+                    groups.setdefault(group, []).append(row)
+    return groups
+
+
+def key_of(row):
+    """Returns what two rows of the same run have in common."""
+    return json.dumps([row[key] for key in KEY], sort_keys=True)
+
+
+def measured():
+    """Returns the rows there are."""
+    if not (measuring.RESULTS / f"{RESULT}.jsonl").exists():
+        return []
+    return measuring.rows(RESULT)
+
+
+def measure(args):
+    """Trains once for every setting, learning rate and seed."""
+    limit_threads(args)
+    groups = plan(args)
+    total = sum(map(len, groups.values()))
+    print(f"{total} runs to do", flush=True)
+    import contenders
+    import tasks
+
+    warnings.simplefilter("ignore")
+    data, done, start = {}, 0, time.perf_counter()
+    for (name, method, rank, _), rows in groups.items():
+        task = tasks.TASKS[name]
+        if name not in data:
+            data = {name: task.load()}  # pictures are large
+        made = contenders.CONTENDERS[method](task, rank, **rows[0]["options"])
+        on = "torch" if method.startswith("peft") else args.backend
+        for row in rows:
+            found = run_once(task, made, *data[name], row)
+            row |= found | measuring.environment(on)
+            measuring.append(RESULT, row)
+            done += 1
+            each = (time.perf_counter() - start) / done
+            left = each * (total - done)
+            print(
+                f"{done} of {total}, {each:.0f} s a run, {left:.0f} s left",
+                flush=True,
+            )
+
+
+def limit_threads(args):
+    """Lets processes share a machine."""
+    if not args.threads:
+        return
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if args.backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(args.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def run_once(task, made, x, y, row):
+    """Returns what one training came to."""
+    import numpy as np
+    import tasks
+
+    seed = row["seed"]
+    train, validation, held_out = tasks.split(
+        task, len(y), seed, row["train"], row["held_out"]
+    )
+    orders = tasks.epochs(task, train, seed)
+    seconds, losses = measuring.seconds(
+        lambda: made.train(x, y, orders, row["rate"], seed)
+    )
+    chosen = np.concatenate([validation, held_out])
+    logits = made.logits({name: column[chosen] for name, column in x.items()})
+    right = logits.argmax(-1) == y[chosen]
+    frequent = np.bincount(y[train]).argmax()
+    return {
+        "accuracy": float(right[len(validation) :].mean()),
+        "validation": float(right[: len(validation)].mean()),
+        "most_frequent": float((y[held_out] == frequent).mean()),
+        "finite": bool(np.isfinite(logits).all()),
+        "loss": [loss if math.isfinite(loss) else None for loss in losses],
+        "steps": sum(-(-len(order) // tasks.BATCH) for order in orders),
+        "ranks": made.ranks(),
+        "parameters": made.parameters(),
+        "effective": made.effective(),
+        "seconds": round(seconds, 1),
+    }
+
+
+def lost(row):
+    """Says whether a run is no better than a constant answer."""
+    return not row["finite"] or row["accuracy"] < row["most_frequent"] + MARGIN
+
+
+def settings():
+    """Returns the complete runs: task, method with options, rank, rate."""
+    rows, found = measured(), {}
+    sizes = {row["task"]: 0 for row in rows}
+    for row in rows:
+        sizes[row["task"]] = max(sizes[row["task"]], row["train"])
+    for row in rows:
+        if row["train"] < sizes[row["task"]]:
+            continue  # somebody tried the script
+        task = found.setdefault(row["task"], {})
+        method = task.setdefault(label(row), {})
+        rates = method.setdefault(row["rank"], {})
+        rates.setdefault(row["rate"], []).append(row)
+    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+
+
+def label(row):
+    """Returns the name of a method with the options that are not usual."""
+    usual = {"tolerance": 0.1, "room": 2, "scale": 1.0}
+    options = [
+        f"{name} {value:g}"
+        for name, value in row["options"].items()
+        if value != usual[name]
+    ]
+    return ", ".join([row["method"], *options])
+
+
+def mean(rows, name="accuracy"):
+    """Returns the mean of a number over rows."""
+    return statistics.mean(row[name] for row in rows)
+
+
+def spread(rows):
+    """Returns half the range of the accuracies."""
+    found = [row["accuracy"] for row in rows]
+    return (max(found) - min(found)) / 2
+
+
+def best_rate(rates):
+    """Returns the rate with the best mean on the validation examples."""
+    return max(sorted(rates), key=lambda rate: mean(rates[rate], "validation"))
+
+
+def print_tables():
+    """Prints accuracy over rates, and over parameters."""
+    for task, methods in settings().items():
+        rates = rates_of(methods)
+        print(f"\n**{task}**, held-out accuracy over learning rates\n")
+        header = ["method", "rank", *(f"{rate:.0e}" for rate in rates)]
+        header += ["within 0.02 of its best", "lost"]
+        lines = [
+            [method, rank, *(cell(found.get(rate)) for rate in rates)]
+            + [band(found, rates), lost_of(found)]
+            for method, ranks in methods.items()
+            for rank, found in sorted(ranks.items())
+        ]
+        print(measuring.markdown(header, lines))
+        print(f"\n**{task}**, every size at its best rate\n")
+        header = ["method", "rank", "rate", "trainable", "effective"]
+        header += ["layer ranks", "accuracy", "runs"]
+        lines = [
+            size_line(method, rank, found)
+            for method, ranks in methods.items()
+            for rank, found in sorted(ranks.items())
+        ]
+        print(measuring.markdown(header, lines))
+        print(f"\n**{task}**, the smallest within 0.01 of the best of all\n")
+        print(measuring.markdown(["method", "effective"], smallest(methods)))
+
+
+def rates_of(methods):
+    """Returns all rates at which any of some methods ran."""
+    return sorted(
+        {
+            rate
+            for ranks in methods.values()
+            for r in ranks.values()
+            for rate in r
+        }
+    )
+
+
+def cell(rows):
+    """Formats mean, half range, and the number of lost runs."""
+    if not rows:
+        return "-"
+    text = f"{mean(rows):.3f} ± {spread(rows):.3f}"
+    count = sum(map(lost, rows))
+    return text + (f", {count} of {len(rows)} lost" if count else "")
+
+
+def band(found, rates):
+    """Formats at how many of its rates a method is near its own best."""
+    means = [mean(found[rate]) for rate in rates if rate in found]
+    near = sum(value >= max(means) - 0.02 for value in means)
+    return f"{near} of {len(means)}"
+
+
+def lost_of(found):
+    """Formats how many runs are lost at all rates."""
+    rows = [row for rows in found.values() for row in rows]
+    return f"{sum(map(lost, rows))} of {len(rows)}"
+
+
+def size_line(method, rank, found):
+    """Returns a line of the table of sizes."""
+    rate = best_rate(found)
+    rows = found[rate]
+    ranks = [rank for row in rows for rank in row["ranks"]]
+    return [
+        method,
+        rank,
+        f"{rate:.0e}",
+        f"{mean(rows, 'parameters'):,.0f}",
+        f"{mean(rows, 'effective'):,.0f}",
+        f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else rank,
+        cell(rows),
+        len(rows),
+    ]
+
+
+def smallest(methods):
+    """Returns the smallest size of each method that is nearly the best."""
+    points = {method: sorted(curve(ranks)) for method, ranks in methods.items()}
+    best = max(y for found in points.values() for _, y, *_ in found)
+    lines = []
+    for method, found in points.items():
+        near = [x for x, y, *_ in found if y >= best - 0.01]
+        lines.append([method, f"{near[0]:,.0f}" if near else "none"])
+    return lines
+
+
+def curve(ranks):
+    """Returns effective parameters, mean, smallest and largest accuracy."""
+    points = []
+    for found in ranks.values():
+        rows = found[best_rate(found)]
+        accuracies = [row["accuracy"] for row in rows]
+        points.append(
+            (
+                mean(rows, "effective"),
+                mean(rows),
+                min(accuracies),
+                max(accuracies),
+            )
+        )
+    return sorted(points)
+
+
+def draw_rates(file):
+    """Draws accuracy over rates and ranks: a column a task, a row a method."""
+    found = settings()
+    names = sorted({name for methods in found.values() for name in methods})
+    figure, axes = measuring.figure(
+        len(names), len(found), width=3.8 * len(found), height=2.1
+    )
+    for column, (task, methods) in enumerate(found.items()):
+        rates = rates_of(methods)
+        means = [
+            mean(rows)
+            for ranks in methods.values()
+            for r in ranks.values()
+            for rows in r.values()
+        ]
+        limits = min(means), max(means) + 1e-6
+        for axis, name in zip(axes[:, column], names, strict=True):
+            if name not in methods:
+                axis.remove()
+                continue
+            draw_map(axis, methods[name], rates, limits)
+            axis.set_title(f"{task}, {name}", fontsize=10)
+    figure.supxlabel(
+        "learning rate;  ×: runs no better than a constant answer",
+        fontsize=9,
+    )
+    figure.savefig(file, dpi=110)
+
+
+def draw_map(axis, ranks, rates, limits):
+    """Draws one map: the numbers are written, the grey says the same."""
+    import numpy as np
+
+    low, high = limits
+    order = sorted(ranks)
+    values = np.full((len(order), len(rates)), np.nan)
+    for (i, rank), (j, rate) in itertools.product(
+        enumerate(order), enumerate(rates)
+    ):
+        rows = ranks[rank].get(rate)
+        if not rows:
+            continue
+        values[i, j] = mean(rows)
+        count = sum(map(lost, rows))
+        dark = values[i, j] < low + 0.5 * (high - low)
+        axis.text(
+            j,
+            i,
+            f"{values[i, j]:.2f}".removeprefix("0")
+            + (f"\n×{count}" if count else ""),
+            ha="center",
+            va="center",
+            fontsize=8,
+            linespacing=0.9,
+            color="white" if dark else "black",
+        )
+    axis.imshow(
+        values, cmap="gray", vmin=low - 0.25 * (high - low), vmax=high,
+        aspect="auto",
+    )  # fmt: skip
+    axis.grid(False)
+    axis.set_xticks(range(len(rates)), [f"{rate:.0e}" for rate in rates])
+    axis.set_yticks(range(len(order)), order)
+    axis.tick_params(length=0, labelsize=8)
+    axis.set_ylabel("rank", fontsize=9)
+
+
+STYLES = {
+    "geolora": dict(color="#000000", linestyle="-", marker="o"),
+    "plain_lora": dict(color="#555555", linestyle="--", marker="s"),
+    "keras_lora": dict(color="#555555", linestyle=":", marker="^"),
+    "peft_lora": dict(color="#888888", linestyle="-.", marker="D"),
+    "peft_adalora": dict(color="#888888", linestyle="-", marker="x"),
+}
+
+
+def draw_parameters(file):
+    """Draws accuracy over effective parameters, a panel a task."""
+    found = settings()
+    columns = min(2, len(found))
+    figure, axes = measuring.figure(
+        -(-len(found) // columns), columns, width=5.2 * columns
+    )
+    for axis in list(axes.flat)[len(found) :]:
+        axis.remove()
+    lines = {}
+    for axis, (task, methods) in zip(axes.flat, found.items(), strict=False):
+        for index, (name, ranks) in enumerate(methods.items()):
+            x, y, low, high = zip(*curve(ranks), strict=True)
+            style = dict(STYLES[name.split(",")[0]])
+            if "," in name:  # with an option: the same line, open markers
+                style["markerfacecolor"] = "white"
+            lines[name] = axis.errorbar(
+                # Apart by a little, so that bars do not hide each other.
+                [value * 1.02 ** (index - 2) for value in x],
+                y,
+                yerr=[
+                    [m - a for m, a in zip(y, low, strict=True)],
+                    [b - m for m, b in zip(y, high, strict=True)],
+                ],
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=0.7,
+                capsize=2,
+                **style,
+            )
+        axis.set(xscale="log", xlabel="effective parameters")
+        axis.set_ylabel("held-out accuracy")
+        axis.set_title(task, fontsize=10)
+    figure.legend(
+        lines.values(), lines, loc="outside lower center", ncols=3, fontsize=8
+    )
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
