@@ -10,8 +10,7 @@ same pretrained weights, token ids, split, order of batches, first weights of
 the head, number of steps, and AdamW at a constant rate. Methods of Keras run on
 `--backend`, those of PEFT on torch. Every run adds one line to
 `benchmarks/results/accuracy.jsonl`; runs that are there are skipped, so that a
-sweep can be stopped and go on, and several processes can share the work. One
-takes 1 to 3 minutes on one core.
+sweep can be stopped and go on, and several processes can share the work.
 
 `table` and `plot` answer two questions. How wide is the band of learning rates
 in which a method works? And how many parameters does it need for an accuracy,

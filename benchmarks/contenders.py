@@ -92,7 +92,7 @@ class OnKeras:
         self.model.compile(
             optimizer=self.optimizer,
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            # One more compilation pays on JAX only, which needs it.
+            # Without it JAX would run operation by operation.
             jit_compile=keras.backend.backend() == "jax",
         )
         self.optimizer.build(self.model.trainable_variables)
@@ -106,8 +106,8 @@ class OnKeras:
         import keras
 
         if not self._compiled:
-            # The first `fit` traces the model, which may draw from its
-            # generators: it must not be that of a run.
+            # The first `fit` was seen to differ from later ones (on torch),
+            # presumably as it traces the model: it must not be that of a run.
             self._fit(x, y, orders[0][:BATCH])
             self._compiled = True
         keras.utils.set_random_seed(seed)
