@@ -1,12 +1,13 @@
-"""What `compact_geolora` saves: parameters, memory and time of a step.
+"""What `compact_geolora` saves: parameters, memory and time.
 
     python benchmarks/compaction.py run --backend jax
     python benchmarks/compaction.py table
 
 A BERT classifier of the shape of MiniLM, random weights, buffers of 32
 columns. A budget of 4 ranks per layer is spent in a few steps; then the buffers
-are cut to multiples of 8. Times are medians of steps before and after, in one
-process. Memory is what the arrays of factors and slots take. Rows are added to
+are cut to multiples of 8. Times are medians of training steps and predictions
+before and after, in one process, and of predictions when merged. Memory is what
+the arrays of factors and slots take. Rows are added to
 `benchmarks/results/compaction.jsonl`.
 """
 
@@ -46,13 +47,20 @@ def measure(args):
     def step():
         return float(model.train_on_batch(x, y, return_dict=True)["loss"])
 
+    def predict():
+        return model.predict_on_batch(x)
+
+    def time(function):
+        function(), function()
+        times = [measuring.seconds(function)[0] for _ in range(args.steps)]
+        return measuring.spread(times)
+
     def look():
-        step(), step()
-        times = [measuring.seconds(step)[0] for _ in range(args.steps)]
         factors = [v for v in model.trainable_variables if v.name in "USV"]
         state = [*factors, *model.optimizer.variables]
         return {
-            "step": measuring.spread(times),
+            "step": time(step),
+            "prediction": time(predict),
             "buffers": sum(int(np.prod(v.shape)) for v in factors),
             "state_mib": sum(int(np.prod(v.shape)) for v in state) / 2**18,
             "max_rank": sorted({x.adapter.max_rank for x in layers.values()}),
@@ -62,12 +70,15 @@ def measure(args):
     before = look()
     seconds, _ = measuring.seconds(lambda: model.compact_geolora(MULTIPLE))
     first = measuring.seconds(step)[0]
+    after = look()
+    model.merge_geolora()
     measuring.append(
         RESULT,
         {
             **measuring.environment(args.backend),
             "before": before,
-            "after": look(),
+            "after": after,
+            "merged_prediction": time(predict),
             "compacting": seconds,
             "first_step_after": first,
         },
@@ -84,6 +95,7 @@ def print_table():
         "factors' parameters",
         "factors and slots, MiB",
         "step, s",
+        "prediction (merged), s",
         "compacting and first step, s",
     ]
 
@@ -98,6 +110,8 @@ def print_table():
             both(row, lambda x: f"{x['buffers'] / 1e6:.2f} M"),
             both(row, lambda x: f"{x['state_mib']:.1f}"),
             both(row, lambda x: f"{x['step']['median']:.3f}"),
+            both(row, lambda x: f"{x['prediction']['median']:.3f}")
+            + f" ({row['merged_prediction']['median']:.3f})",
             f"{row['compacting']:.1f} and {row['first_step_after']:.1f}",
         ]
         for backend, row in sorted(last.items())

@@ -199,30 +199,31 @@ def cell(row):
 
 def draw(file):
     """Draws the time over layers, width and rank."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     last = latest()
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.4), sharey=True)
+    figure, axes = measuring.figure(1, 3, 10.0, 3.4, sharey=True)
     styles = dict(zip(measuring.BACKENDS, ("o-", "s--", "^:"), strict=True))
-    for axis, what in zip(axes, ("layers", "width", "rank"), strict=True):
+    for axis, what in zip(axes[0], ("layers", "width", "rank"), strict=True):
+        ticks = [
+            int(setting.split()[1])
+            for setting in SETTINGS
+            if setting.startswith(f"{what} ")
+        ]
         for backend, style in styles.items():
             points = [
-                (int(setting.split()[1]), 1e3 * row["geometric"])
-                for (found, setting), row in last.items()
-                if found == backend and setting.startswith(f"{what} ")
+                (n, 1e3 * last[backend, f"{what} {n}"]["geometric"])
+                for n in ticks
+                if (backend, f"{what} {n}") in last
             ]
             if points:
-                axis.plot(
-                    *zip(*sorted(points), strict=True), style, label=backend
-                )
+                axis.plot(*zip(*points, strict=True), style, label=backend)
         axis.set(xscale="log", yscale="log", xlabel=what)
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0].set_ylabel("geometric step, ms")
-    axes[0].legend()
-    figure.tight_layout()
+        axis.set_xticks(ticks, labels=ticks)
+        axis.minorticks_off()
+        axis.set_yticks(
+            [1, 3, 10, 30, 100], labels=["1", "3", "10", "30", "100"]
+        )
+    axes[0, 0].set_ylabel("geometric step, ms")
+    axes[0, 0].legend()
     figure.savefig(file, dpi=120)
 
 
