@@ -56,11 +56,11 @@ def measure(args):
         return measuring.spread(times)
 
     def look():
+        times = {"step": time(step), "prediction": time(predict)}
         factors = [v for v in model.trainable_variables if v.name in "USV"]
         state = [*factors, *model.optimizer.variables]
         return {
-            "step": time(step),
-            "prediction": time(predict),
+            **times,
             "buffers": sum(int(np.prod(v.shape)) for v in factors),
             "state_mib": sum(int(np.prod(v.shape)) for v in state) / 2**18,
             "max_rank": sorted({x.adapter.max_rank for x in layers.values()}),

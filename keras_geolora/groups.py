@@ -24,8 +24,6 @@ from keras_geolora.transport import (
     transport,
 )
 
-ROLES = ("U", "S", "V")
-
 
 class Store:
     """Where the arrays of all adapters of a group are kept, factor by factor.
@@ -113,33 +111,15 @@ class AdapterGroup:
             variables, of one adapter each otherwise.
         """
         stacked = is_elementwise(inner_optimizer)
-        adapters, factors = {}, {}
-        for variable in variables:
-            factor = variable.constraint
-            if isinstance(factor, Factor):
-                adapters[id(factor.adapter)] = factor.adapter
-                found = factors.setdefault(id(factor.adapter), {})
-                found[factor.role] = variable
-
-        alike = {}
-        for place, (key, adapter) in enumerate(adapters.items()):
-            found = factors[key]
-            if set(found) != set(ROLES):
-                raise ValueError(
-                    "An adapter trains with all its factors U, S and V, or "
-                    "with none: set `trainable` on the adapter, not on its "
-                    f"variables. Received: {sorted(found)} of adapter "
-                    f"'{adapter.path}'"
-                )
-            shape = shape_of(adapter)
-            found = Point(*(found[role] for role in ROLES))
-            decays = tuple(map(inner_optimizer._use_weight_decay, found))
-            key = (shape, decays) if stacked else place
-            alike.setdefault(key, []).append((adapter, place, found))
+        members = {}
+        for place, (adapter, factors) in enumerate(find_adapters(variables)):
+            decays = tuple(map(inner_optimizer._use_weight_decay, factors))
+            key = (shape_of(adapter), decays) if stacked else place
+            members.setdefault(key, []).append((adapter, place, factors))
         groups = []
-        for members in alike.values():
-            adapters, places, found = zip(*members, strict=True)
-            factors = Point(*map(list, zip(*found, strict=True)))
+        for found in members.values():
+            adapters, places, factors = zip(*found, strict=True)
+            factors = Point(*map(list, zip(*factors, strict=True)))
             unknowns = create_unknowns(factors, stacked, len(groups))
             groups.append(cls(adapters, places, Store(factors), unknowns))
         return groups
@@ -183,6 +163,34 @@ class AdapterGroup:
     def state(self):
         """Returns the `Store`s of what goes along with the adapters."""
         return [*(store for _, store in self.slots), *self.accumulators]
+
+
+def find_adapters(variables):
+    """Finds the adapters whose factors are among variables.
+
+    Args:
+        variables: List of variables.
+
+    Returns:
+        List of pairs of an adapter and the `Point` of its factors, in the
+        order of the variables.
+    """
+    adapters, factors = {}, {}
+    for variable in variables:
+        factor = variable.constraint
+        if isinstance(factor, Factor):
+            key = id(factor.adapter)
+            adapters[key] = factor.adapter
+            factors.setdefault(key, {})[factor.role] = variable
+    for key, adapter in adapters.items():
+        if set(factors[key]) != set(Point._fields):
+            raise ValueError(
+                "An adapter trains with all its factors U, S and V, or with "
+                "none: set `trainable` on the adapter, not on its variables. "
+                f"Received: {sorted(factors[key])} of adapter "
+                f"'{adapter.path}'"
+            )
+    return [(adapters[key], Point(**factors[key])) for key in adapters]
 
 
 def joined(groups):
@@ -433,7 +441,7 @@ def find_moving(group, gradients):
     moving = []
     for factors in zip(*group.factors.variables, strict=True):
         found = [v.path for v in factors if id(v) in gradients]
-        if len(found) not in (0, len(ROLES)):
+        if len(found) not in (0, 3):
             raise ValueError(
                 "The three factors of an adapter move together. "
                 f"Received: gradients for {found} only"
