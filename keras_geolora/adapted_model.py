@@ -13,7 +13,7 @@ from keras_geolora.adaptation import Adaptation
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.layers.adapted import become_adapted, become_plain
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.optimizer import find_geolora, rebuild
+from keras_geolora.optimizer import find_geolora, rebuild, renewed
 from keras_geolora.targeting import (
     adapted_class,
     carriers,
@@ -488,6 +488,11 @@ def forget_traces(model):
         if isinstance(part, keras.Model):
             swap_functions(part, {})
             part.geolora_disabled_traces = {}
+        if hasattr(part, "_compiled_trainable_state"):
+            # The keys of what `compile` remembers keep layers alive.
+            part._compiled_trainable_state = {
+                layer: layer.trainable for layer in part._flatten_layers()
+            }
 
 
 def resize_buffers(model, max_ranks, optimizer=None):
@@ -500,20 +505,24 @@ def resize_buffers(model, max_ranks, optimizer=None):
         optimizer: Optimizer that trains the model, that of `compile` if not
             given.
     """
-    resized = False
-    for layer in carriers(model).values():
-        for name, adapter in layer.adapters_by_name().items():
-            max_rank = max_ranks.get(id(adapter), adapter.max_rank)
-            if max_rank != adapter.max_rank:
-                layer.resize_adapter(name, max_rank)
-                resized = True
-    if not resized:
+    changes = [
+        (layer, name, max_ranks[id(adapter)])
+        for layer in carriers(model).values()
+        for name, adapter in layer.adapters_by_name().items()
+        if max_ranks.get(id(adapter), adapter.max_rank) != adapter.max_rank
+    ]
+    if not changes:
         return
+    optimizer, new = optimizer or getattr(model, "optimizer", None), None
+    if find_geolora(optimizer) is not None and optimizer.built:
+        check_optimizer_is_new(optimizer, model.trainable_variables)
+        new = renewed(optimizer)
+    for layer, name, max_rank in changes:
+        layer.resize_adapter(name, max_rank)
     in_training = getattr(model, "train_function", None) is not None
     forget_traces(model)
-    optimizer = optimizer or getattr(model, "optimizer", None)
-    if find_geolora(optimizer) is not None and optimizer.built:
-        rebuild(optimizer, model.trainable_variables)
+    if new is not None:
+        rebuild(optimizer, new, model.trainable_variables)
     if in_training:  # `fit` asks for the function before the first epoch only
         model.make_train_function(force=True)
 

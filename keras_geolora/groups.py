@@ -156,10 +156,6 @@ class AdapterGroup:
             return 1
         return self.adapters[0].parameters_per_rank
 
-    def floor(self, unit):
-        """Returns the price of the smallest ranks of all adapters."""
-        return self.cost(unit) * int(self.min_rank.sum())
-
     def state(self):
         """Returns the `Store`s of what goes along with the adapters."""
         return [*(store for _, store in self.slots), *self.accumulators]
@@ -409,10 +405,11 @@ class GroupStep:
         move = integrator.truncate(self.augmented, rank)
         new, turned = move.new, self.steps
         discarded = integrator.discarded_in_step(self.augmented, rank)
+        before = group.discarded.value
+        discarded = ops.where(self.moving, discarded, before)
         if updated is not None:
             new = choose(updated, new, self.point)
             turned = ops.logical_and(self.steps, updated)
-            before = group.discarded.value
             discarded = ops.where(updated, discarded, before)
         group.factors.write(new)
         group.discarded.assign(discarded)

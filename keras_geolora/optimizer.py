@@ -1,5 +1,7 @@
 """GeoLoRA: the geometric step around any Keras optimizer."""
 
+import warnings
+
 import keras
 from keras import ops
 
@@ -8,6 +10,7 @@ from keras_geolora.groups import (
     GroupStep,
     build_inner,
     carry_groups,
+    find_adapters,
     plain_variables,
 )
 from keras_geolora.transport import slot_rules
@@ -128,6 +131,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.parameter_budget = parameter_budget
         self.cut_interval = cut_interval
         self.max_update_ratio = max_update_ratio
+        self._without_weight_decay = None  # places of variables, once known
 
     def build(self, variables):
         """Creates the state of both optimizers.
@@ -139,12 +143,21 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
+        adapters = [adapter for adapter, _ in find_adapters(variables)]
+        check_floor(*self._budget, adapters)
+        if self._without_weight_decay is not None:
+            self.inner_optimizer.exclude_from_weight_decay(
+                [variables[i] for i in self._without_weight_decay]
+            )
+        decays = self.inner_optimizer._use_weight_decay
+        self._without_weight_decay = [
+            i for i, v in enumerate(variables) if not decays(v)
+        ]
         self.skipped_steps = self.add_variable(
             shape=(), dtype="int32", name="skipped_steps"
         )
         groups = build_inner(self.inner_optimizer, variables)
         super().build(variables)
-        check_floor(*self._budget, groups)
         for group in groups:
             group.max_change = self._add_max_change(group)
             group.discarded = self.add_variable(
@@ -232,13 +245,44 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if hasattr(self, "inner_optimizer"):
             self.inner_optimizer.loss_scale_factor = factor
 
+    def set_weights(self, weights):
+        """Sets the state of both optimizers, in the order of `variables`.
+
+        Args:
+            weights: List of arrays, one for each of `variables`.
+        """
+        variables = self.variables
+        if not self.built or len(weights) != len(variables):
+            raise ValueError(
+                "`weights` must be as many as `variables` of the built "
+                f"optimizer. Received: {len(weights)} for {len(variables)}"
+            )
+        for variable, value in zip(variables, weights, strict=True):
+            variable.assign(value)
+
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        """Excludes variables from the weight decay of the inner optimizer."""
+        """Excludes variables from the weight decay of the inner optimizer.
+
+        Call it before the optimizer is built, as with any other.
+        """
+        if self.built:
+            raise ValueError(
+                "What decays is decided before the optimizer is built: call "
+                "`exclude_from_weight_decay` before `fit`. Received: "
+                f"optimizer '{self.name}', which is built"
+            )
+        self._without_weight_decay = None
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def finalize_variable_values(self, var_list):
         """Does what the inner optimizer does at the end of training."""
         self.inner_optimizer.finalize_variable_values(var_list)
+
+    def apply_gradients(self, grads_and_vars):
+        """As `apply`, on pairs; returns `iterations`."""
+        pairs = list(grads_and_vars)
+        self.apply([g for g, _ in pairs], [v for _, v in pairs])
+        return self.iterations
 
     def apply(self, grads, trainable_variables=None):
         """Takes one step.
@@ -257,12 +301,18 @@ class GeoLoRA(keras.optimizers.Optimizer):
                     "Received: trainable_variables=None"
                 )
             trainable_variables = self._trainable_variables
-        trainable_variables = list(trainable_variables)
+        grads, trainable_variables = list(grads), list(trainable_variables)
+        if not grads:
+            return
+        if len(grads) != len(trainable_variables):
+            raise ValueError(
+                "There must be one gradient, or `None`, for each variable. "
+                f"Received: {len(grads)} gradients for "
+                f"{len(trainable_variables)} variables"
+            )
         if not self.built:
             self.build(trainable_variables)
         self._check_variables_are_known(trainable_variables)
-        if not trainable_variables:
-            return
         grads, moved = self._filter_empty_gradients(grads, trainable_variables)
         gradients = {id(v): g for g, v in zip(grads, moved, strict=True)}
         steps = [GroupStep(g, gradients) for g in self._groups.content]
@@ -308,7 +358,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         claims = [step.claim(tolerance, unit) for step in steps]
         if budget is None or not steps:
             return [claim.wanted for claim in claims]
-        floor = sum(step.group.floor(unit) for step in steps)
+        floor = sum(smallest(step.group.adapters, unit) for step in steps)
         budget = ops.cast(value_at(budget, updates), "int32")
         return spend(ops.maximum(budget, floor), claims)
 
@@ -355,13 +405,17 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if public is not None and isinstance(self.inner_optimizer, public):
             inner_optimizer["module"] = "keras.optimizers"
             inner_optimizer["registered_name"] = None
-        return {
+        config = {
             "name": self.name,
             "inner_optimizer": inner_optimizer,
             **{name: as_config(getattr(self, name)) for name in SCHEDULED},
             "cut_interval": self.cut_interval,
             "max_update_ratio": self.max_update_ratio,
         }
+        if self._without_weight_decay:  # which Keras itself forgets
+            places = list(self._without_weight_decay)
+            config["without_weight_decay"] = places
+        return config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -373,7 +427,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
                     config[name], custom_objects=custom_objects
                 )
         inner_optimizer = config.pop("inner_optimizer")
-        return cls(inner_optimizer, **config)
+        without_weight_decay = config.pop("without_weight_decay", None)
+        optimizer = cls(inner_optimizer, **config)
+        optimizer._without_weight_decay = without_weight_decay
+        return optimizer
 
 
 def find_geolora(optimizer):
@@ -388,7 +445,35 @@ def find_geolora(optimizer):
     return None
 
 
-def rebuild(optimizer, variables):
+def renewed(optimizer):
+    """Creates an optimizer with the options of another, which is not built.
+
+    Not by way of a configuration, which functions and classes that are not
+    registered would not survive.
+
+    Args:
+        optimizer: `GeoLoRA`, its inner optimizer, or a wrapper around it.
+    """
+    if isinstance(optimizer, GeoLoRA):
+        options = ("cut_interval", "max_update_ratio", "name", *SCHEDULED)
+        new = type(optimizer)(
+            renewed(optimizer.inner_optimizer),
+            **{option: getattr(optimizer, option) for option in options},
+        )
+        new._without_weight_decay = optimizer._without_weight_decay
+        return new
+    with warnings.catch_warnings():  # of functions, which are not used
+        warnings.simplefilter("ignore")
+        config = optimizer.get_config()
+    if config.pop("inner_optimizer", None) is not None:
+        return type(optimizer)(renewed(optimizer.inner_optimizer), **config)
+    rate = optimizer._learning_rate
+    is_number = isinstance(rate, keras.Variable)
+    config["learning_rate"] = float(rate) if is_number else rate
+    return type(optimizer).from_config(config)
+
+
+def rebuild(optimizer, new, variables):
     """Builds an optimizer anew, in place, on variables of other shapes.
 
     What it knows goes over: slots are cut, or continued by zeros, to the new
@@ -396,15 +481,10 @@ def rebuild(optimizer, variables):
 
     Args:
         optimizer: Built `GeoLoRA`, or a wrapper with one inside.
+        new: What `renewed` made of it.
         variables: List that replaces the variables it was built on, in their
             order; they differ in the width of the buffers of adapters.
     """
-    new = type(optimizer).from_config(optimizer.get_config())
-    old_inner, new_inner = innermost(optimizer), innermost(new)
-    pairs = zip(optimizer._trainable_variables, variables, strict=True)
-    new_inner.exclude_from_weight_decay(
-        [v for old, v in pairs if not old_inner._use_weight_decay(old)]
-    )
     new.build(variables)
     carry_state(optimizer, new)
     wrapped = getattr(optimizer, "inner_optimizer", None)
@@ -412,13 +492,6 @@ def rebuild(optimizer, variables):
         take_attributes(wrapped, new.inner_optimizer)
         new.inner_optimizer = wrapped
     take_attributes(optimizer, new)
-
-
-def innermost(optimizer):
-    """Returns the optimizer that takes the steps."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
 
 
 def carry_state(old, new):
@@ -496,18 +569,29 @@ def check_budgets(rank_budget, parameter_budget):
             )
 
 
-def check_floor(budget, name, unit, groups):
+def check_floor(budget, name, unit, adapters):
     """Refuses a budget that does not cover the smallest ranks."""
-    floor = sum(group.floor(unit) for group in groups)
+    floor = smallest(adapters, unit)
     if budget is None or callable(budget) or budget >= floor:
         return
-    number = sum(len(group.adapters) for group in groups)
     raise ValueError(
         f"`{name}` must cover the `min_rank` of every adapter. Received: "
-        f"{name}={budget} for {number} adapters, which need at least {floor} "
-        f"{unit}. Give a larger budget, or adapt fewer layers: "
+        f"{name}={budget} for {len(adapters)} adapters, which need at least "
+        f"{floor} {unit}. Give a larger budget, or adapt fewer layers: "
         "`enable_geolora(targets=...)`"
     )
+
+
+def smallest(adapters, unit):
+    """Returns the price of the smallest ranks of adapters.
+
+    Args:
+        adapters: List of adapters.
+        unit: `"ranks"` or `"parameters"`.
+    """
+    if unit == "ranks":
+        return sum(adapter.min_rank for adapter in adapters)
+    return sum(a.min_rank * a.parameters_per_rank for a in adapters)
 
 
 def check_update_ratio(ratio):

@@ -118,7 +118,7 @@ def describe(path, adapter, optimizer=None):
         "rank": rank,
         "max_rank": adapter.max_rank,
         "parameters": rank * adapter.parameters_per_rank,
-        "singular_values": (adapter.scale * S.diagonal()).tolist(),
+        "singular_values": (abs(adapter.scale) * S.diagonal()).tolist(),
         "orthogonality_error": max(
             float(np.abs(basis.T @ basis - np.eye(rank)).max())
             for basis in (U, V)

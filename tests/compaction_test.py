@@ -1,5 +1,8 @@
 """Buffers shrink to the ranks found, and nothing else changes."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -265,3 +268,63 @@ def test_a_model_without_adapters_is_refused():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="can be compacted"):
         keras_geolora.compact_geolora(model)
+
+
+@pytest.mark.parametrize("what", ["rate", "budget", "class"])
+def test_functions_and_local_classes_survive_compaction(what):
+    class Own(keras.optimizers.SGD):
+        pass
+
+    inner, options = keras.optimizers.SGD(0.01, momentum=0.9), {}
+    if what == "rate":
+        inner = keras.optimizers.SGD(lambda: 0.01, momentum=0.9)
+    elif what == "class":
+        inner = Own(0.01, momentum=0.9)
+    else:
+        options = {"rank_budget": lambda updates: 6}
+    optimizer = GeoLoRA(inner, 0.6, cut_interval=1, **options)
+    model = model_of(optimizer)
+    take_steps(model, 3)
+    model.compact_geolora(1)
+    assert widths(model) < [6, 6, 6]
+    assert type(model.optimizer.inner_optimizer) is type(inner)
+    before = deltas(model)
+    take_steps(model, 1)
+    assert int(model.optimizer.iterations) == 4
+    assert any(
+        np.any(x != y) for x, y in zip(before, deltas(model), strict=True)
+    )
+
+
+def test_an_optimizer_of_other_variables_is_refused_before_anything_changes():
+    model = model_of()
+    take_steps(model, 3)
+    stranger = GeoLoRA("adam")
+    stranger.build([keras.Variable(np.ones(3, "float32"))])
+    with pytest.raises(ValueError, match="Received: an optimizer of 1 variab"):
+        model.compact_geolora(1, optimizer=stranger)
+    assert widths(model) == [6, 6, 6]
+
+
+def test_what_was_cut_off_is_given_back_to_the_system():
+    model = model_of()
+    take_steps(model, 3)
+    old = weakref.ref(model.layers[0].adapter)
+    model.compact_geolora(1)
+    take_steps(model, 1)
+    gc.collect()
+    assert old() is None
+
+
+def test_the_guard_of_fit_bears_buffers_that_shrink_in_the_first_epoch(
+    tmp_path,
+):
+    interrupted = model_of()
+    fit = {"batch_size": 8, "verbose": 0}
+    backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    callbacks = [EpochCompaction(1, 0), backup]
+    interrupted.fit(X, Y, epochs=1, callbacks=callbacks, **fit)
+    assert widths(interrupted) != [6, 6, 6]
+    resumed = model_of()
+    resumed.fit(X, Y, epochs=2, callbacks=[backup], **fit)
+    assert widths(resumed) == widths(interrupted)

@@ -154,3 +154,86 @@ def test_of_adapters_that_it_does_not_train_nothing_is_known():
     optimizer.build(problem.variables)
     stranger = LowRankAdapter(12, 8, rank=2)
     assert optimizer.discarded_share(stranger) is None
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_adapters_that_rest_keep_what_was_discarded(together):
+    problem = Regression(((12, 8), (12, 8) if together else (6, 5)))
+    for adapter in problem.adapters:
+        place(adapter, [3.0, 1.0, 0.1])
+    optimizer = GeoLoRA(keras.optimizers.SGD(0.0), 0.1, cut_interval=1)
+    problem.step(optimizer)
+    resting = problem.adapters[1]
+    share = optimizer.discarded_share(resting)
+    optimizer.apply(tensors(problem.gradients()[:3]), problem.variables[:3])
+    assert optimizer.discarded_share(resting) == share > 0.03
+
+
+# What Keras promises of an optimizer.
+
+
+def test_what_does_not_decay_is_written_with_the_optimizer():
+    problem = Regression()
+    optimizer = GeoLoRA(keras.optimizers.AdamW(0.1, weight_decay=0.5))
+    optimizer.exclude_from_weight_decay(problem.variables[:3])
+    optimizer.build(problem.variables)
+    revived = GeoLoRA.from_config(optimizer.get_config())
+    revived.build(problem.variables)
+    shapes = [[v.shape for v in o.variables] for o in (optimizer, revived)]
+    assert shapes[0] == shapes[1]
+    assert revived.get_config()["without_weight_decay"] == [0, 1, 2]
+
+
+def test_what_decays_is_not_changed_after_the_optimizer_is_built():
+    problem = Regression()
+    optimizer = built(INNER["AdamW"](weight_decay=0.1), problem)
+    with pytest.raises(ValueError, match="(?s)Received:.*which is built"):
+        optimizer.exclude_from_weight_decay(problem.variables[:3])
+
+
+def test_the_state_is_set_as_a_whole():
+    these, those = Regression(), Regression()
+    one, other = (built(INNER["Adam"](), problem) for problem in (these, those))
+    these.step(one)
+    weights = to_numpy(one.variables)
+    other.set_weights(weights)
+    assert_identical(to_numpy(other.variables), weights)
+    with pytest.raises(ValueError, match=f"Received: 3 for {len(weights)}"):
+        other.set_weights(weights[:3])
+
+
+def test_a_budget_that_was_refused_can_be_raised():
+    problem = Regression()
+    optimizer = GeoLoRA("adam", rank_budget=1)
+    with pytest.raises(ValueError, match="Received: rank_budget=1"):
+        optimizer.build(problem.variables)
+    optimizer.rank_budget = 4
+    problem.step(optimizer)
+    assert sum(adapter.rank for adapter in problem.adapters) <= 4
+
+
+def test_gradients_and_variables_are_as_many():
+    problem = Regression()
+    optimizer = built(INNER["Adam"](), problem)
+    optimizer.apply([])
+    assert int(to_numpy([optimizer.iterations])[0]) == 0
+    with pytest.raises(ValueError, match="Received: 2 gradients for 6 variab"):
+        problem.step(optimizer, problem.gradients()[:2])
+    pairs = zip(tensors(problem.gradients()), problem.variables, strict=True)
+    assert int(to_numpy([optimizer.apply_gradients(pairs)])[0]) == 1
+
+
+def test_an_epoch_whose_last_step_was_a_cut_is_not_cut_again():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=4)
+    optimizer = GeoLoRA(keras.optimizers.Adam(0.01), 0.3, cut_interval=4)
+    model.compile(optimizer, loss="mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 8)), rng.normal(size=(32, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        cuts = []
+        patch.setattr(GeoLoRA, "cut", lambda self: cuts.append(1))
+        model.fit(x, y, batch_size=8, verbose=0)
+        assert not cuts
+        model.fit(x[:24], y[:24], batch_size=4, verbose=0)
+        assert len(cuts) == 1

@@ -586,3 +586,11 @@ def test_the_table_fits_a_terminal():
     ]
     lines = list(as_text(rows, "model", totals(rows, None, "parameters")))
     assert max(map(len, lines)) <= 120
+
+
+def test_singular_values_are_positive_whatever_the_scale():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2, scale=-2.0)
+    model.layers[0].adapter.S.assign(np.diag([3.0, 1.0, 0.0, 0.0]))
+    (row,) = model.geolora_summary(print_fn=None)
+    assert row["singular_values"] == [6.0, 2.0]

@@ -11,7 +11,8 @@ class EpochCompaction(keras.callbacks.Callback):
 
     Training then goes on with smaller adapters, exactly where it was. What is
     compiled compiles anew, so it happens only where it saves enough.
-    Checkpoints of before and after fit a model with either buffers.
+    Checkpoints of before and after fit a model with either buffers, if it is
+    the model on which `enable_geolora` was called.
 
     Args:
         multiple: Int, as in `keras_geolora.compact_geolora`. Defaults to 8.

@@ -15,7 +15,8 @@ class EpochCut(keras.callbacks.Callback):
     itself.
 
     Epochs of fewer updates than the `cut_interval` of the optimizer end
-    without a cut: new directions would not have had the time to grow.
+    without a cut: new directions would not have had the time to grow. Nor is
+    there another one where the last step of an epoch was a cut.
 
     Example:
 
@@ -55,8 +56,10 @@ class EpochCut(keras.callbacks.Callback):
     def _cut(self):
         if self._updates_before is None:
             return  # not in training, or just cut
-        updates = updates_of(self.model) - self._updates_before
-        optimizer = find_geolora(self.model.optimizer)
-        if optimizer is not None and updates >= optimizer.cut_interval:
-            optimizer.cut()
+        updates, before = updates_of(self.model), self._updates_before
         self._updates_before = None
+        optimizer = find_geolora(self.model.optimizer)
+        if optimizer is None or updates - before < optimizer.cut_interval:
+            return
+        if updates % optimizer.cut_interval:
+            optimizer.cut()

@@ -42,9 +42,17 @@ class SilentFailureGuard(keras.callbacks.Callback):
         super().__init__()
         self._cores = None
         self._first_loss = None
+        self._waits = False
 
     def on_train_begin(self, logs=None):
-        """Remembers where the adapters stand."""
+        """Waits for the first epoch: other callbacks may restore a model."""
+        self._waits = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Remembers where the adapters stand, once."""
+        if not self._waits:
+            return
+        self._waits = False
         synchronize(self.model)
         self._cores = {
             path: core_of(layer)
@@ -124,10 +132,15 @@ class SilentFailureGuard(keras.callbacks.Callback):
 
 
 def core_of(layer):
-    """Returns `S` of an adapted layer as an array."""
-    return np.array(keras.ops.convert_to_numpy(layer.adapter.S))
+    """Returns the singular values of an adapted layer."""
+    return np.diag(keras.ops.convert_to_numpy(layer.adapter.S)).copy()
 
 
 def is_same(core, other):
-    """Says whether two cores differ by rounding errors only."""
+    """Says whether two cores differ by rounding errors only.
+
+    Their buffers may be of other widths, if they were resized.
+    """
+    width = max(len(core), len(other))
+    core, other = (np.pad(x, (0, width - len(x))) for x in (core, other))
     return np.linalg.norm(other - core) <= 1e-6 * np.linalg.norm(core)
