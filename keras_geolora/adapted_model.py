@@ -488,11 +488,10 @@ def forget_traces(model):
         if isinstance(part, keras.Model):
             swap_functions(part, {})
             part.geolora_disabled_traces = {}
-        if hasattr(part, "_compiled_trainable_state"):
-            # The keys of what `compile` remembers keep layers alive.
-            part._compiled_trainable_state = {
-                layer: layer.trainable for layer in part._flatten_layers()
-            }
+        state = getattr(part, "_compiled_trainable_state", None)
+        if state is not None:  # its keys keep layers alive
+            state.clear()
+            state.update({x: x.trainable for x in part._flatten_layers()})
 
 
 def resize_buffers(model, max_ranks, optimizer=None):
