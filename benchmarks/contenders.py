@@ -20,6 +20,7 @@ import copy
 import math
 import types
 
+import measuring
 import numpy as np
 from tasks import BATCH, draw_head
 
@@ -98,9 +99,7 @@ class OnKeras:
         self.optimizer.build(self.model.trainable_variables)
         self._compiled = False
         variables = [*self.model.variables, *self.optimizer.variables]
-        self._start = [
-            (v, keras.ops.convert_to_numpy(v).copy()) for v in variables
-        ]
+        self._start = measuring.remember(variables)
 
     def train(self, x, y, orders, rate, seed):
         import keras

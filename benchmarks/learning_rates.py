@@ -90,7 +90,8 @@ def measure(args):
         metrics=["accuracy"],
         jit_compile=False,
     )
-    state = None
+    optimizer.build(model.trainable_variables)
+    state = measuring.remember(optimizer.variables)
     for seed in args.seeds:
         order = np.random.default_rng(100 + seed).permutation(len(y))
         train, held_out = order[:TRAIN], order[-VALIDATION:]
@@ -99,16 +100,7 @@ def measure(args):
             keras.utils.set_random_seed(seed)
             model.set_weights(initial)
             draw_weights(model, seed, RANK)
-            if state is not None:
-                for variable, value in zip(
-                    optimizer.variables, state, strict=True
-                ):
-                    variable.assign(value)
-            elif optimizer.built is False:
-                optimizer.build(model.trainable_variables)
-                state = [
-                    keras.ops.convert_to_numpy(v) for v in optimizer.variables
-                ]
+            measuring.restore(state)
             optimizer.learning_rate = rate
             seconds, history = measuring.seconds(
                 functools.partial(

@@ -155,6 +155,19 @@ def forget_peak():
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
+def remember(variables):
+    """Returns pairs of a variable and a copy of its value."""
+    from keras import ops
+
+    return [(v, ops.convert_to_numpy(v).copy()) for v in variables]
+
+
+def restore(remembered):
+    """Assigns the values that `remember` copied."""
+    for variable, value in remembered:
+        variable.assign(value)
+
+
 def markdown(header, lines):
     """Returns a Markdown table."""
     table = [header, ["---"] * len(header), *lines]

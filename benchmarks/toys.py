@@ -16,6 +16,7 @@ import pathlib
 import sys
 
 import keras
+import measuring
 import numpy as np
 from keras import ops
 
@@ -168,7 +169,7 @@ class Trainer:
         self.model = self.new_model(0)
         self.model.compile(optimizer, loss=half_squared_error)
         optimizer.build(self.model.trainable_variables)
-        self.initial = [ops.convert_to_numpy(v) for v in optimizer.variables]
+        self.initial = measuring.remember(optimizer.variables)
 
     def new_model(self, seed):
         inputs = keras.Input((self.input_dim,))
@@ -187,10 +188,7 @@ class Trainer:
         """
         optimizer = self.model.optimizer
         self.model.set_weights(self.new_model(seed).get_weights())
-        for variable, value in zip(
-            optimizer.variables, self.initial, strict=True
-        ):
-            variable.assign(value)
+        measuring.restore(self.initial)
         optimizer.learning_rate = rate
         layer = self.model.layers[0]
         if start is not None:

@@ -265,12 +265,14 @@ class GroupStep:
     def __init__(self, group, gradients=None):
         self.group = group
         self.point = group.factors.read()
-        self.slots = [store.read() for _, store in group.slots]
         self.moving = np.ones(len(group.adapters), bool)
         self.augmented = None
         if gradients is not None:
             self.moving = find_moving(group, gradients)
-        if gradients is not None and self.moving.any():
+        if not self.moving.any():
+            return
+        self.slots = [store.read() for _, store in group.slots]
+        if gradients is not None:
             self.lifted = integrator.lift(self.point)
             self.gradients = stack_gradients(group, gradients)
 

@@ -174,6 +174,27 @@ class GeoLoRA(keras.optimizers.Optimizer):
             return self.parameter_budget, "parameter_budget", "parameters"
         return self.rank_budget, "rank_budget", "ranks"
 
+    def budget_of(self, adapters, updates=None):
+        """Returns what adapters may have together, and what it counts.
+
+        Args:
+            adapters: List of `keras_geolora.LowRankAdapter`s.
+            updates: Int scalar, the number of updates; that of now if not
+                given.
+
+        Returns:
+            Tuple of the budget, an int scalar that is at least what their
+            `min_rank` takes, or `None` without one, and of `"ranks"` or
+            `"parameters"`.
+        """
+        budget, _, unit = self._budget
+        if budget is None:
+            return None, unit
+        if updates is None:
+            updates = ops.cast(self.iterations, "int32")
+        budget = ops.cast(value_at(budget, updates), "int32")
+        return ops.maximum(budget, smallest(adapters, unit)), unit
+
     def _add_max_change(self, group):
         """Adds a variable with the bounds of the steps of a group."""
         ratio = self.max_update_ratio
@@ -354,13 +375,12 @@ class GeoLoRA(keras.optimizers.Optimizer):
             tolerance: Scalar, share of the norm of each that may be cut.
             updates: Int scalar, number of updates so far.
         """
-        budget, _, unit = self._budget
+        adapters = [a for step in steps for a in step.group.adapters]
+        budget, unit = self.budget_of(adapters, updates)
         claims = [step.claim(tolerance, unit) for step in steps]
         if budget is None or not steps:
             return [claim.wanted for claim in claims]
-        floor = sum(smallest(step.group.adapters, unit) for step in steps)
-        budget = ops.cast(value_at(budget, updates), "int32")
-        return spend(ops.maximum(budget, floor), claims)
+        return spend(budget, claims)
 
     def cut(self):
         """Cuts every adapter to the rank that it needs, now.

@@ -9,7 +9,7 @@ from keras import ops
 from keras_geolora.abbreviation import abbreviated
 from keras_geolora.files import write_whole
 from keras_geolora.heat_map import check_can_draw, heat_map
-from keras_geolora.optimizer import find_geolora, value_at
+from keras_geolora.optimizer import find_geolora
 from keras_geolora.rank_table import read_ranks
 from keras_geolora.targeting import adapted_layers
 
@@ -95,7 +95,12 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
         describe(path, layer.adapter, optimizer)
         for path, layer in layers.items()
     ]
-    budget, unit = budget_of(optimizer, layers)
+    budget, unit = None, "ranks"
+    if optimizer is not None:
+        adapters = [layer.adapter for layer in layers.values()]
+        budget, unit = optimizer.budget_of(adapters)
+    if budget is not None:
+        budget = int(ops.convert_to_numpy(budget))
     total = sum(row["parameters"] for row in rows)
     for row in rows:
         used = row["rank"] if unit == "ranks" else row["parameters"]
@@ -127,24 +132,6 @@ def describe(path, adapter, optimizer=None):
             None if optimizer is None else optimizer.discarded_share(adapter)
         ),
     }
-
-
-def budget_of(optimizer, layers):
-    """Returns the budget, `None` without one, and what it counts."""
-    adapters = [layer.adapter for layer in layers.values()]
-    if optimizer is None:
-        return None, "parameters"
-    if optimizer.rank_budget is not None:
-        budget, unit = optimizer.rank_budget, "ranks"
-        floor = sum(a.min_rank for a in adapters)
-    elif optimizer.parameter_budget is not None:
-        budget, unit = optimizer.parameter_budget, "parameters"
-        floor = sum(a.min_rank * a.parameters_per_rank for a in adapters)
-    else:
-        return None, "parameters"
-    # A schedule may say less than what no layer gives up.
-    budget = value_at(budget, ops.cast(optimizer.iterations, "int32"))
-    return max(int(ops.convert_to_numpy(budget)), floor), unit
 
 
 def totals(rows, budget, unit):

@@ -26,9 +26,8 @@ from keras import ops
 
 from keras_geolora.integrator import T, Unknowns, divide, norm
 
-_RULES = {}
+_RULES = {}  # class -> rules, and whether it is elementwise
 _REFUSALS = {}
-_ELEMENTWISE = set()
 
 
 def register_slot_rules(optimizer_class, rules, elementwise=False):
@@ -97,11 +96,8 @@ def register_slot_rules(optimizer_class, rules, elementwise=False):
                 f"A slot is of one of the kinds {sorted(_MOVES)}. "
                 f"Received: {attribute}={kind!r}"
             )
-    _RULES[optimizer_class] = dict(rules)
+    _RULES[optimizer_class] = dict(rules), bool(elementwise)
     _REFUSALS.pop(optimizer_class, None)
-    _ELEMENTWISE.discard(optimizer_class)
-    if elementwise:
-        _ELEMENTWISE.add(optimizer_class)
 
 
 def is_elementwise(optimizer):
@@ -114,7 +110,7 @@ def is_elementwise(optimizer):
         return False
     for cls in type(optimizer).__mro__:
         if cls in _RULES:
-            return cls in _ELEMENTWISE
+            return _RULES[cls][1]
         # On torch, Keras has subclasses of its own for its optimizers.
         if cls.__module__.partition(".")[0] != "keras":
             break
@@ -132,7 +128,7 @@ def slot_rules(optimizer):
                 f"inner_optimizer={type(optimizer).__name__}"
             )
         if cls in _RULES:
-            return _RULES[cls]
+            return _RULES[cls][0]
     raise ValueError(
         "GeoLoRA must know how the slots of its inner optimizer follow the "
         "moving bases. Tell it once, for example with "
