@@ -1,0 +1,5 @@
+"""JAX."""
+
+from engines.single import Single
+
+ENGINES = {"single": Single}

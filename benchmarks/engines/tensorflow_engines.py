@@ -1,0 +1,5 @@
+"""TF."""
+
+from engines.single import Single
+
+ENGINES = {"single": Single}

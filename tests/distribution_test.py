@@ -1,0 +1,160 @@
+"""A training on several replicas is the training on one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks/distributed.py"
+# Engine and number of replicas.
+ENGINES = {
+    "torch": [("ddp", 2)],
+    "jax": [],
+    "tensorflow": [],
+}[keras.backend.backend()]
+EVERY_ENGINE = pytest.mark.parametrize("engine, replicas", ENGINES)
+SCALED = ("--accumulate", "2", "--loss-scale")
+LIMIT = 240  # seconds
+
+
+class Training:
+    """What a training wrote."""
+
+    def __init__(self, folder):
+        self.replicas = {}
+        for file in sorted(folder.glob("replica-*.npz")):
+            with np.load(file) as arrays:
+                self.replicas[file.stem] = dict(arrays)
+        self.processes = [
+            json.loads(file.read_text()) for file in folder.glob("process-*")
+        ]
+
+    def deltas(self):
+        """Returns what does not depend on signs of singular vectors."""
+        found = next(iter(self.replicas.values()))
+        deltas = {}
+        for path, array in found.items():
+            if path.startswith("optimizer/"):
+                continue
+            if path.endswith("/U"):
+                S, V = found[path[:-1] + "S"], found[path[:-1] + "V"]
+                deltas[path] = array @ S @ V.T
+            elif not path.endswith(("/S", "/V")):
+                deltas[path] = array
+        return deltas
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a training in processes of its own, once for equal options."""
+    found = {}
+
+    def run_once(engine, replicas, *options):
+        key = (engine, replicas, *map(str, options))
+        if key not in found:
+            folder = tmp_path_factory.mktemp("training")
+            command = [sys.executable, SCRIPT, "--engine", engine]
+            command += ["--replicas", str(replicas), "--out", folder]
+            command += ["--limit", str(LIMIT), *options]
+            done = subprocess.run(
+                list(map(str, command)),
+                env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+                capture_output=True,
+                text=True,
+                timeout=LIMIT + 30,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            found[key] = Training(folder)
+        return found[key]
+
+    return run_once
+
+
+def assert_same(one, other, tolerance=1e-4):
+    one, other = one.deltas(), other.deltas()
+    assert one.keys() == other.keys()
+    assert any(path.endswith("/U") for path in one)
+    for path, delta in one.items():
+        error = np.linalg.norm(other[path] - delta)
+        assert error <= tolerance * np.linalg.norm(delta), path
+
+
+def assert_replicas_agree(training, count):
+    assert len(training.replicas) == count
+    first, *others = training.replicas.values()
+    for other in others:
+        assert first.keys() == other.keys()
+        for path, array in first.items():
+            assert array.tobytes() == other[path].tobytes(), path
+    ranks = [process["ranks"] for process in training.processes]
+    assert all(found == ranks[0] for found in ranks)
+
+
+@EVERY_ENGINE
+@pytest.mark.parametrize("options", [(), SCALED], ids=["plain", "scaled"])
+def test_several_replicas_train_as_one(run, engine, replicas, options):
+    spread = run(engine, replicas, "--steps", "50", *options)
+    assert_same(run("single", 1, "--steps", "50", *options), spread)
+    assert_replicas_agree(spread, replicas)
+
+
+@EVERY_ENGINE
+def test_replicas_stay_bit_identical(run, engine, replicas):
+    options = ("--steps", "200", "--budget", "12")
+    training = run(engine, replicas, *options)
+    assert_replicas_agree(training, replicas)
+    assert sum(training.processes[0]["ranks"]) <= 12
+
+
+@EVERY_ENGINE
+def test_all_replicas_skip_what_one_cannot_take(run, engine, replicas):
+    options = ("--steps", "24", "--poison", "5")
+    training = run(engine, replicas, *options)
+    assert_replicas_agree(training, replicas)
+    for process in training.processes:
+        assert process["skipped_steps"] == 1
+    for arrays in training.replicas.values():
+        assert all(np.isfinite(array).all() for array in arrays.values())
+    assert_same(run("single", 1, *options), training)
+
+
+@pytest.fixture(scope="module")
+def saved(run, tmp_path_factory):
+    """The first half of a training on one replica, as a file."""
+    file = tmp_path_factory.mktemp("saved") / "model.keras"
+    run("single", 1, "--steps", "25", "--save", file)
+    return file
+
+
+REST = ("--steps", "25", "--first-step", "25", "--load")
+
+
+@EVERY_ENGINE
+def test_training_resumes_on_one_replica(
+    run, engine, replicas, saved, tmp_path
+):
+    file = tmp_path / "model.keras"
+    run(engine, replicas, "--steps", "25", "--save", file)
+    resumed = run("single", 1, *REST, file)
+    assert_same(run("single", 1, *REST, saved), resumed)
+
+
+@EVERY_ENGINE
+def test_training_of_one_resumes_on_several(run, engine, replicas, saved):
+    resumed = run(engine, replicas, *REST, saved)
+    assert_replicas_agree(resumed, replicas)
+    assert_same(run("single", 1, *REST, saved), resumed)
+
+
+@EVERY_ENGINE
+def test_replicas_exchange_gradients_of_factors_only(run, engine, replicas):
+    training = run(engine, replicas, "--steps", "2", "--count")
+    sizes = training.processes[0]["exchanged"]
+    factors = 4 * (6 * (12 + 32) + 2 * 6 * (32 + 32) + 3 * 6 * 6)
+    plain = 4 * (32 * 4 + 4)
+    assert factors + plain <= sum(sizes) <= 1.01 * (factors + plain) + 64
