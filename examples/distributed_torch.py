@@ -68,13 +68,13 @@ def train(rank, processes, port, args):
     parallel = torch.nn.parallel.DistributedDataParallel(classifier)
 
     sentences, liked = assets.movie_sentences(seed=0)
-    tokens = preprocessor(sentences[: args.examples])
-    tokens = {name: np.asarray(ids) for name, ids in tokens.items()}
-    liked = np.asarray(liked[: args.examples], "int64")
+    tokens = {k: np.asarray(v) for k, v in preprocessor(sentences).items()}
+    liked = np.asarray(liked, "int64")
+    train, held_out = args.examples, slice(args.examples, args.examples + 500)
     loss_function = torch.nn.CrossEntropyLoss()
     variables = classifier.trainable_variables
 
-    steps = args.examples // args.batch_size
+    steps = train // args.batch_size
     for step in range(steps):
         # Each process takes its part of the batch.
         batch = np.arange(args.batch_size) + step * args.batch_size
@@ -102,6 +102,10 @@ def train(rank, processes, port, args):
     check_equal(adapters, processes)
     if rank == 0:
         print(f"{processes} processes hold the same factors, bit by bit.")
+        unseen = {name: ids[held_out] for name, ids in tokens.items()}
+        right = classifier.predict(unseen, verbose=0).argmax(-1)
+        accuracy = (right == liked[held_out]).mean()
+        print(f"Accuracy on 500 other sentences: {accuracy:.3f}")
         classifier.geolora_summary()
         if args.save:  # one process is enough
             classifier.save_geolora(args.save)

@@ -415,6 +415,7 @@ def adapt_by_plan(model, plan):
             adapter["train_bias"],
         )
     model.geolora_adaptation.activate(plan["active"])
+    model.geolora_adaptation.frozen.repeat(plan["by_hand"])
 
 
 def random_states(model):
