@@ -6,6 +6,7 @@ from keras import ops
 from keras_geolora.layers.adapter import Factor
 from keras_geolora.targeting import (
     inside,
+    is_carrier,
     is_leaf,
     stable_paths,
     with_inside,
@@ -45,8 +46,7 @@ class Frozen:
         """Yields the layers and whether they are to train."""
         layers = with_inside(layers)
         for layer in self.layers:
-            # Those that have an adapter inside by now stay open for it.
-            yield layer, id(layer) in layers or not is_leaf(layer)
+            yield layer, id(layer) in layers or is_carrier(layer)
 
     def _variable_flags(self, variables):
         """Yields the variables and whether they are to train."""
@@ -321,6 +321,7 @@ class Adaptation:
         """Freezes what does not train with the active adapter."""
         adapter = self.adapters[self.active]
         self.frozen.leave(adapter.saved_layers, adapter.companions)
+        self.activate_layers()
 
     def suspend(self):
         """Takes the adapters and companions out of action for a while."""
@@ -349,7 +350,6 @@ class Adaptation:
         self.active = name
         self._take_up_companions()
         self.freeze()
-        self.activate_layers()
 
     def _take_up_companions(self):
         adapter = self.adapters[self.active]
