@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -55,6 +56,8 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         start_all(engine.processes(args.replicas), args.limit)
     else:
+        # Nothing is left behind, even if the first process was killed.
+        signal.alarm(int(args.limit) + 10)
         train(engine(args), args)
 
 
@@ -84,15 +87,31 @@ def start_all(count, limit):
         for i in range(count)
     ]
     try:
-        for process in running:
-            code = process.wait(limit)
-            if code:
-                raise SystemExit(code)
+        wait_for_all(running, limit)
     finally:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def wait_for_all(running, limit):
+    """Returns when all processes are done; raises when the first one fails.
+
+    The others may wait for that one until the end of time.
+    """
+    over = time.monotonic() + limit
+    while True:
+        codes = [process.poll() for process in running]
+        for i, code in enumerate(codes):
+            if code:
+                raise SystemExit(f"Process {i} ended with code {code}.")
+        if None not in codes:
+            return
+        if time.monotonic() > over:
+            left = [i for i, code in enumerate(codes) if code is None]
+            raise SystemExit(f"Processes {left} took over {limit} seconds.")
+        time.sleep(0.05)
 
 
 def free_port():
