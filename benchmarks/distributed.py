@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--limit", type=float, default=300, help="seconds")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
+    parser.add_argument("--addresses", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     engine = find_engine(args.engine)
     if args.process is None:
@@ -58,6 +58,7 @@ def main():
     else:
         # Nothing is left behind, even if the first process was killed.
         signal.alarm(int(args.limit) + 10)
+        args.address = args.addresses[0]
         train(engine(args), args)
 
 
@@ -78,8 +79,8 @@ def start_all(count, limit):
     When one fails or time is over, the others are stopped, with whatever
     they have started.
     """
-    address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, *sys.argv, "--address", address]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+    command = [sys.executable, *sys.argv, "--addresses", *addresses]
     running = [
         subprocess.Popen(
             [*command, "--process", str(i)], start_new_session=True
@@ -114,11 +115,13 @@ def wait_for_all(running, limit):
         time.sleep(0.05)
 
 
-def free_port():
-    """Returns a port on which nobody listens, on loopback."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports(count):
+    """Returns different ports on which nobody listens, on loopback."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def train(engine, args):
@@ -159,10 +162,13 @@ def make_model(args):
         name="network",
     )
     model.enable_geolora(
-        rank=2, max_rank=6, targets=["first", "second", "third"], seed=0
+        rank=2,
+        max_rank=6,
+        targets=["first", "second", "third"],
+        # It would take numbers that are not finite.
+        modules_to_save="logits" if args.poison is None else None,
+        seed=0,
     )
-    # The plain layer would take numbers that are not finite.
-    model.get_layer("logits").trainable = args.poison is None
     optimizer = GeoLoRA(
         keras.optimizers.Adam(
             1e-2, gradient_accumulation_steps=args.accumulate
@@ -191,6 +197,8 @@ def rows(args):
 
 def write(engine, model, args, sizes):
     """Writes the variables of every replica, and what else came out."""
+    import keras
+
     from keras_geolora.optimizer import find_geolora
 
     variables = {v.path: v for v in model.variables}
@@ -203,9 +211,10 @@ def write(engine, model, args, sizes):
     for replica, arrays in held.items():
         np.savez(args.out / f"replica-{replica}.npz", **arrays)
     adapted = [layer for layer in model.layers if hasattr(layer, "adapter")]
+    skipped = find_geolora(model.optimizer).skipped_steps
     found = {
         "ranks": [layer.rank for layer in adapted],
-        "skipped_steps": int(find_geolora(model.optimizer).skipped_steps),
+        "skipped_steps": int(keras.ops.convert_to_numpy(skipped)),
         "exchanged": sizes,
     }
     file = args.out / f"process-{args.process}.json"

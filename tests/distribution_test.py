@@ -15,7 +15,7 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks/distributed.py"
 ENGINES = {
     "torch": [("ddp", 2)],
     "jax": [],
-    "tensorflow": [],
+    "tensorflow": [("mirrored", 2), ("multi_worker", 2)],
 }[keras.backend.backend()]
 EVERY_ENGINE = pytest.mark.parametrize("engine, replicas", ENGINES)
 SCALED = ("--accumulate", "2", "--loss-scale")
