@@ -190,7 +190,8 @@ def rows(args):
     x = rng.normal(size=(count, INPUTS)).astype("float32")
     y = np.tanh(x @ rng.normal(size=(INPUTS, OUTPUTS))).astype("float32")
     if args.poison is not None:
-        x[args.poison * args.batch] = np.nan  # one row of one replica
+        # One row of one replica; a layer might hide numbers of `x`.
+        y[args.poison * args.batch] = np.nan
     first = args.first_step * args.batch
     return x[first:], y[first:]
 
