@@ -5,6 +5,7 @@ import warnings
 import keras
 from keras import ops
 
+from keras_geolora import replicas
 from keras_geolora.budget import spend
 from keras_geolora.groups import (
     GroupStep,
@@ -142,6 +143,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """
         if self.built:
             return
+        replicas.check_strategy()
         variables = list(variables)
         adapters = [adapter for adapter, _ in find_adapters(variables)]
         check_floor(*self._budget, adapters)
@@ -342,7 +344,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         for step in moving:
             pairs += step.lift(self.inner_optimizer)
         updates_before = ops.cast(self.iterations, "int32") + 0
-        self.inner_optimizer.apply(*map(list, zip(*pairs, strict=True)))
+        replicas.apply(
+            self.inner_optimizer, *map(list, zip(*pairs, strict=True))
+        )
 
         updates = ops.cast(self.iterations, "int32")
         # Between two updates of gradient accumulation nothing moves.

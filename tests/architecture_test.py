@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "layers": ["layers"],  # a model loads and predicts without an optimizer
     "budget": ["integrator"],  # arrays only, too
     "groups": ["integrator", "transport", "budget", "layers.adapter"],
-    "optimizer": ["transport", "budget", "groups"],
+    "replicas": ["transport"],
+    "optimizer": ["transport", "budget", "groups", "replicas"],
     "targeting": ["layers"],
     "callbacks": [
         "callbacks",
@@ -100,6 +101,7 @@ EXTERNAL_OF = {
     "callbacks.rank_tensor_board": {"tensorboardX"},
     "exchange": {"h5py"},
     "saved_model": {"tensorflow"},
+    "replicas": {"tensorflow"},
 }
 
 
