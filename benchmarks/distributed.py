@@ -162,8 +162,9 @@ def make_model(args):
         name="network",
     )
     model.enable_geolora(
-        rank=2,
-        max_rank=6,
+        # Of fewer directions, rounding would choose which ones come first.
+        rank=4,
+        max_rank=8,
         targets=["first", "second", "third"],
         # It would take numbers that are not finite.
         modules_to_save="logits" if args.poison is None else None,

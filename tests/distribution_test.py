@@ -155,6 +155,6 @@ def test_training_of_one_resumes_on_several(run, engine, replicas, saved):
 def test_replicas_exchange_gradients_of_factors_only(run, engine, replicas):
     training = run(engine, replicas, "--steps", "2", "--count")
     sizes = training.processes[0]["exchanged"]
-    factors = 4 * (6 * (12 + 32) + 2 * 6 * (32 + 32) + 3 * 6 * 6)
+    factors = 4 * (8 * (12 + 32) + 2 * 8 * (32 + 32) + 3 * 8 * 8)
     plain = 4 * (32 * 4 + 4)
     assert factors + plain <= sum(sizes) <= 1.01 * (factors + plain) + 64
