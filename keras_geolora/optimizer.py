@@ -493,7 +493,9 @@ def renewed(optimizer):
         return type(optimizer)(renewed(optimizer.inner_optimizer), **config)
     rate = optimizer._learning_rate
     is_number = isinstance(rate, keras.Variable)
-    config["learning_rate"] = float(rate) if is_number else rate
+    if is_number:
+        rate = float(ops.convert_to_numpy(rate))
+    config["learning_rate"] = rate
     return type(optimizer).from_config(config)
 
 
