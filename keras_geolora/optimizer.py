@@ -143,8 +143,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        replicas.check_strategy()
         variables = list(variables)
+        replicas.check_strategy(variables)
         adapters = [adapter for adapter, _ in find_adapters(variables)]
         check_floor(*self._budget, adapters)
         if self._without_weight_decay is not None:

@@ -5,6 +5,8 @@ geometric step does before and after is the same on every replica: each works
 on its own copy of the variables, and nothing but gradients is exchanged.
 """
 
+import contextlib
+
 import keras
 from keras import ops
 
@@ -14,9 +16,22 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
 
-def check_strategy():
-    """Refuses replicas that do not take their steps together."""
-    if keras.backend.backend() != "tensorflow":
+def scope_of(model):
+    """Returns a context in which variables are made as those of a model are.
+
+    It is the scope of the strategy under which the model was created.
+    """
+    strategy = getattr(model, "distribute_strategy", None)  # of TensorFlow
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def check_strategy(variables):
+    """Refuses replicas that could not take the same steps.
+
+    Args:
+        variables: List of the variables that an optimizer is built on.
+    """
+    if not on_tensorflow() or not tf.distribute.has_strategy():
         return
     strategy = tf.distribute.get_strategy()
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
@@ -27,6 +42,19 @@ def check_strategy():
             "`tf.distribute.MultiWorkerMirroredStrategy`. Received: "
             f"{type(strategy).__name__}"
         )
+    for variable in variables:
+        if not strategy.extended.variable_created_in_scope(variable.value):
+            raise ValueError(
+                "Replicas would all write to the same variable. Create, load "
+                "and adapt the model inside `with strategy.scope():`. "
+                f"Received: variable '{variable.path}', which is not of "
+                f"{type(strategy).__name__}"
+            )
+
+
+def on_tensorflow():
+    """Says whether there may be strategies of `tf.distribute`."""
+    return keras.backend.backend() == "tensorflow"
 
 
 def apply(optimizer, gradients, variables):
@@ -60,7 +88,7 @@ def apply(optimizer, gradients, variables):
 
 def decides_alone():
     """Says whether a replica may sum over all behind a decision of its own."""
-    if keras.backend.backend() != "tensorflow":
+    if not on_tensorflow():
         return True
     return tf.__internal__.distribute.strategy_supports_no_merge_call()
 

@@ -37,6 +37,7 @@ MAY_IMPORT = {
         "targeting",
         "adaptation",
         "optimizer",
+        "replicas",
         "callbacks",
     ],
     "conversion": ["layers", "targeting", "adaptation", "adapted_model"],

@@ -205,7 +205,19 @@ def a_step_without_a_graph_is_the_same(strategy):
 
 
 @check
-def what_was_made_outside_of_the_scope_is_refused_as_by_keras(strategy):
+def a_model_is_adapted_outside_of_the_scope_as_inside(strategy):
+    with strategy.scope():
+        plain = keras.Sequential([keras.Input((12,)), keras.layers.Dense(4)])
+        optimizer = adam()()
+    plain.enable_geolora(rank=2)
+    with strategy.scope():
+        plain.compile(optimizer, "mse")
+    fit(plain)
+    assert_replicas_agree(plain)
+
+
+@check
+def an_optimizer_of_no_scope_is_refused_as_by_keras(strategy):
     outside = adam()()
     with strategy.scope():
         model = make_model(lambda: outside)
@@ -214,13 +226,24 @@ def what_was_made_outside_of_the_scope_is_refused_as_by_keras(strategy):
 
 
 @check
+def a_model_of_no_scope_is_refused(strategy):
+    model = make_model(adam())
+    with strategy.scope():
+        model.compile(adam()(), "mse")
+        with pytest.raises(ValueError, match="adapt the model inside .*first"):
+            model.optimizer.build(model.trainable_variables)
+
+
+@check
 def workers_that_update_alone_are_refused(strategy):
     import tensorflow as tf
 
     kind = tf.distribute.ParameterServerStrategy
     model = make_model(adam())
-    with mock.patch.object(
-        tf.distribute, "get_strategy", lambda: mock.Mock(spec=kind)
+    servers = mock.Mock(spec=kind)
+    with (
+        mock.patch.object(tf.distribute, "has_strategy", lambda: True),
+        mock.patch.object(tf.distribute, "get_strategy", lambda: servers),
     ):
         with pytest.raises(ValueError, match="MirroredStrategy"):
             model.optimizer.build(model.trainable_variables)
