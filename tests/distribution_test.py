@@ -1,5 +1,6 @@
 """A training on several replicas is the training on one."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -93,6 +94,21 @@ def assert_replicas_agree(training, count):
             assert array.tobytes() == other[path].tobytes(), path
     ranks = [process["ranks"] for process in training.processes]
     assert all(found == ranks[0] for found in ranks)
+
+
+def test_no_process_waits_for_one_that_failed():
+    spec = importlib.util.spec_from_file_location("distributed", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sources = ("import time; time.sleep(60)", "raise SystemExit(3)")
+    running = [subprocess.Popen([sys.executable, "-c", x]) for x in sources]
+    try:
+        with pytest.raises(SystemExit, match="Process 1 ended with code 3"):
+            script.wait_for_all(running, limit=30)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 @EVERY_ENGINE
