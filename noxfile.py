@@ -24,6 +24,7 @@ EXAMPLES = (
     "serve_grpc",
     "serve_rest",
     "distributed_tensorflow",
+    "distributed_torch",
 )
 TESTED = "requirements/tested.txt"
 DATA = "examples/requirements.txt"
