@@ -52,14 +52,18 @@ def main():
     parser.add_argument("--addresses", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     engine = find_engine(args.engine)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.process is None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        start_all(engine.processes(args.replicas), args.limit)
-    else:
-        # Nothing is left behind, even if the first process was killed.
-        signal.alarm(int(args.limit) + 10)
-        args.address = args.addresses[0]
-        train(engine(args), args)
+        count = engine.processes(args.replicas)
+        args.addresses = free_addresses(count)
+        if count > 1:
+            start_all(args.addresses, args.limit)
+            return
+        args.process = 0
+    # Nothing is left behind, even if the process that started it was killed.
+    signal.alarm(int(args.limit) + 10)
+    args.address = args.addresses[0]
+    train(engine(args), args)
 
 
 def find_engine(name):
@@ -73,19 +77,18 @@ def find_engine(name):
     return engines[name]
 
 
-def start_all(count, limit):
-    """Starts this script once for each process, and waits for all.
+def start_all(addresses, limit):
+    """Starts this script once for each address, and waits for all.
 
     When one fails or time is over, the others are stopped, with whatever
     they have started.
     """
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
     command = [sys.executable, *sys.argv, "--addresses", *addresses]
     running = [
         subprocess.Popen(
             [*command, "--process", str(i)], start_new_session=True
         )
-        for i in range(count)
+        for i in range(len(addresses))
     ]
     try:
         wait_for_all(running, limit)
@@ -115,13 +118,13 @@ def wait_for_all(running, limit):
         time.sleep(0.05)
 
 
-def free_ports(count):
-    """Returns different ports on which nobody listens, on loopback."""
+def free_addresses(count):
+    """Returns different addresses on loopback where nobody listens."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in listeners:
             listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
+        return [f"127.0.0.1:{x.getsockname()[1]}" for x in listeners]
 
 
 def train(engine, args):
