@@ -13,6 +13,7 @@ from keras_geolora.groups import (
     find_adapters,
     plain_variables,
 )
+from keras_geolora.layouts import apart_from_map
 from keras_geolora.transport import slot_rules
 
 # Options that may be schedules.
@@ -124,7 +125,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 "earlier training do not follow its steps. "
                 f"Received: '{inner_optimizer.name}', which is built"
             )
-        super().__init__(learning_rate=0.0, name=name)
+        with apart_from_map():
+            super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.tolerance = tolerance
         self.rank_budget = rank_budget
@@ -153,6 +155,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self._without_weight_decay = [
             i for i, v in enumerate(variables) if not decays(v)
         ]
+        with apart_from_map():
+            self._create_state(variables)
+
+    def _create_state(self, variables):
         self.skipped_steps = self.add_variable(
             shape=(), dtype="int32", name="skipped_steps"
         )
