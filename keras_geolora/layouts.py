@@ -85,6 +85,20 @@ def apart_from_map(layouts=None):
         yield
 
 
+def settle(variables):
+    """Gives variables the layouts that they have in the current scope.
+
+    Keras does so when it computes their values. That is later, outside of the
+    scope, for what is created while a model is traced.
+
+    Args:
+        variables: List of `keras.Variable`s.
+    """
+    if model_parallel() is not None:
+        for variable in variables:
+            variable._layout = layout_of(variable)
+
+
 def factor_layouts(layer, adapter, kernel, axes):
     """Chooses the layouts of the factors of an adapter.
 

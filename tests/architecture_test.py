@@ -15,11 +15,22 @@ MAY_IMPORT = {
     "integrator": [],  # sees arrays only: no layer, no variable
     "transport": ["integrator"],
     "layers.adapter": [],
-    "layers": ["layers"],  # a model loads and predicts without an optimizer
+    "layouts": [],  # distributions and variables
+    "layers": [
+        "layers",
+        "layouts",
+    ],  # a model loads and predicts without an optimizer
     "budget": ["integrator"],  # arrays only, too
-    "groups": ["integrator", "transport", "budget", "layers.adapter"],
-    "optimizer": ["transport", "budget", "groups"],
+    "groups": [
+        "integrator",
+        "transport",
+        "budget",
+        "layers.adapter",
+        "layouts",
+    ],
+    "optimizer": ["transport", "budget", "groups", "layouts"],
     "targeting": ["layers"],
+    "distribution": ["layers.adapted", "layouts", "targeting"],
     "callbacks": [
         "callbacks",
         "targeting",

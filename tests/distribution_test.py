@@ -56,6 +56,13 @@ class Training:
 def run(tmp_path_factory):
     """Runs a training in processes of its own, once for equal options."""
     found = {}
+    environment = {
+        # All compile nearly the same: JAX does it once.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        **os.environ,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(SCRIPT.parents[1]),
+    }
 
     def run_once(engine, replicas, *options):
         key = (engine, replicas, *map(str, options))
@@ -66,7 +73,7 @@ def run(tmp_path_factory):
             command += ["--limit", str(LIMIT), *options]
             done = subprocess.run(
                 list(map(str, command)),
-                env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+                env=environment,
                 capture_output=True,
                 text=True,
                 timeout=LIMIT + 30,

@@ -103,9 +103,7 @@ class MultiProcess(DataParallel):
         import keras
 
         self.process = args.process
-        keras.distribution.initialize(
-            args.address, args.replicas, args.process
-        )
+        keras.distribution.initialize(args.address, args.replicas, args.process)
         self.distribute(args.replicas)
 
     @staticmethod

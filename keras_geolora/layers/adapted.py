@@ -14,7 +14,7 @@ from keras_geolora.layers.adapter import (
     may_train,
     merging_pays,
 )
-from keras_geolora.layouts import apart_from_map, factor_layouts
+from keras_geolora.layouts import apart_from_map, factor_layouts, settle
 
 # The name of the adapter where nobody gave it one.
 DEFAULT = "default"
@@ -179,6 +179,7 @@ class AdaptedLayer:
                 dtype=self.compute_dtype,
                 name=adapter_name(name),
             )
+            settle(adapter.variables)
         adapter.kernel_norm = KernelNorm(self)
         return adapter
 
