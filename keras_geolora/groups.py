@@ -15,7 +15,7 @@ from keras_geolora import integrator
 from keras_geolora.budget import Claim
 from keras_geolora.integrator import Point, Unknowns, choose
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.layouts import axes_of, layout_of, stacked
+from keras_geolora.layouts import layout_of, stacked_layout
 from keras_geolora.transport import (
     find_slots,
     gradient_accumulators,
@@ -108,20 +108,20 @@ class AdapterGroup:
                 `unknowns.variables`.
 
         Returns:
-            List of groups: of adapters of equal shape and layout where they
-            share variables, of one adapter each otherwise.
+            List of groups: of adapters of equal shape where they share
+            variables, of one adapter each otherwise.
         """
-        together = is_elementwise(inner_optimizer)
+        stacked = is_elementwise(inner_optimizer)
         members = {}
         for place, (adapter, factors) in enumerate(find_adapters(variables)):
             decays = tuple(map(inner_optimizer._use_weight_decay, factors))
-            key = (kind_of(adapter), decays) if together else place
+            key = (shape_of(adapter), decays) if stacked else place
             members.setdefault(key, []).append((adapter, place, factors))
         groups = []
         for found in members.values():
             adapters, places, factors = zip(*found, strict=True)
             factors = Point(*map(list, zip(*factors, strict=True)))
-            unknowns = create_unknowns(factors, together, len(groups))
+            unknowns = create_unknowns(factors, stacked, len(groups))
             groups.append(cls(adapters, places, Store(factors), unknowns))
         return groups
 
@@ -191,11 +191,11 @@ def find_adapters(variables):
 
 
 def joined(groups):
-    """Joins groups of adapters and slots of equal kinds."""
+    """Joins groups of adapters of equal shape, with slots of equal kinds."""
     alike = {}
     for group in groups:
         kinds = tuple(kind for kind, _ in group.slots)
-        key = kind_of(group.adapters[0]), kinds
+        key = shape_of(group.adapters[0]), kinds
         alike.setdefault(key, []).append(group)
     found = []
     for (_, kinds), parts in alike.items():
@@ -212,25 +212,24 @@ def joined(groups):
     return found
 
 
-def kind_of(adapter):
-    """Returns the shape and the layout by which adapters are grouped."""
-    shape = adapter.input_dim, adapter.output_dim, adapter.max_rank
-    return shape, *map(axes_of, (adapter.U, adapter.S, adapter.V))
+def shape_of(adapter):
+    """Returns the shape by which adapters are grouped."""
+    return adapter.input_dim, adapter.output_dim, adapter.max_rank
 
 
-def create_unknowns(factors, together, number):
+def create_unknowns(factors, stacked, number):
     """Creates the variables that the inner optimizer moves.
 
     Args:
         factors: `Point` of lists of variables.
-        together: Bool, whether one variable holds all.
+        stacked: Bool, whether one variable holds all.
         number: Int, tells groups of one shape apart.
 
     Returns:
         `Store`. Variables for one adapter each have the paths of its factors,
         which some optimizers ask for.
     """
-    if not together:
+    if not stacked:
         return Store(Unknowns(*([alike(v) for v in vs] for vs in factors)))
     with keras.name_scope(f"adapters_{number}"):
         variables = Unknowns(
@@ -243,27 +242,24 @@ def create_unknowns(factors, together, number):
 
 
 def alike(variable):
-    """Creates a variable like another, to be written before it is read."""
+    """Creates a variable of the shape and the path of another."""
     *parents, scope, name = variable.path.split("/")
+    layout = layout_of(variable)
     with keras.name_scope(scope, override_parent="/".join(parents)):
-        return keras.Variable(
-            "zeros",
-            shape=variable.shape,
-            dtype=variable.dtype,
-            name=name,
-            layout=layout_of(variable),
-        )
+        return empty(variable.shape, variable.dtype, name, layout)
 
 
 def alike_stacked(variables, name):
-    """Creates a variable like others that are alike, stacked."""
-    first = variables[0]
+    """Creates a variable for others of one shape, stacked."""
+    shape = len(variables), *variables[0].shape
+    layout = stacked_layout([layout_of(v) for v in variables])
+    return empty(shape, variables[0].dtype, name, layout)
+
+
+def empty(shape, dtype, name, layout):
+    """Creates a variable that will be written before it is read."""
     return keras.Variable(
-        "zeros",
-        shape=(len(variables), *first.shape),
-        dtype=first.dtype,
-        name=name,
-        layout=stacked(layout_of(first)),
+        "zeros", shape=shape, dtype=dtype, name=name, layout=layout
     )
 
 

@@ -11,13 +11,14 @@ that of the kernel:
 | `U`             | (input_dim, max_rank)  | rows as the rows of the kernel    |
 | `V`             | (output_dim, max_rank) | rows as the columns of the kernel |
 | `S`             | (max_rank, max_rank)   | replicated                        |
-| `K`, `S`, `L`   | as `U`, `S`, `V`       | as these, stacked                 |
+| `K`, `S`, `L`   | as `U`, `S`, `V`       | as any of these, stacked          |
 | all other state |                        | replicated                        |
 
 Under any other distribution, and without one, nothing here does anything.
 """
 
 import contextlib
+import itertools
 
 import keras
 
@@ -45,22 +46,24 @@ def layout_of(variable):
     return distribution.get_variable_layout(variable)
 
 
-def axes_of(variable):
-    """Returns the names of mesh axes of a variable, or `None`, hashable."""
-    layout = layout_of(variable)
-    return None if layout is None else layout.axes
+def stacked_layout(layouts):
+    """Returns the layout of stacked variables.
 
-
-def stacked(layout):
-    """Returns the layout of stacked variables of one layout each.
+    They are spread along an axis if any of them is: a piece of what is
+    replicated costs no device more than the whole. So what is stacked, and
+    with it the names and the number of variables in a file, does not depend
+    on layouts.
 
     Args:
-        layout: `TensorLayout`, or `None`.
+        layouts: List of `TensorLayout`s, or of `None`s.
     """
-    if layout is None:
+    if layouts[0] is None:
         return None
-    axes = (None, *layout.axes)
-    return keras.distribution.TensorLayout(axes, layout.device_mesh)
+    axes = [None]
+    for names in itertools.zip_longest(*(layout.axes for layout in layouts)):
+        new = (name for name in names if name and name not in axes)
+        axes.append(next(new, None))
+    return keras.distribution.TensorLayout(axes, layouts[0].device_mesh)
 
 
 @contextlib.contextmanager

@@ -284,26 +284,19 @@ def test_the_state_is_spread_as_the_factors():
         model.compile(GeoLoRA(adam), loss="mse")
         model.optimizer.build(model.trainable_variables)
     groups = model.optimizer._groups.content
-    # Of equal shape, but not on the same devices.
-    assert [len(group.adapters) for group in groups] == [1, 1, 1]
-    second = groups[1]
-    for store in (second.unknowns, *second.state()):
-        K, S, L = (variables[0] for variables in store.variables)
-        assert axes(K) == (None, "model", None)
-        assert axes(S) == axes(L) == (None, None, None)
+    # The rows of the first, and both sides of the others, are spread.
+    first, others = groups
+    assert [a.output_dim for a in others.adapters] == [32, 32]
+    for group, spread_K in ((first, None), (others, "model")):
+        for store in (group.unknowns, *group.state()):
+            K, S, L = (variables[0] for variables in store.variables)
+            assert axes(K) == (None, spread_K, None)
+            assert axes(S) == (None, None, None)
+            assert axes(L) == (None, "model", None)
     own = [v for v in model.optimizer.variables if len(v.shape) < 2]
     assert len(own) > 6
     kinds = {axes(v) for v in own if "bias" not in v.path}
     assert kinds == {(), (None,)}
-
-
-@on_devices
-def test_adapters_of_one_shape_and_layout_share_their_state():
-    with spread({"net/(first|second|third)/kernel": (None, "model")}).scope():
-        model = trainable()
-        model.optimizer.build(model.trainable_variables)
-    found = [len(group.adapters) for group in model.optimizer._groups.content]
-    assert found == [1, 2]
 
 
 @on_devices
