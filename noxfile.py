@@ -17,7 +17,14 @@ import sys
 import nox
 
 BACKENDS = ("tensorflow", "jax", "torch")
-EXAMPLES = ("sentiment", "images", "share", "serve_grpc", "serve_rest")
+EXAMPLES = (
+    "sentiment",
+    "images",
+    "share",
+    "serve_grpc",
+    "serve_rest",
+    "distributed_jax",
+)
 TESTED = "requirements/tested.txt"
 DATA = "examples/requirements.txt"
 EXTRAS = nox.project.load_toml()["project"]["optional-dependencies"]

@@ -15,6 +15,7 @@ from keras_geolora.groups import (
 )
 from keras_geolora.layouts import apart_from_map
 from keras_geolora.transport import slot_rules
+from keras_geolora.virtual_devices import warn_of_virtual_devices
 
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
@@ -155,6 +156,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self._without_weight_decay = [
             i for i, v in enumerate(variables) if not decays(v)
         ]
+        warn_of_virtual_devices()
         with apart_from_map():
             self._create_state(variables)
 

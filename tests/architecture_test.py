@@ -28,7 +28,14 @@ MAY_IMPORT = {
         "layers.adapter",
         "layouts",
     ],
-    "optimizer": ["transport", "budget", "groups", "layouts"],
+    "virtual_devices": [],  # distributions and the environment
+    "optimizer": [
+        "transport",
+        "budget",
+        "groups",
+        "layouts",
+        "virtual_devices",
+    ],
     "targeting": ["layers"],
     "distribution": ["layers.adapted", "layouts", "targeting"],
     "callbacks": [

@@ -41,6 +41,7 @@ def test_parts_on_eight_devices():
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "PJRT_NPROC": str(4 * DEVICES),
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
             "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
         },
@@ -346,6 +347,19 @@ def test_changing_ranks_are_traced_once():
     assert [layer.rank for layer in model.layers[:3]] != ranks
     assert len(traces) == 1
     assert [s["V"] for s in shardings] == [MODEL, WHOLE, MODEL]
+
+
+@on_devices
+@pytest.mark.parametrize("threads, warns", [("8", True), ("9", False)])
+def test_too_few_threads_for_devices_are_warned_of(
+    monkeypatch, recwarn, threads, warns
+):
+    monkeypatch.setenv("PJRT_NPROC", threads)
+    with spread(GREEDY).scope():
+        model = trainable()
+        model.optimizer.build(model.trainable_variables)
+    found = [str(warning.message) for warning in recwarn]
+    assert sum("8 devices" in text for text in found) == warns
 
 
 @on_devices

@@ -23,11 +23,13 @@ class Spread(Single):
 
     def __init__(self, args):
         count = args.replicas * self.devices_of_replica
-        # JAX looks at it once, when it is asked for devices.
+        # JAX looks at both once, when it is asked for devices.
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "")
             + f" --xla_force_host_platform_device_count={count}"
         )
+        # See `keras_geolora.virtual_devices`.
+        os.environ["PJRT_NPROC"] = str(4 * count)
         self.distribute(args.replicas)
 
     @staticmethod
