@@ -23,6 +23,8 @@ def main(args):
     os.environ["KERAS_BACKEND"] = "jax"
     # Threads enough for virtual devices to wait for decompositions.
     os.environ.setdefault("PJRT_NPROC", "32")
+    # And one for each decomposition, or they wait for cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Means nothing where there are accelerators.
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")

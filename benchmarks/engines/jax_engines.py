@@ -23,13 +23,14 @@ class Spread(Single):
 
     def __init__(self, args):
         count = args.replicas * self.devices_of_replica
-        # JAX looks at both once, when it is asked for devices.
+        # Looked at once, when JAX is asked for devices.
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "")
             + f" --xla_force_host_platform_device_count={count}"
         )
         # See `keras_geolora.virtual_devices`.
         os.environ["PJRT_NPROC"] = str(4 * count)
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
         self.distribute(args.replicas)
 
     @staticmethod
