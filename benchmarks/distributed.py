@@ -141,11 +141,15 @@ def make_model(args):
         ],
         name="network",
     )
-    model.enable_geolora(
-        rank=2, max_rank=6, targets=["first", "second", "third"], seed=0
-    )
     # The plain layer would take numbers that are not finite.
-    model.get_layer("logits").trainable = args.poison is None
+    plain = "logits" if args.poison is None else None
+    model.enable_geolora(
+        rank=2,
+        max_rank=6,
+        targets=["first", "second", "third"],
+        modules_to_save=plain,
+        seed=0,
+    )
     optimizer = GeoLoRA(
         keras.optimizers.Adam(
             1e-2, gradient_accumulation_steps=args.accumulate
