@@ -23,6 +23,8 @@ EXAMPLES = (
     "share",
     "serve_grpc",
     "serve_rest",
+    "distributed_tensorflow",
+    "distributed_torch",
     "distributed_jax",
 )
 TESTED = "requirements/tested.txt"

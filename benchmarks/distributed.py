@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -48,13 +49,16 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--limit", type=float, default=300, help="seconds")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
+    parser.add_argument("--addresses", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     engine = find_engine(args.engine)
     if args.process is None:
         args.out.mkdir(parents=True, exist_ok=True)
         start_all(engine.processes(args.replicas), args.limit)
     else:
+        # Nothing is left behind, even if the first process was killed.
+        signal.alarm(int(args.limit) + 10)
+        args.address = args.addresses[0]
         train(engine(args), args)
 
 
@@ -75,8 +79,8 @@ def start_all(count, limit):
     When one fails or time is over, the others are stopped, with whatever
     they have started.
     """
-    address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, *sys.argv, "--address", address]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+    command = [sys.executable, *sys.argv, "--addresses", *addresses]
     running = [
         subprocess.Popen(
             [*command, "--process", str(i)], start_new_session=True
@@ -84,10 +88,7 @@ def start_all(count, limit):
         for i in range(count)
     ]
     try:
-        for process in running:
-            code = process.wait(limit)
-            if code:
-                raise SystemExit(code)
+        wait_for_all(running, limit)
     finally:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
@@ -95,11 +96,32 @@ def start_all(count, limit):
             process.wait()
 
 
-def free_port():
-    """Returns a port on which nobody listens, on loopback."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def wait_for_all(running, limit):
+    """Returns when all processes are done; raises when the first one fails.
+
+    The others may wait for that one until the end of time.
+    """
+    over = time.monotonic() + limit
+    while True:
+        codes = [process.poll() for process in running]
+        for i, code in enumerate(codes):
+            if code:
+                raise SystemExit(f"Process {i} ended with code {code}.")
+        if None not in codes:
+            return
+        if time.monotonic() > over:
+            left = [i for i, code in enumerate(codes) if code is None]
+            raise SystemExit(f"Processes {left} took over {limit} seconds.")
+        time.sleep(0.05)
+
+
+def free_ports(count):
+    """Returns different ports on which nobody listens, on loopback."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def train(engine, args):
@@ -141,13 +163,13 @@ def make_model(args):
         ],
         name="network",
     )
-    # The plain layer would take numbers that are not finite.
-    plain = "logits" if args.poison is None else None
     model.enable_geolora(
-        rank=2,
-        max_rank=6,
+        # Of fewer directions, rounding would choose which ones come first.
+        rank=4,
+        max_rank=8,
         targets=["first", "second", "third"],
-        modules_to_save=plain,
+        # It would take numbers that are not finite.
+        modules_to_save="logits" if args.poison is None else None,
         seed=0,
     )
     optimizer = GeoLoRA(
@@ -171,13 +193,16 @@ def rows(args):
     x = rng.normal(size=(count, INPUTS)).astype("float32")
     y = np.tanh(x @ rng.normal(size=(INPUTS, OUTPUTS))).astype("float32")
     if args.poison is not None:
-        x[args.poison * args.batch] = np.nan  # one row of one replica
+        # One row of one replica; a layer might hide numbers of `x`.
+        y[args.poison * args.batch] = np.nan
     first = args.first_step * args.batch
     return x[first:], y[first:]
 
 
 def write(engine, model, args, sizes):
     """Writes the variables of every replica, and what else came out."""
+    import keras
+
     from keras_geolora.optimizer import find_geolora
 
     variables = {v.path: v for v in model.variables}
@@ -190,9 +215,10 @@ def write(engine, model, args, sizes):
     for replica, arrays in held.items():
         np.savez(args.out / f"replica-{replica}.npz", **arrays)
     adapted = [layer for layer in model.layers if hasattr(layer, "adapter")]
+    skipped = find_geolora(model.optimizer).skipped_steps
     found = {
         "ranks": [layer.rank for layer in adapted],
-        "skipped_steps": int(find_geolora(model.optimizer).skipped_steps),
+        "skipped_steps": int(keras.ops.convert_to_numpy(skipped)),
         "exchanged": sizes,
     }
     file = args.out / f"process-{args.process}.json"

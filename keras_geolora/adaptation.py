@@ -5,8 +5,8 @@ from keras import ops
 
 from keras_geolora.layers.adapter import Factor
 from keras_geolora.targeting import (
-    adapted_class,
     inside,
+    is_carrier,
     is_leaf,
     stable_paths,
     with_inside,
@@ -17,9 +17,8 @@ class Frozen:
     """Freezes a model, of which parts may go on training.
 
     Frozen variables do not train. Frozen layers also stop to update
-    statistics, as batch normalization does; layers that can carry an adapter
-    have none. Layers that were frozen before are opened, because adapters
-    inside them could not train.
+    statistics, as batch normalization does. Layers that were frozen before
+    are opened, because adapters inside them could not train.
     """
 
     def __init__(self, model):
@@ -31,21 +30,56 @@ class Frozen:
             # set to what it is already, and with it the layers inside.
             layer.trainable = True
         self.variables = [v for v in model.variables if v.trainable]
-        self.layers = [
-            layer
-            for layer in layers
-            if adapted_class(layer) is None and is_leaf(layer)
-        ]
+        self.layers = [layer for layer in layers if is_leaf(layer)]
         self.leave([], [])
 
     def leave(self, layers, variables):
         """Freezes all but some layers, what is inside, and variables."""
+        for part, trainable in (
+            *self._layer_flags(layers),
+            *self._variable_flags(variables),
+        ):
+            if part.trainable != trainable:
+                part.trainable = trainable
+
+    def _layer_flags(self, layers):
+        """Yields the layers and whether they are to train."""
         layers = with_inside(layers)
-        variables = {id(v) for v in variables}
         for layer in self.layers:
-            layer.trainable = id(layer) in layers
+            yield layer, id(layer) in layers or is_carrier(layer)
+
+    def _variable_flags(self, variables):
+        """Yields the variables and whether they are to train."""
+        variables = {id(v) for v in variables}
         for variable in self.variables:
-            variable.trainable = id(variable) in variables
+            yield variable, id(variable) in variables
+
+    def by_hand(self, layers, variables):
+        """Returns what `trainable` says otherwise than `leave` made it say.
+
+        Returns:
+            Dict of two lists of pairs, as JSON can hold them: places of
+            layers, and of variables, with their `trainable`.
+        """
+        flags = {
+            "layers": self._layer_flags(layers),
+            "variables": self._variable_flags(variables),
+        }
+        return {
+            kind: [
+                [place, part.trainable]
+                for place, (part, trainable) in enumerate(pairs)
+                if part.trainable != trainable
+            ]
+            for kind, pairs in flags.items()
+        }
+
+    def repeat(self, by_hand):
+        """Sets `trainable` as `by_hand` says of a model of the same kind."""
+        for place, trainable in by_hand["layers"]:
+            self.layers[place].trainable = trainable
+        for place, trainable in by_hand["variables"]:
+            self.variables[place].trainable = trainable
 
     def thaw(self):
         """Makes trainable again what was so, and nothing else."""
@@ -170,6 +204,7 @@ class Adaptation:
                 for layer, trainable in self.frozen.layer_flags
                 if not trainable
             ],
+            "by_hand": self.by_hand(),
             "adapters": [
                 {
                     "name": name,
@@ -185,6 +220,11 @@ class Adaptation:
                 for name, adapter in self.adapters.items()
             ],
         }
+
+    def by_hand(self):
+        """Returns the `trainable` that somebody changed since."""
+        adapter = self.adapters[self.active]
+        return self.frozen.by_hand(adapter.saved_layers, adapter.companions)
 
     def _path_of(self):
         return {id(x): path for path, x in stable_paths(self.scope).items()}
@@ -281,6 +321,7 @@ class Adaptation:
         """Freezes what does not train with the active adapter."""
         adapter = self.adapters[self.active]
         self.frozen.leave(adapter.saved_layers, adapter.companions)
+        self.activate_layers()
 
     def suspend(self):
         """Takes the adapters and companions out of action for a while."""
@@ -307,7 +348,6 @@ class Adaptation:
 
     def _take_up(self, name):
         self.active = name
-        self.activate_layers()
         self._take_up_companions()
         self.freeze()
 

@@ -9,6 +9,7 @@ import warnings
 import keras
 import numpy as np
 
+from keras_geolora import replicas
 from keras_geolora.adaptation import Adaptation
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.layers.adapted import become_adapted, become_plain
@@ -362,9 +363,10 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
     adapted = []
     try:
         for path, layer in layers.items():
-            adapted_class(layer).adapt(
-                layer, name, train_bias=train_bias, **options[path]
-            )
+            with replicas.scope_of(model):
+                adapted_class(layer).adapt(
+                    layer, name, train_bias=train_bias, **options[path]
+                )
             adapted.append(layer)
     except Exception as error:
         for layer in adapted:
@@ -415,6 +417,7 @@ def adapt_by_plan(model, plan):
             adapter["train_bias"],
         )
     model.geolora_adaptation.activate(plan["active"])
+    model.geolora_adaptation.frozen.repeat(plan["by_hand"])
 
 
 def random_states(model):
@@ -515,13 +518,16 @@ def resize_buffers(model, max_ranks, optimizer=None):
     optimizer, new = optimizer or getattr(model, "optimizer", None), None
     if find_geolora(optimizer) is not None and optimizer.built:
         check_optimizer_is_new(optimizer, model.trainable_variables)
-        new = renewed(optimizer)
+        with replicas.scope_of(model):
+            new = renewed(optimizer)
     for layer, name, max_rank in changes:
-        layer.resize_adapter(name, max_rank)
+        with replicas.scope_of(model):
+            layer.resize_adapter(name, max_rank)
     in_training = getattr(model, "train_function", None) is not None
     forget_traces(model)
     if new is not None:
-        rebuild(optimizer, new, model.trainable_variables)
+        with replicas.scope_of(model):
+            rebuild(optimizer, new, model.trainable_variables)
     if in_training:  # `fit` asks for the function before the first epoch only
         model.make_train_function(force=True)
 

@@ -142,7 +142,26 @@ def save_geolora(model, path, name=None):
         "adapter": plan,
         "base": fingerprint(model, plan["layers"]),
     }
+    warn_of_what_is_left_out(adaptation)
     write_whole(path, serialized(tensors, description))
+
+
+def warn_of_what_is_left_out(adaptation):
+    """Warns of variables that train and are not in the file of an adapter."""
+    variables = adaptation.frozen.variables
+    thawed = [
+        variables[place].path
+        for place, trainable in adaptation.by_hand()["variables"]
+        if trainable
+    ]
+    if thawed:
+        warnings.warn(
+            "An adapter file holds what `enable_geolora` made trainable, not "
+            "what was made so by hand afterwards. Name these layers in "
+            "`modules_to_save` of `enable_geolora`, or save the whole model "
+            f"by `model.save`. Left out: {some(thawed)}",
+            stacklevel=3,
+        )
 
 
 def load_geolora(model, path, name=None, strict=True):

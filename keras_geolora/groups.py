@@ -300,23 +300,24 @@ class GroupStep:
         return self.group.unknowns.pair(gradients)
 
     def _fill_padding(self, gradients):
-        """Puts the mean size of a gradient where it is zero for lack of rank.
+        """Repeats columns where a gradient is zero for lack of rank.
 
         Moments of rows times moments of columns underflow to zero in the
         padding, and zero by zero is no step. What the inner optimizer does
-        with the padding is thrown away after its step.
+        with the padding is thrown away after its step, but it looks at all
+        columns together. So the filling is linear: replicas fill before their
+        gradients are summed.
         """
-        columns = integrator.active_columns(self.point.U)[..., None, :]
-        square = ops.logical_and(columns, integrator.T(columns))
-
-        def fill(gradient, active):
-            used = ops.broadcast_to(active, ops.shape(gradient))
-            used = ops.sum(ops.cast(used, gradient.dtype), (-2, -1), True)
-            mean = ops.sum(ops.abs(gradient), (-2, -1), True) / used
-            return ops.where(active, gradient, mean)
-
-        active = (columns, square, columns)
-        return Unknowns(*map(fill, gradients, active))
+        K, S, L = gradients
+        rank = integrator.count(integrator.active_columns(self.point.U))
+        source = ops.arange(K.shape[-1], dtype="int32") % rank
+        repeat = ops.one_hot(source, K.shape[-1], dtype=K.dtype)
+        columns = integrator.T(repeat)
+        return Unknowns(
+            ops.matmul(K, columns),
+            ops.matmul(repeat, ops.matmul(S, columns)),
+            ops.matmul(L, columns),
+        )
 
     def clear_gradients(self):
         """Clears the gradients that torch keeps with the factors.

@@ -5,6 +5,7 @@ import warnings
 import keras
 from keras import ops
 
+from keras_geolora import replicas
 from keras_geolora.budget import spend
 from keras_geolora.groups import (
     GroupStep,
@@ -146,6 +147,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
+        replicas.check_strategy(variables)
         adapters = [adapter for adapter, _ in find_adapters(variables)]
         check_floor(*self._budget, adapters)
         if self._without_weight_decay is not None:
@@ -350,7 +352,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         for step in moving:
             pairs += step.lift(self.inner_optimizer)
         updates_before = ops.cast(self.iterations, "int32") + 0
-        self.inner_optimizer.apply(*map(list, zip(*pairs, strict=True)))
+        replicas.apply(
+            self.inner_optimizer, *map(list, zip(*pairs, strict=True))
+        )
 
         updates = ops.cast(self.iterations, "int32")
         # Between two updates of gradient accumulation nothing moves.
@@ -497,7 +501,9 @@ def renewed(optimizer):
         return type(optimizer)(renewed(optimizer.inner_optimizer), **config)
     rate = optimizer._learning_rate
     is_number = isinstance(rate, keras.Variable)
-    config["learning_rate"] = float(rate) if is_number else rate
+    if is_number:
+        rate = float(ops.convert_to_numpy(rate))
+    config["learning_rate"] = rate
     return type(optimizer).from_config(config)
 
 

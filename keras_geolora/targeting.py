@@ -98,11 +98,12 @@ def carriers(model):
 
     Also those whose adapters are not active.
     """
-    return {
-        path: layer
-        for path, layer in walk(model)
-        if getattr(layer, "adapter_names", [])
-    }
+    return {path: layer for path, layer in walk(model) if is_carrier(layer)}
+
+
+def is_carrier(layer):
+    """Says whether a layer has any adapter, active or not."""
+    return bool(getattr(layer, "adapter_names", []))
 
 
 def adapted_class(layer):

@@ -16,10 +16,8 @@ MAY_IMPORT = {
     "transport": ["integrator"],
     "layers.adapter": [],
     "layouts": [],  # distributions and variables
-    "layers": [
-        "layers",
-        "layouts",
-    ],  # a model loads and predicts without an optimizer
+    # A model loads and predicts without an optimizer.
+    "layers": ["layers", "layouts"],
     "budget": ["integrator"],  # arrays only, too
     "groups": [
         "integrator",
@@ -28,12 +26,14 @@ MAY_IMPORT = {
         "layers.adapter",
         "layouts",
     ],
+    "replicas": ["transport"],
     "virtual_devices": [],  # distributions and the environment
     "optimizer": [
         "transport",
         "budget",
         "groups",
         "layouts",
+        "replicas",
         "virtual_devices",
     ],
     "targeting": ["layers"],
@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "targeting",
         "adaptation",
         "optimizer",
+        "replicas",
         "callbacks",
     ],
     "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
@@ -118,6 +119,7 @@ EXTERNAL_OF = {
     "callbacks.rank_tensor_board": {"tensorboardX"},
     "exchange": {"h5py"},
     "saved_model": {"tensorflow"},
+    "replicas": {"tensorflow"},
 }
 
 

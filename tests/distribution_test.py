@@ -1,5 +1,6 @@
 """A training on several replicas is the training on one."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks/distributed.py"
 ENGINES = {
     "torch": [("ddp", 2)],
     "jax": [("data_parallel", 8), ("model_parallel", 2), ("multi_process", 2)],
-    "tensorflow": [],
+    "tensorflow": [("mirrored", 2), ("multi_worker", 2)],
 }[keras.backend.backend()]
 EVERY_ENGINE = pytest.mark.parametrize("engine, replicas", ENGINES)
 # Those that keep a whole model on every device, and others.
@@ -105,6 +106,21 @@ def assert_replicas_agree(training, count):
     assert all(found == ranks[0] for found in ranks)
 
 
+def test_no_process_waits_for_one_that_failed():
+    spec = importlib.util.spec_from_file_location("distributed", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sources = ("import time; time.sleep(60)", "raise SystemExit(3)")
+    running = [subprocess.Popen([sys.executable, "-c", x]) for x in sources]
+    try:
+        with pytest.raises(SystemExit, match="Process 1 ended with code 3"):
+            script.wait_for_all(running, limit=30)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 @EVERY_ENGINE
 @pytest.mark.parametrize("options", [(), SCALED], ids=["plain", "scaled"])
 def test_several_replicas_train_as_one(run, engine, replicas, options):
@@ -165,8 +181,8 @@ def test_training_of_one_resumes_on_several(run, engine, replicas, saved):
 def test_replicas_exchange_gradients_of_factors_only(run, engine, replicas):
     training = run(engine, replicas, "--steps", "2", "--count")
     sizes = training.processes[0]["exchanged"]
-    factors = 4 * (6 * (12 + 32) + 2 * 6 * (32 + 32))
-    cores = 4 * 3 * 6 * 6  # whose gradients follow from those of U
+    factors = 4 * (8 * (12 + 32) + 2 * 8 * (32 + 32))
+    cores = 4 * 3 * 8 * 8  # whose gradients follow from those of U
     plain = 4 * (32 * 4 + 4)
     assert factors + plain <= sum(sizes)
     assert sum(sizes) <= 1.01 * (factors + cores + plain) + 64

@@ -100,6 +100,49 @@ def test_a_saved_run_goes_on_as_if_nothing_had_happened(tmp_path, inner, route):
     ]
 
 
+def thawed_by_hand():
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, name="first"),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.Dense(16, name="second"),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    model.enable_geolora(rank=2, exclude="head", train_bias=True)
+    model.get_layer("norm").trainable = True
+    model.get_layer("head").trainable = True
+    model.get_layer("second").bias.trainable = False
+    model.compile(GeoLoRA("adam"), loss="mse")
+    return model
+
+
+def trainable_names(model):
+    paths = [v.path.split("/") for v in model.trainable_variables]
+    return ["/".join(path[-2:]) for path in paths]
+
+
+@pytest.mark.filterwarnings("error:Skipping variable loading")
+def test_what_was_thawed_by_hand_trains_in_the_loaded_model(tmp_path):
+    model = thawed_by_hand()
+    fit(model, 2)
+    resumed = through_keras_file(model, tmp_path, None)
+    trains = trainable_names(model)
+    assert trainable_names(resumed) == trains
+    assert {"head/kernel", "norm/gamma", "first/bias"} <= set(trains)
+    assert "second/bias" not in trains
+    assert_same(state(resumed), state(model))
+    for run in model, resumed:
+        fit(run, 3, start=2)
+    assert_same(state(resumed), state(model))
+
+
+def test_an_adapter_file_says_what_it_leaves_out(tmp_path):
+    with pytest.warns(UserWarning, match="Left out: .*norm/gamma'"):
+        thawed_by_hand().save_geolora(tmp_path / "adapter.safetensors")
+
+
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_checkpoints_hold_every_epoch(tmp_path, weights_only):
     name = "{epoch}.weights.h5" if weights_only else "{epoch}.keras"

@@ -191,7 +191,7 @@ class LowRankAdapter(keras.layers.Layer):
         )
 
     def call(self, inputs, transpose=False, training=None):
-        U, S, V = self.U.value, self.S.value, self.V.value
+        U, S, V = self._factors()
         if transpose:
             U, S, V = V, ops.transpose(S), U
         input_dim, output_dim = U.shape[0], V.shape[0]
@@ -233,7 +233,7 @@ class LowRankAdapter(keras.layers.Layer):
         x = ops.cast(inputs, self.compute_dtype)
         x = ops.reshape(x, (-1, self.input_dim))
         kernel = ops.stop_gradient(ops.cast(kernel, self.compute_dtype))
-        U, S, V = self.U.value, self.S.value, self.V.value
+        U, S, V = self._factors()
         y = merged_product(x, kernel, U, S, V, self.scale)
         return ops.reshape(y, (*shape[:-1], self.output_dim))
 
@@ -243,9 +243,15 @@ class LowRankAdapter(keras.layers.Layer):
 
     def delta(self):
         """Returns `scale * U @ S @ V.T`, float32, `(input_dim, output_dim)`."""
-        return low_rank_matrix(
-            self.U.value, self.S.value, self.V.value, self.scale
-        )
+        return low_rank_matrix(*self._factors(), self.scale)
+
+    def _factors(self):
+        """Returns `U`, `S` and `V` as custom gradients take them.
+
+        The cast is for the variables of `tf.distribute`, which it turns into
+        tensors; to all others it does nothing.
+        """
+        return [ops.cast(v.value, v.dtype) for v in (self.U, self.S, self.V)]
 
     def trimmed(self):
         """Returns `U`, `S` and `V` as arrays, without unused columns."""
