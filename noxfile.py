@@ -25,6 +25,7 @@ EXAMPLES = (
     "serve_rest",
     "distributed_tensorflow",
     "distributed_torch",
+    "distributed_jax",
 )
 TESTED = "requirements/tested.txt"
 DATA = "examples/requirements.txt"

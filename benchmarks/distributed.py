@@ -131,6 +131,8 @@ def train(engine, args):
     """Trains in one process, and writes what its replicas hold."""
     import keras
 
+    import keras_geolora  # noqa: F401, which knows how to load its models
+
     with engine.scope():
         if args.load:
             model = keras.saving.load_model(args.load)

@@ -15,6 +15,7 @@ from keras_geolora.conversion import (
     remove_geolora,
     unmerge_geolora,
 )
+from keras_geolora.distribution import adapter_layouts
 from keras_geolora.exchange import (
     export_peft,
     import_keras_lora,
@@ -56,6 +57,7 @@ __all__ = [
     "GeoLoRAReversibleEmbedding",
     "LowRankAdapter",
     "activate_geolora",
+    "adapter_layouts",
     "callbacks",
     "combine_geolora",
     "compact_geolora",

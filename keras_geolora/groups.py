@@ -15,6 +15,7 @@ from keras_geolora import integrator
 from keras_geolora.budget import Claim
 from keras_geolora.integrator import Point, Unknowns, choose
 from keras_geolora.layers.adapter import Factor
+from keras_geolora.layouts import layout_of, stacked_layout
 from keras_geolora.transport import (
     find_slots,
     gradient_accumulators,
@@ -233,7 +234,7 @@ def create_unknowns(factors, stacked, number):
     with keras.name_scope(f"adapters_{number}"):
         variables = Unknowns(
             *(
-                [empty((len(vs), *vs[0].shape), vs[0].dtype, name)]
+                [alike_stacked(vs, name)]
                 for name, vs in zip(Unknowns._fields, factors, strict=True)
             )
         )
@@ -243,13 +244,23 @@ def create_unknowns(factors, stacked, number):
 def alike(variable):
     """Creates a variable of the shape and the path of another."""
     *parents, scope, name = variable.path.split("/")
+    layout = layout_of(variable)
     with keras.name_scope(scope, override_parent="/".join(parents)):
-        return empty(variable.shape, variable.dtype, name)
+        return empty(variable.shape, variable.dtype, name, layout)
 
 
-def empty(shape, dtype, name):
+def alike_stacked(variables, name):
+    """Creates a variable for others of one shape, stacked."""
+    shape = len(variables), *variables[0].shape
+    layout = stacked_layout([layout_of(v) for v in variables])
+    return empty(shape, variables[0].dtype, name, layout)
+
+
+def empty(shape, dtype, name, layout):
     """Creates a variable that will be written before it is read."""
-    return keras.Variable("zeros", shape=shape, dtype=dtype, name=name)
+    return keras.Variable(
+        "zeros", shape=shape, dtype=dtype, name=name, layout=layout
+    )
 
 
 class GroupStep:

@@ -14,7 +14,9 @@ from keras_geolora.groups import (
     find_adapters,
     plain_variables,
 )
+from keras_geolora.layouts import apart_from_map
 from keras_geolora.transport import slot_rules
+from keras_geolora.virtual_devices import warn_of_virtual_devices
 
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
@@ -125,7 +127,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 "earlier training do not follow its steps. "
                 f"Received: '{inner_optimizer.name}', which is built"
             )
-        super().__init__(learning_rate=0.0, name=name)
+        with apart_from_map():
+            super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.tolerance = tolerance
         self.rank_budget = rank_budget
@@ -155,6 +158,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self._without_weight_decay = [
             i for i, v in enumerate(variables) if not decays(v)
         ]
+        warn_of_virtual_devices()
+        with apart_from_map():
+            self._create_state(variables)
+
+    def _create_state(self, variables):
         self.skipped_steps = self.add_variable(
             shape=(), dtype="int32", name="skipped_steps"
         )

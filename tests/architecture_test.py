@@ -15,12 +15,29 @@ MAY_IMPORT = {
     "integrator": [],  # sees arrays only: no layer, no variable
     "transport": ["integrator"],
     "layers.adapter": [],
-    "layers": ["layers"],  # a model loads and predicts without an optimizer
+    "layouts": [],  # distributions and variables
+    # A model loads and predicts without an optimizer.
+    "layers": ["layers", "layouts"],
     "budget": ["integrator"],  # arrays only, too
-    "groups": ["integrator", "transport", "budget", "layers.adapter"],
+    "groups": [
+        "integrator",
+        "transport",
+        "budget",
+        "layers.adapter",
+        "layouts",
+    ],
     "replicas": ["transport"],
-    "optimizer": ["transport", "budget", "groups", "replicas"],
+    "virtual_devices": [],  # distributions and the environment
+    "optimizer": [
+        "transport",
+        "budget",
+        "groups",
+        "layouts",
+        "replicas",
+        "virtual_devices",
+    ],
     "targeting": ["layers"],
+    "distribution": ["layers.adapted", "layouts", "targeting"],
     "callbacks": [
         "callbacks",
         "targeting",

@@ -15,10 +15,13 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks/distributed.py"
 # Engine and number of replicas.
 ENGINES = {
     "torch": [("ddp", 2)],
-    "jax": [],
+    "jax": [("data_parallel", 8), ("model_parallel", 2), ("multi_process", 2)],
     "tensorflow": [("mirrored", 2), ("multi_worker", 2)],
 }[keras.backend.backend()]
 EVERY_ENGINE = pytest.mark.parametrize("engine, replicas", ENGINES)
+# Those that keep a whole model on every device, and others.
+PARTS = [pair for pair in ENGINES if pair[0] == "model_parallel"]
+WHOLE = [pair for pair in ENGINES if pair not in PARTS]
 SCALED = ("--accumulate", "2", "--loss-scale")
 LIMIT = 240  # seconds
 
@@ -54,6 +57,13 @@ class Training:
 def run(tmp_path_factory):
     """Runs a training in processes of its own, once for equal options."""
     found = {}
+    environment = {
+        # All compile nearly the same: JAX does it once.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        **os.environ,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(SCRIPT.parents[1]),
+    }
 
     def run_once(engine, replicas, *options):
         key = (engine, replicas, *map(str, options))
@@ -64,7 +74,7 @@ def run(tmp_path_factory):
             command += ["--limit", str(LIMIT), *options]
             done = subprocess.run(
                 list(map(str, command)),
-                env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+                env=environment,
                 capture_output=True,
                 text=True,
                 timeout=LIMIT + 30,
@@ -167,10 +177,21 @@ def test_training_of_one_resumes_on_several(run, engine, replicas, saved):
     assert_same(run("single", 1, *REST, saved), resumed)
 
 
-@EVERY_ENGINE
+@pytest.mark.parametrize("engine, replicas", WHOLE)
 def test_replicas_exchange_gradients_of_factors_only(run, engine, replicas):
     training = run(engine, replicas, "--steps", "2", "--count")
     sizes = training.processes[0]["exchanged"]
-    factors = 4 * (8 * (12 + 32) + 2 * 8 * (32 + 32) + 3 * 8 * 8)
+    factors = 4 * (8 * (12 + 32) + 2 * 8 * (32 + 32))
+    cores = 4 * 3 * 8 * 8  # whose gradients follow from those of U
     plain = 4 * (32 * 4 + 4)
-    assert factors + plain <= sum(sizes) <= 1.01 * (factors + plain) + 64
+    assert factors + plain <= sum(sizes)
+    assert sum(sizes) <= 1.01 * (factors + cores + plain) + 64
+
+
+@pytest.mark.parametrize("width", [32, 64])  # with and without merged kernels
+@pytest.mark.parametrize("engine, replicas", PARTS)
+def test_parts_of_a_model_exchange_no_kernel(run, engine, replicas, width):
+    options = ("--steps", "2", "--count", "--width", width)
+    sizes = run(engine, replicas, *options).processes[0]["exchanged"]
+    # The smallest of the kernels that are in parts.
+    assert 0 < max(sizes) < 4 * 12 * width

@@ -14,6 +14,7 @@ from keras_geolora.layers.adapter import (
     may_train,
     merging_pays,
 )
+from keras_geolora.layouts import apart_from_map, factor_layouts, settle
 
 # The name of the adapter where nobody gave it one.
 DEFAULT = "default"
@@ -68,8 +69,8 @@ class AdaptedLayer:
     which one is active.
 
     A subclass names the Keras class it extends in `plain_class`, and says how
-    its kernel is seen as a matrix in `kernel_matrix_shape` and
-    `matrix_to_kernel`.
+    its kernel is seen as a matrix in `kernel_matrix_shape`,
+    `kernel_matrix_axes` and `matrix_to_kernel`.
     """
 
     _adapter_options = None
@@ -169,16 +170,27 @@ class AdaptedLayer:
 
     def _new_adapter(self, name, options):
         input_dim, output_dim = self.kernel_matrix_shape
-        adapter = LowRankAdapter(
-            input_dim,
-            output_dim,
-            **options,
-            # The policy of a quantized layer is not one for its adapter.
-            dtype=self.compute_dtype,
-            name="adapter" if name == DEFAULT else f"adapter_{name}",
-        )
+        with apart_from_map(self.adapter_layouts(name)):
+            adapter = LowRankAdapter(
+                input_dim,
+                output_dim,
+                **options,
+                # The policy of a quantized layer is not one for its adapter.
+                dtype=self.compute_dtype,
+                name=adapter_name(name),
+            )
+            settle(adapter.variables)
         adapter.kernel_norm = KernelNorm(self)
         return adapter
+
+    def adapter_layouts(self, name):
+        """Returns the layouts that the factors of an adapter get, by path.
+
+        Args:
+            name: String, the name of the adapter, which may be a new one.
+        """
+        kernel, axes = self.kernels()[0], self.kernel_matrix_axes
+        return factor_layouts(self.path, adapter_name(name), kernel, axes)
 
     def _add_adapter(self, name, options):
         adapter = self._new_adapter(name, options)
@@ -379,6 +391,11 @@ class AdaptedLayer:
         """`(input_dim, output_dim)` of the kernel as a matrix."""
         return tuple(self.kernel.shape)
 
+    @property
+    def kernel_matrix_axes(self):
+        """Axes of the kernel that become rows and columns of the matrix."""
+        return [0], [1]
+
     def matrix_to_kernel(self, matrix):
         """Brings a matrix into the kernel's shape."""
         return matrix
@@ -500,6 +517,11 @@ class AdaptedProduct(AdaptedLayer):
             y = super().quantized_call(x)
             y = y - super().quantized_call(ops.zeros_like(x))
         return ops.sqrt(ops.sum(ops.square(ops.cast(y, "float32"))) / 64)
+
+
+def adapter_name(name):
+    """Returns what the layer of a named adapter is called."""
+    return "adapter" if name == DEFAULT else f"adapter_{name}"
 
 
 @contextlib.contextmanager

@@ -38,6 +38,11 @@ class AdaptedConv(AdaptedProduct):
         *rows, columns = self.kernel.shape
         return math.prod(rows), columns
 
+    @property
+    def kernel_matrix_axes(self):
+        *rows, columns = range(len(self.kernel.shape))
+        return rows, [columns]
+
     def matrix_to_kernel(self, matrix):
         return ops.reshape(matrix, self.kernel.shape)
 

@@ -55,6 +55,14 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         view = matrix_view(self)
         return math.prod(view.contracted_shape), math.prod(view.kept_shape)
 
+    @property
+    def kernel_matrix_axes(self):
+        view = matrix_view(self)
+        return [
+            [view.kernel.index(a) for a in axes]
+            for axes in (view.contracted, view.kept)
+        ]
+
     def matrix_to_kernel(self, matrix):
         return matrix_view(self).matrix_to_kernel(matrix)
 

@@ -1,0 +1,81 @@
+"""What a user may ask, and decide, about the layouts of adapters."""
+
+import keras
+
+from keras_geolora.layers.adapted import DEFAULT, become_adapted, become_plain
+from keras_geolora.layouts import model_parallel
+from keras_geolora.targeting import adapted_class, refusal
+
+
+def adapter_layouts(layer, name=DEFAULT):
+    """Returns the layouts that the adapter of a layer gets, or has.
+
+    Under a `keras.distribution.ModelParallel` distribution the layouts of an
+    adapter follow from that of the kernel: the rows of `U` are spread as the
+    rows of the kernel, the rows of `V` as its columns, and `S` is replicated.
+    Where several axes of a kernel become the rows, as in an `EinsumDense`,
+    their first counts; pieces of a later one would not be neighbours. `U` or
+    `V` is replicated then, and beside a quantized kernel of 4 bits.
+
+    Keys of the `LayoutMap` that mean other weights of the layer as well, such
+    as `".*attention.*"`, do not hold for its adapter. Keys that mean nothing
+    but adapters do: the paths that this returns, or `".*/adapter/[USV]"`. Add
+    them before `enable_geolora`.
+
+    Args:
+        layer: Built layer that can carry an adapter, adapted or not.
+        name: String, the name of the adapter. Defaults to `"default"`.
+
+    Returns:
+        Dict from the paths of `U`, `S` and `V` to their
+        `keras.distribution.TensorLayout`s.
+
+    Raises:
+        ValueError: If the layer cannot carry an adapter, there is no
+            `ModelParallel` distribution, or several keys mean the adapter.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_geolora
+
+    mesh = keras.distribution.DeviceMesh(
+        (1, 1), ["batch", "model"], devices=["cpu:0"]
+    )
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map["net/hidden/kernel"] = (None, "model")
+    distribution = keras.distribution.ModelParallel(layout_map=layout_map)
+    with distribution.scope():
+        hidden = keras.layers.Dense(16, name="hidden")
+        model = keras.Sequential([keras.Input((8,)), hidden], name="net")
+        layouts = keras_geolora.adapter_layouts(hidden)
+        assert layouts["net/hidden/adapter/V"].axes == ("model", None)
+        # Or every device has the whole adapter:
+        for path in layouts:
+            layout_map[path] = (None, None)
+        model.enable_geolora(rank=2)
+    ```
+    """
+    reason = refusal(layer)
+    if reason is not None:
+        raise ValueError(
+            "Only a layer that can carry an adapter has layouts for one. "
+            f"Received: layer={layer!r}, and {reason}"
+        )
+    if model_parallel() is None:
+        raise ValueError(
+            "Layouts are those of a `keras.distribution.ModelParallel`; under "
+            "any other distribution, and without one, adapters are "
+            "replicated. Call this inside `with distribution.scope():`, or "
+            "after `keras.distribution.set_distribution(distribution)`. "
+            f"Received: distribution={keras.distribution.distribution()!r}"
+        )
+    adapted = adapted_class(layer)
+    if isinstance(layer, adapted):
+        return layer.adapter_layouts(name)
+    become_adapted(layer, adapted)
+    try:
+        return layer.adapter_layouts(name)
+    finally:
+        become_plain(layer)

@@ -1,0 +1,198 @@
+"""Layouts of what belongs to adapters, under `keras.distribution`.
+
+A `ModelParallel` distribution asks a `LayoutMap` for the layout of every new
+variable, by its path. The map was written for the pretrained model: a key such
+as `".*attention.*"` means the kernels of these layers, and would catch the
+factors of their adapters by accident. So these get layouts that follow from
+that of the kernel:
+
+| variable        | shape                  | layout                            |
+| --------------- | ---------------------- | --------------------------------- |
+| `U`             | (input_dim, max_rank)  | rows as the rows of the kernel    |
+| `V`             | (output_dim, max_rank) | rows as the columns of the kernel |
+| `S`             | (max_rank, max_rank)   | replicated                        |
+| `K`, `S`, `L`   | as `U`, `S`, `V`       | as any of these, stacked          |
+| all other state |                        | replicated                        |
+
+Under any other distribution, and without one, nothing here does anything.
+"""
+
+import contextlib
+import itertools
+
+import keras
+
+# Stands for a weight of a layer that nobody thought of.
+UNFORESEEN = "unforeseen/weight"
+
+
+def model_parallel():
+    """Returns the current `ModelParallel` distribution, or `None`."""
+    distribution = keras.distribution.distribution()
+    if isinstance(distribution, keras.distribution.ModelParallel):
+        return distribution
+    return None
+
+
+def layout_of(variable):
+    """Returns the `TensorLayout` of a variable, `None` if nothing is spread.
+
+    Args:
+        variable: `keras.Variable`.
+    """
+    distribution = model_parallel()
+    if distribution is None:
+        return None
+    return distribution.get_variable_layout(variable)
+
+
+def stacked_layout(layouts):
+    """Returns the layout of stacked variables.
+
+    They are spread along an axis if any of them is: a piece of what is
+    replicated costs no device more than the whole. So what is stacked, and
+    with it the names and the number of variables in a file, does not depend
+    on layouts.
+
+    Args:
+        layouts: List of `TensorLayout`s, or of `None`s.
+    """
+    if layouts[0] is None:
+        return None
+    axes = [None]
+    for names in itertools.zip_longest(*(layout.axes for layout in layouts)):
+        new = (name for name in names if name and name not in axes)
+        axes.append(next(new, None))
+    return keras.distribution.TensorLayout(axes, layouts[0].device_mesh)
+
+
+@contextlib.contextmanager
+def apart_from_map(layouts=None):
+    """Keeps the user's `LayoutMap` from new variables.
+
+    Args:
+        layouts: Dict from paths of variables to layouts. All other variables
+            that are created inside are replicated.
+    """
+    distribution = model_parallel()
+    if distribution is None:
+        yield
+        return
+    layout_map = keras.distribution.LayoutMap(distribution.device_mesh)
+    layout_map.update(layouts or {})
+    with keras.distribution.ModelParallel(
+        layout_map=layout_map,
+        batch_dim_name=distribution.batch_dim_name,
+        auto_shard_dataset=distribution.auto_shard_dataset,
+    ).scope():
+        yield
+
+
+def settle(variables):
+    """Gives variables the layouts that they have in the current scope.
+
+    Keras does so when it computes their values. That is later, outside of the
+    scope, for what is created while a model is traced.
+
+    Args:
+        variables: List of `keras.Variable`s.
+    """
+    if model_parallel() is not None:
+        for variable in variables:
+            variable._layout = layout_of(variable)
+
+
+def factor_layouts(layer, adapter, kernel, axes):
+    """Chooses the layouts of the factors of an adapter.
+
+    Args:
+        layer: String, the path of the layer.
+        adapter: String, the name of the adapter in it.
+        kernel: What the layer computes with, a variable of it or a tensor.
+        axes: Pair of lists, the axes of the kernel that become the rows and
+            the columns of its matrix.
+
+    Returns:
+        Dict from the paths of `U`, `S` and `V` to their `TensorLayout`s;
+        empty if nothing is spread. What keys of the user's map say of
+        adapters comes first, see `stated_layout`.
+    """
+    distribution = model_parallel()
+    if distribution is None:
+        return {}
+    rows, columns = kernel_sharding(distribution, kernel, axes)
+    layouts = {}
+    for role, sharding in (("U", rows), ("S", None), ("V", columns)):
+        path = f"{layer}/{adapter}/{role}"
+        layout = stated_layout(distribution, layer, path)
+        if layout is None:
+            layout = keras.distribution.TensorLayout(
+                (sharding, None), distribution.device_mesh
+            )
+        layouts[path] = layout
+    return layouts
+
+
+def kernel_sharding(distribution, kernel, axes):
+    """Finds along which axes of the mesh a kernel is spread, as a matrix.
+
+    Args:
+        distribution: `ModelParallel`.
+        kernel: Variable. Of a tensor, as quantized layers compute it, nothing
+            is known.
+        axes: Pair of lists of axes of the kernel.
+
+    Returns:
+        Pair of the names of an axis of the mesh, or `None`, for rows and
+        columns.
+    """
+    if not isinstance(kernel, keras.Variable):
+        return None, None
+    names = distribution.get_variable_layout(kernel).axes
+    names += (None,) * (len(kernel.shape) - len(names))
+
+    def leading(axes):
+        # Pieces of a later axis would not be neighbours in the matrix.
+        long = [axis for axis in axes if kernel.shape[axis] > 1]
+        return names[long[0]] if long else None
+
+    rows, columns = map(leading, axes)
+    return rows, columns
+
+
+def stated_layout(distribution, layer, path):
+    """Returns the layout that a key of the map states for an adapter.
+
+    A key that would mean any other weight of the layer, too, was not written
+    for adapters.
+
+    Args:
+        distribution: `ModelParallel`.
+        layer: String, the path of a layer.
+        path: String, the path of a variable of its adapter.
+
+    Returns:
+        `TensorLayout`, or `None` if there is no such key.
+
+    Raises:
+        ValueError: If there is such a key, and another that is in its way.
+    """
+    by_accident = find_layout(distribution, f"{layer}/{UNFORESEEN}")
+    layout = find_layout(distribution, path)
+    if not isinstance(layout, ValueError):
+        return None if layout is by_accident else layout
+    if isinstance(by_accident, ValueError):
+        return None
+    raise ValueError(
+        "One key of a layout map may mean an adapter. Use the whole path, "
+        "which comes before all other keys: "
+        f"`layout_map['{path}'] = (None, None)`. Received: {layout}"
+    ) from layout
+
+
+def find_layout(distribution, path):
+    """Returns what the map has for a path: a layout, `None`, or its error."""
+    try:
+        return distribution.get_tensor_layout(path)
+    except ValueError as error:  # several keys
+        return error

@@ -1,0 +1,46 @@
+"""Virtual devices of one processor, on which JAX may wait for ever.
+
+On CPU, jaxlib computes a batch of decompositions on the threads that run the
+program, and one of them waits for the result. As many devices as there are
+threads, each with its own batch, leave nobody to compute (seen with jaxlib
+0.10.2). By default there are as many threads as cores, or as devices if these
+are more.
+"""
+
+import os
+import warnings
+
+import keras
+
+# What XLA asks for the number of threads, in this order.
+THREADS = ("PJRT_NPROC", "NPROC")
+
+
+def warn_of_virtual_devices():
+    """Warns if a program may wait for itself, and says what helps."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.backend.backend() != "jax":
+        return
+    devices = list(map(str, distribution.device_mesh.devices.flat))
+    count = len(devices) // distribution.num_processes
+    on_cpu = all(name.startswith("cpu") for name in devices)
+    if not on_cpu or count < 2 or threads() > count:
+        return
+    warnings.warn(
+        "Training may stop for ever: while the geometric step waits for its "
+        "decompositions, each virtual device keeps one of the threads that "
+        f"would compute them. There are {count} devices and no more threads. "
+        f"Before you import Keras, write `os.environ['{THREADS[0]}'] = "
+        f"'{4 * count}'`.",
+        stacklevel=4,
+    )
+
+
+def threads():
+    """Returns how many threads JAX has on a processor, or fewer."""
+    for name in THREADS:
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
