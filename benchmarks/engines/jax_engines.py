@@ -114,6 +114,8 @@ class MultiProcess(DataParallel):
         return replicas
 
     def fit(self, model, x, y, batch):
+        import keras
+
         # Keras takes from every process its share of a batch.
         count = self.distribution.num_processes
         own = [
@@ -122,6 +124,9 @@ class MultiProcess(DataParallel):
         ]
         x, y = (a.reshape(-1, a.shape[-1]) for a in own)
         super().fit(model, x, y, batch // count)
+        # To save a model, Keras creates variables, and under a distribution
+        # the process that writes would wait for the others to do so, too.
+        keras.distribution.set_distribution(None)
 
     def close(self):
         import jax
