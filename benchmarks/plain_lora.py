@@ -24,6 +24,9 @@ def enable_plain_lora(model, rank):
     layers = Layers(model.backbone).to_adapt("all-linear")
     Frozen(model.backbone)
     for layer in layers.values():
+        layer.trainable = True
+        for variable in layer.weights:
+            variable.trainable = False
         layer.__class__ = lora_class(type(layer))
         layer.add_factors(rank)
     if hasattr(model, "_torch_params"):
