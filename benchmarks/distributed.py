@@ -4,7 +4,7 @@
         --replicas 2 --steps 50 --out folder
 
 Starts as many processes as the engine takes (`engines/`), trains a small
-network with two adapted layers and a plain one on rows that are the same for
+network with three adapted layers and a plain one on rows that are the same for
 every engine, and writes for each replica the variables of the model and of the
 optimizer, `folder/replica-0.npz`, and `folder/process-0.json` with ranks,
 skipped steps and, with `--count`, the bytes that one step exchanges. The tests

@@ -6,11 +6,11 @@ Builds Llamas of 1, 8 and 70 billion parameters on PyTorch's device `meta`,
 which has shapes but no memory, adapts all linear layers with rank 8 in buffers
 of 16, builds the optimizer, and adds up the bytes of all variables: weights in
 bfloat16, factors, their gradients, and the moments of AdamW and the scratch of
-the geometric step in float32. *Replicated*,
-each device holds everything. *Sharded*, each of eight holds its part by the
-layouts that KerasHub proposes (`LlamaBackbone.get_layout_map`, all eight on the
-axis `model`), and those that adapters get from them. What activations take
-depends on batch and length, and is not counted.
+the geometric step in float32. *Replicated*, each device holds everything.
+*Sharded*, each of eight holds its part by the layouts that KerasHub proposes
+(`LlamaBackbone.get_layout_map`, all eight on the axis `model`), and those that
+adapters get from them. What activations take depends on batch and length, and
+is not counted.
 """
 
 import math
@@ -84,10 +84,8 @@ def divided(model, optimizer, layout_map):
     from keras_geolora.layouts import kernel_sharding
 
     def devices(layout):
-        if layout is None:
-            return 1
-        sizes = dict(zip(("batch", "model"), (1, DEVICES), strict=True))
-        return math.prod(sizes[axis] for axis in layout.axes if axis)
+        in_parts = layout is not None and "model" in layout.axes
+        return DEVICES if in_parts else 1
 
     counts = {id(v): devices(layout_map[v.path]) for v in model.variables}
     asked = types.SimpleNamespace(
@@ -110,8 +108,8 @@ def divided(model, optimizer, layout_map):
             for found, (variable,) in zip(
                 of_factors, store.variables, strict=True
             ):
-                # Stacks of different layouts are replicated.
-                counts[id(variable)] = min(found) if len(found) == 1 else 1
+                # A stack is spread if any of its factors is.
+                counts[id(variable)] = max(found)
     return counts
 
 

@@ -362,12 +362,12 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
         adaptation = Adaptation(model, scope_of(model))
     adapted = []
     try:
-        for path, layer in layers.items():
-            with replicas.scope_of(model):
+        with replicas.scope_of(model):
+            for path, layer in layers.items():
                 adapted_class(layer).adapt(
                     layer, name, train_bias=train_bias, **options[path]
                 )
-            adapted.append(layer)
+                adapted.append(layer)
     except Exception as error:
         for layer in adapted:
             layer.delete_adapter(name)
@@ -516,17 +516,15 @@ def resize_buffers(model, max_ranks, optimizer=None):
     if not changes:
         return
     optimizer, new = optimizer or getattr(model, "optimizer", None), None
-    if find_geolora(optimizer) is not None and optimizer.built:
-        check_optimizer_is_new(optimizer, model.trainable_variables)
-        with replicas.scope_of(model):
-            new = renewed(optimizer)
-    for layer, name, max_rank in changes:
-        with replicas.scope_of(model):
-            layer.resize_adapter(name, max_rank)
     in_training = getattr(model, "train_function", None) is not None
-    forget_traces(model)
-    if new is not None:
-        with replicas.scope_of(model):
+    with replicas.scope_of(model):
+        if find_geolora(optimizer) is not None and optimizer.built:
+            check_optimizer_is_new(optimizer, model.trainable_variables)
+            new = renewed(optimizer)
+        for layer, name, max_rank in changes:
+            layer.resize_adapter(name, max_rank)
+        forget_traces(model)
+        if new is not None:
             rebuild(optimizer, new, model.trainable_variables)
     if in_training:  # `fit` asks for the function before the first epoch only
         model.make_train_function(force=True)
