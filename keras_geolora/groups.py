@@ -83,6 +83,8 @@ class AdapterGroup:
         accumulators: List of none or one `Store`, the sums of gradients
             between two updates.
         max_change: Variable `(adapters,)`, the bounds of the steps, or `None`.
+        longest: Variable `(adapters,)`, the norms of the longest steps that
+            the inner optimizer proposed so far.
         discarded: Variable `(adapters,)`, the shares of the norms that the
             last truncation discarded.
     """
@@ -93,7 +95,7 @@ class AdapterGroup:
         self.factors = factors
         self.unknowns = unknowns
         self.slots, self.accumulators = [], []
-        self.max_change = self.discarded = None
+        self.max_change = self.longest = self.discarded = None
         # Keras takes long to look through lists.
         self.min_rank = np.array([[a.min_rank] for a in adapters], "int32")
         self.scale = np.array([[abs(a.scale)] for a in adapters], "float32")
@@ -160,6 +162,10 @@ class AdapterGroup:
     def state(self):
         """Returns the `Store`s of what goes along with the adapters."""
         return [*(store for _, store in self.slots), *self.accumulators]
+
+    def numbers(self):
+        """Returns the variables `(adapters,)` that training changes."""
+        return [self.longest, self.discarded]
 
 
 def find_adapters(variables):
@@ -348,10 +354,11 @@ class GroupStep:
         if previous is not None:
             K = integrator.in_turn(change.K, previous.augmented.sigma)
             change = change._replace(K=K)
-        bounds = self.group.max_change
+        bounds, longest = self.group.max_change, self.group.longest
         if bounds is not None:
             bounds = ops.reshape(bounds, (-1, 1, 1))
-        augmented = integrator.augment(self.point, change, bounds)
+        longest = ops.reshape(longest, (-1, 1, 1))
+        augmented = integrator.augment(self.point, change, bounds, longest)
         self.new_slots = [store.read() for _, store in self.group.slots]
         finite = augmented.finite
         for slots in self.new_slots:
@@ -425,6 +432,9 @@ class GroupStep:
             new = choose(updated, new, self.point)
             turned = ops.logical_and(self.steps, updated)
             discarded = ops.where(updated, discarded, before)
+        longest = ops.reshape(self.augmented.longest, (-1,))
+        before = group.longest.value
+        group.longest.assign(ops.where(self.steps, longest, before))
         group.factors.write(new)
         group.discarded.assign(discarded)
         for (kind, store), old, slots in zip(
@@ -530,13 +540,18 @@ def carry_groups(old, new):
     states = {}
     for group in old:
         arrays = [to_numpy(store.read()) for store in group.state()]
-        shares = ops.convert_to_numpy(group.discarded)
+        numbers = [ops.convert_to_numpy(v) for v in group.numbers()]
         for row, place in enumerate(group.places):
             own = [[x[row] for x in xs] for xs in arrays]
-            states[place] = own, shares[row]
+            states[place] = own, [n[row] for n in numbers]
     for group in new:
         found = [states[place] for place in group.places]
-        group.discarded.assign(np.array([share for _, share in found]))
+        for variable, values in zip(
+            group.numbers(),
+            zip(*(numbers for _, numbers in found), strict=True),
+            strict=True,
+        ):
+            variable.assign(np.array(values))
         for i, store in enumerate(group.state()):
             by_role = zip(*(own[i] for own, _ in found), strict=True)
             arrays = [

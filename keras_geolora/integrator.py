@@ -286,6 +286,8 @@ class Augmented(NamedTuple):
     `U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`. `sigma` is descending and
     relative to `size`, `(..., 1, 1)`, which is zero where the point stays:
     nothing is known about any direction, or the step was not `finite`.
+    `longest`, as `size` in shape, is the norm of the longest step so far, as
+    the inner optimizer proposed it.
     """
 
     point: Point
@@ -297,9 +299,10 @@ class Augmented(NamedTuple):
     Q: object
     size: object
     finite: object
+    longest: object
 
 
-def augment(point, change, max_change=None):
+def augment(point, change, max_change=None, longest=0.0):
     """Writes a step in bases that hold the old and the new directions.
 
     The bases are augmented by the directions `U_tilde` and `V_tilde` that the
@@ -312,8 +315,11 @@ def augment(point, change, max_change=None):
         point: `Point` before the step.
         change: `Unknowns`, by how much the inner step moved them. What it did
             to columns that are not in use does not count.
-        max_change: Array of shape `(..., 1, 1)` or `None`. A step whose
-            Frobenius norm is larger is shortened to it, in its direction.
+        max_change: Array of shape `(..., 1, 1)` or `None`, the bound of the
+            Frobenius norm of a step. Where the longest step so far, this one
+            included, is longer, all are shortened by what it needs.
+        longest: Array of shape `(..., 1, 1)` or 0, the norm of the longest
+            step before this one.
 
     Returns:
         `Augmented`.
@@ -336,16 +342,17 @@ def augment(point, change, max_change=None):
         ],
         axis=-2,
     )
+    longest = ops.maximum(longest, norm(step, (-2, -1)))
     if max_change is not None:
-        length = norm(step, (-2, -1))
-        share = ops.where(length > max_change, divide(max_change, length), 1.0)
-        step = share * step
+        share = divide(max_change, longest)
+        step = ops.where(longest > max_change, share, 1.0) * step
     r = S.shape[-1]
     S_hat = step + ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
     P, sigma, Qt = ops.svd(divide(S_hat, size), full_matrices=False)
     size = ops.where(finite[..., None, None], size, 0.0)
-    return Augmented(point, active, U_hat, V_hat, P, sigma, T(Qt), size, finite)
+    svd = P, sigma, T(Qt)
+    return Augmented(point, active, U_hat, V_hat, *svd, size, finite, longest)
 
 
 def truncate(augmented, rank):

@@ -60,11 +60,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
             epoch of at least so many steps, before it validates.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
             layer in one step, relative to the Frobenius norm of its kernel.
-            Longer steps are shortened, in their direction, which makes
-            training tolerant of large learning rates. `None` means no bound.
-            `"auto"`, the default, means 0.0005, and no bound around `SGD`,
-            whose step is in proportion to the gradient. Layers with a kernel
-            of zeros have no bound.
+            Where the longest step so far is longer, all from then on are
+            shortened by the share that it needs, in their directions: as a
+            smaller learning rate of the layer would. This makes training
+            tolerant of large learning rates and leaves schedules their
+            effect. `None` means no bound. `"auto"`, the default, means
+            0.002, and no bound around `SGD`, whose step is in proportion to
+            the gradient. Layers with a kernel of zeros have no bound.
         name: String or `None`.
 
     Raises:
@@ -170,11 +172,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         super().build(variables)
         for group in groups:
             group.max_change = self._add_max_change(group)
-            group.discarded = self.add_variable(
-                shape=(len(group.adapters),),
-                dtype="float32",
-                name="discarded_share",
-            )
+            group.longest = self._add_numbers(group, "longest_step")
+            group.discarded = self._add_numbers(group, "discarded_share")
         self._groups = Untracked(groups)
 
     @property
@@ -205,6 +204,12 @@ class GeoLoRA(keras.optimizers.Optimizer):
         budget = ops.cast(value_at(budget, updates), "int32")
         return ops.maximum(budget, smallest(adapters, unit)), unit
 
+    def _add_numbers(self, group, name):
+        """Adds a variable of zeros, one for each adapter of a group."""
+        return self.add_variable(
+            shape=(len(group.adapters),), dtype="float32", name=name
+        )
+
     def _add_max_change(self, group):
         """Adds a variable with the bounds of the steps of a group."""
         ratio = self.max_update_ratio
@@ -212,7 +217,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             proportional = isinstance(
                 self.inner_optimizer, keras.optimizers.SGD
             )
-            ratio = None if proportional else 0.0005
+            ratio = None if proportional else 0.002
         if ratio is None:
             return None
 

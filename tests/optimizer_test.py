@@ -494,6 +494,44 @@ def test_a_step_changes_a_layer_by_no_more_than_its_bound(scale):
     np.testing.assert_allclose(change, 0.1, rtol=1e-4)
 
 
+def changes_at_rates(rates, **options):
+    """The changes of a layer, relative to its kernel, a rate for each step.
+
+    Gradients are those of a plane, so that Adam moves on steadily.
+    """
+    rng = np.random.default_rng(0)
+    layer = GeoLoRADense(8, rank=2, seed=0)
+    layer.build((None, 12))
+    layer.kernel.assign(rng.normal(size=(12, 8)))
+    optimizer = GeoLoRA(keras.optimizers.Adam(), 0.0, **options)
+    slope, changes = rng.normal(size=(12, 8)), []
+    before = np.zeros((12, 8))
+    for rate in rates:
+        optimizer.learning_rate = rate
+        grads = tensors(gradients_of(layer.adapter, slope))
+        optimizer.apply(grads, factors(layer.adapter))
+        (after,) = to_numpy([layer.delta()])
+        changes.append(np.linalg.norm(after - before))
+        before = after
+    return np.array(changes) / np.linalg.norm(to_numpy([layer.kernel])[0])
+
+
+def test_a_bound_is_a_smaller_rate_and_leaves_schedules_their_effect():
+    rates = np.array([0.1, 0.3, 1.0, 1.0, 0.5, 0.1, 0.01])
+    bound = changes_at_rates(rates, max_update_ratio=0.01)
+    assert bound.max() <= 0.01 * 1.001
+    # A warm-up is cut where it reaches the bound, a decay is not.
+    np.testing.assert_allclose(bound[:3], 0.01, rtol=0.2)
+    np.testing.assert_allclose(bound[4:] / bound[3], rates[4:], rtol=0.2)
+
+
+def test_a_step_below_the_bound_is_that_of_the_inner_optimizer():
+    rates = [1e-4, 2e-4, 1e-4]
+    bound = changes_at_rates(rates, max_update_ratio=0.1)
+    free = changes_at_rates(rates, max_update_ratio=None)
+    np.testing.assert_array_equal(bound, free)
+
+
 def test_without_a_bound_a_step_is_as_long_as_the_inner_one():
     assert change_of_one_step(max_update_ratio=None) > 1
 
