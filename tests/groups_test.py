@@ -169,6 +169,24 @@ def test_adapters_that_rest_keep_what_was_discarded(together):
     assert optimizer.discarded_share(resting) == share > 0.03
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_step_that_an_adapter_does_not_take_is_not_its_longest(together):
+    problem = Regression(((12, 8), (12, 8) if together else (6, 5)))
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-3))
+    problem.step(optimizer)
+
+    def longest():
+        groups = optimizer._groups.content
+        return np.concatenate(to_numpy([g.longest for g in groups]))
+
+    moving, resting = longest()
+    optimizer.learning_rate = 1.0
+    optimizer.apply(tensors(problem.gradients()[:3]), problem.variables[:3])
+    found = longest()
+    assert found[0] > 100 * moving > 0
+    assert found[1] == resting > 0
+
+
 # What Keras promises of an optimizer.
 
 
