@@ -65,6 +65,13 @@ def main():
         help="of GeoLoRA: buffers of so many times the rank; 1: no budget",
     )
     run.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=[None],
+        help="of GeoLoRA: `max_update_ratio`, the bound of a step",
+    )
+    run.add_argument(
         "--scales",
         type=float,
         nargs="+",
@@ -96,7 +103,9 @@ def options_of(method, args):
     if method == "geolora":
         return [
             {"tolerance": tolerance, "room": args.room}
+            | ({} if ratio is None else {"ratio": ratio})
             for tolerance in args.tolerances
+            for ratio in args.ratios
         ]
     if method.startswith("peft"):
         return [{"scale": scale} for scale in args.scales]
@@ -242,7 +251,7 @@ def settings():
 
 def label(row):
     """Returns the name of a method with the options that are not usual."""
-    usual = {"tolerance": 0.1, "room": 2, "scale": 1.0}
+    usual = {"tolerance": 0.1, "room": 2, "ratio": None, "scale": 1.0}
     options = [
         f"{name} {value:g}"
         for name, value in row["options"].items()

@@ -158,7 +158,7 @@ class OnKeras:
 class GeoLoRA(OnKeras):
     """This library, with the parameters that LoRA of a rank would have."""
 
-    def adapt(self, inner, tolerance, room):
+    def adapt(self, inner, tolerance, room, ratio="auto"):
         import keras_geolora
         from keras_geolora.targeting import adapted_layers
 
@@ -172,7 +172,10 @@ class GeoLoRA(OnKeras):
             sum(layer.kernel_matrix_shape) for layer in self.layers.values()
         )
         return keras_geolora.GeoLoRA(
-            inner, tolerance, parameter_budget=budget if room > 1 else None
+            inner,
+            tolerance,
+            parameter_budget=budget if room > 1 else None,
+            max_update_ratio=ratio,
         )
 
     def ranks(self):
