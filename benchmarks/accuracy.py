@@ -37,6 +37,8 @@ TASKS = ("movies", "trec", "sms", "fashion")
 METHODS = ("geolora", "plain_lora", "keras_lora", "peft_lora", "peft_adalora")
 RANKS, RATES, SEEDS = (2, 4, 8, 16, 32), (3e-4, 1e-3, 3e-3), (0, 1, 2)
 KEY = ("task", "method", "rank", "options", "rate", "seed", "train", "held_out")
+# So many rates are a band that is worth a map.
+BAND = 5
 # A run is lost where it is less than this above the most frequent class.
 MARGIN = 0.01
 
@@ -383,13 +385,17 @@ def curve(ranks):
 
 
 def draw_rates(file):
-    """Draws accuracy over rates and ranks: a column a task, a row a method."""
-    found = settings()
+    """Draws accuracy over rates and ranks: a row a task, a column a method."""
+    found = {
+        task: methods
+        for task, methods in settings().items()
+        if len(rates_of(methods)) >= BAND
+    }
     names = sorted({name for methods in found.values() for name in methods})
     figure, axes = measuring.figure(
-        len(names), len(found), width=3.8 * len(found), height=2.1
+        len(found), len(names), width=3.4 * len(names), height=2.6
     )
-    for column, (task, methods) in enumerate(found.items()):
+    for row, (task, methods) in enumerate(found.items()):
         rates = rates_of(methods)
         means = [
             mean(rows)
@@ -398,7 +404,7 @@ def draw_rates(file):
             for rows in r.values()
         ]
         limits = min(means), max(means) + 1e-6
-        for axis, name in zip(axes[:, column], names, strict=True):
+        for axis, name in zip(axes[row], names, strict=True):
             if name not in methods:
                 axis.remove()
                 continue
