@@ -385,12 +385,15 @@ def curve(ranks):
 
 
 def draw_rates(file):
-    """Draws accuracy over rates and ranks: a row a task, a column a method."""
-    found = {
-        task: methods
-        for task, methods in settings().items()
-        if len(rates_of(methods)) >= BAND
-    }
+    """Draws accuracy over rates and ranks: a row a task, a column a method.
+
+    Only methods that ran at a band of rates.
+    """
+    found = {}
+    for task, methods in settings().items():
+        for name, ranks in methods.items():
+            if len(rates_of({name: ranks})) >= BAND:
+                found.setdefault(task, {})[name] = ranks
     names = sorted({name for methods in found.values() for name in methods})
     figure, axes = measuring.figure(
         len(found), len(names), width=3.4 * len(names), height=2.6

@@ -146,7 +146,8 @@ def test_all_replicas_skip_what_one_cannot_take(run, engine, replicas):
         assert process["skipped_steps"] == 1
     for arrays in training.replicas.values():
         assert all(np.isfinite(array).all() for array in arrays.values())
-    assert_same(run("single", 1, *options), training)
+    # Where a direction joins, rounding is magnified for a few steps.
+    assert_same(run("single", 1, *options), training, tolerance=1e-3)
 
 
 @pytest.fixture(scope="module")
