@@ -546,12 +546,9 @@ def carry_groups(old, new):
             states[place] = own, [n[row] for n in numbers]
     for group in new:
         found = [states[place] for place in group.places]
-        for variable, values in zip(
-            group.numbers(),
-            zip(*(numbers for _, numbers in found), strict=True),
-            strict=True,
-        ):
-            variable.assign(np.array(values))
+        numbers = np.transpose([numbers for _, numbers in found])
+        for variable, values in zip(group.numbers(), numbers, strict=True):
+            variable.assign(values)
         for i, store in enumerate(group.state()):
             by_role = zip(*(own[i] for own, _ in found), strict=True)
             arrays = [

@@ -351,8 +351,9 @@ def augment(point, change, max_change=None, longest=0.0):
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
     P, sigma, Qt = ops.svd(divide(S_hat, size), full_matrices=False)
     size = ops.where(finite[..., None, None], size, 0.0)
-    svd = P, sigma, T(Qt)
-    return Augmented(point, active, U_hat, V_hat, *svd, size, finite, longest)
+    return Augmented(
+        point, active, U_hat, V_hat, P, sigma, T(Qt), size, finite, longest
+    )
 
 
 def truncate(augmented, rank):

@@ -139,15 +139,16 @@ def test_replicas_stay_bit_identical(run, engine, replicas):
 
 @EVERY_ENGINE
 def test_all_replicas_skip_what_one_cannot_take(run, engine, replicas):
-    options = ("--steps", "24", "--poison", "5")
+    # Where a direction joins, rounding is magnified for a few steps: compare
+    # where others do.
+    options = ("--steps", "50", "--poison", "5")
     training = run(engine, replicas, *options)
     assert_replicas_agree(training, replicas)
     for process in training.processes:
         assert process["skipped_steps"] == 1
     for arrays in training.replicas.values():
         assert all(np.isfinite(array).all() for array in arrays.values())
-    # Where a direction joins, rounding is magnified for a few steps.
-    assert_same(run("single", 1, *options), training, tolerance=1e-3)
+    assert_same(run("single", 1, *options), training)
 
 
 @pytest.fixture(scope="module")
