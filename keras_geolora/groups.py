@@ -83,8 +83,8 @@ class AdapterGroup:
         accumulators: List of none or one `Store`, the sums of gradients
             between two updates.
         max_change: Variable `(adapters,)`, the bounds of the steps, or `None`.
-        longest: Variable `(adapters,)`, the norms of the longest steps that
-            the inner optimizer proposed so far.
+        longest: Variable `(adapters,)`, the lengths of the longest steps that
+            the inner optimizer proposed so far, or `None` without bounds.
         discarded: Variable `(adapters,)`, the shares of the norms that the
             last truncation discarded.
     """
@@ -165,7 +165,8 @@ class AdapterGroup:
 
     def numbers(self):
         """Returns the variables `(adapters,)` that training changes."""
-        return [self.longest, self.discarded]
+        found = [self.longest, self.discarded]
+        return [variable for variable in found if variable is not None]
 
 
 def find_adapters(variables):
@@ -354,11 +355,13 @@ class GroupStep:
         if previous is not None:
             K = integrator.in_turn(change.K, previous.augmented.sigma)
             change = change._replace(K=K)
-        bounds, longest = self.group.max_change, self.group.longest
-        if bounds is not None:
-            bounds = ops.reshape(bounds, (-1, 1, 1))
-        longest = ops.reshape(longest, (-1, 1, 1))
-        augmented = integrator.augment(self.point, change, bounds, longest)
+        bounds = ()
+        if self.group.max_change is not None:
+            bounds = [
+                ops.reshape(variable, (-1, 1, 1))
+                for variable in (self.group.max_change, self.group.longest)
+            ]
+        augmented = integrator.augment(self.point, change, *bounds)
         self.new_slots = [store.read() for _, store in self.group.slots]
         finite = augmented.finite
         for slots in self.new_slots:
@@ -432,9 +435,10 @@ class GroupStep:
             new = choose(updated, new, self.point)
             turned = ops.logical_and(self.steps, updated)
             discarded = ops.where(updated, discarded, before)
-        longest = ops.reshape(self.augmented.longest, (-1,))
-        before = group.longest.value
-        group.longest.assign(ops.where(self.steps, longest, before))
+        if group.longest is not None:
+            longest = ops.reshape(self.augmented.longest, (-1,))
+            before = group.longest.value
+            group.longest.assign(ops.where(self.steps, longest, before))
         group.factors.write(new)
         group.discarded.assign(discarded)
         for (kind, store), old, slots in zip(

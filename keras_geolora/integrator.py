@@ -286,8 +286,8 @@ class Augmented(NamedTuple):
     `U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`. `sigma` is descending and
     relative to `size`, `(..., 1, 1)`, which is zero where the point stays:
     nothing is known about any direction, or the step was not `finite`.
-    `longest`, as `size` in shape, is the norm of the longest step so far, as
-    the inner optimizer proposed it.
+    `longest`, as `size` in shape, is the length of the longest step so far, as
+    the inner optimizer proposed it: the norm by the root of the rank it had.
     """
 
     point: Point
@@ -317,9 +317,11 @@ def augment(point, change, max_change=None, longest=0.0):
             to columns that are not in use does not count.
         max_change: Array of shape `(..., 1, 1)` or `None`, the bound of the
             Frobenius norm of a step. Where the longest step so far, this one
-            included, is longer, all are shortened by what it needs.
-        longest: Array of shape `(..., 1, 1)` or 0, the norm of the longest
-            step before this one.
+            included, would be longer at the rank of this one, the step is
+            shortened by what that one needs.
+        longest: Array of shape `(..., 1, 1)` or 0, the length of the longest
+            step before this one, by the root of its rank: more directions
+            make a step longer, and where training began shall not matter.
 
     Returns:
         `Augmented`.
@@ -342,10 +344,12 @@ def augment(point, change, max_change=None, longest=0.0):
         ],
         axis=-2,
     )
-    longest = ops.maximum(longest, norm(step, (-2, -1)))
+    rank = ops.cast(count(active)[..., None], S.dtype)
+    longest = ops.maximum(longest, divide(norm(step, (-2, -1)), ops.sqrt(rank)))
     if max_change is not None:
-        share = divide(max_change, longest)
-        step = ops.where(longest > max_change, share, 1.0) * step
+        at_this_rank = ops.sqrt(rank) * longest
+        share = divide(max_change, at_this_rank)
+        step = ops.where(at_this_rank > max_change, share, 1.0) * step
     r = S.shape[-1]
     S_hat = step + ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)

@@ -60,11 +60,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
             epoch of at least so many steps, before it validates.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
             layer in one step, relative to the Frobenius norm of its kernel.
-            Where the longest step so far is longer, all from then on are
-            shortened by the share that it needs, in their directions: as a
-            smaller learning rate of the layer would. This makes training
-            tolerant of large learning rates and leaves schedules their
-            effect. `None` means no bound. `"auto"`, the default, means
+            Where the longest step so far would be longer at the rank of
+            today, all from then on are shortened by the share that it needs,
+            in their directions: as a smaller learning rate of the layer
+            would. This makes training tolerant of large learning rates and
+            leaves schedules their effect. `None` means no bound. `"auto"`, the default, means
             0.001, and no bound around `SGD`, whose step is in proportion to
             the gradient. Layers with a kernel of zeros have no bound.
         name: String or `None`.
@@ -172,7 +172,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         super().build(variables)
         for group in groups:
             group.max_change = self._add_max_change(group)
-            group.longest = self._add_numbers(group, "longest_step")
+            if group.max_change is not None:
+                group.longest = self._add_numbers(group, "longest_step")
             group.discarded = self._add_numbers(group, "discarded_share")
         self._groups = Untracked(groups)
 

@@ -524,6 +524,26 @@ def test_a_step_below_the_bound_is_that_of_the_inner_optimizer():
     np.testing.assert_array_equal(bound, free)
 
 
+def test_a_bound_does_not_depend_on_the_rank_at_the_start():
+    # Adam's first step is long, and so are those at a high rank: it was seen
+    # that layers which begin with a high rank were held back for ever.
+    def lengths(rank):
+        rng = np.random.default_rng(0)
+        adapter = LowRankAdapter(48, 40, rank=rank, max_rank=8, seed=0)
+        adapter.kernel_norm = lambda: 10.0
+        optimizer = GeoLoRA(keras.optimizers.Adam(0.1), 0.0)
+        before, found = delta(adapter), []
+        for _ in range(20):
+            grads = gradients_of(adapter, rng.normal(size=(48, 40)))
+            optimizer.apply(tensors(grads), factors(adapter))
+            found.append(np.linalg.norm(delta(adapter) - before))
+            before = delta(adapter)
+        assert adapter.rank == 8
+        return np.mean(found[10:])
+
+    np.testing.assert_allclose(lengths(1), lengths(8), rtol=0.1)
+
+
 def test_without_a_bound_a_step_is_as_long_as_the_inner_one():
     assert change_of_one_step(max_update_ratio=None) > 1
 
