@@ -64,9 +64,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
             today, all from then on are shortened by the share that it needs,
             in their directions: as a smaller learning rate of the layer
             would. This makes training tolerant of large learning rates and
-            leaves schedules their effect. `None` means no bound. `"auto"`, the default, means
-            0.001, and no bound around `SGD`, whose step is in proportion to
-            the gradient. Layers with a kernel of zeros have no bound.
+            leaves schedules their effect. `None` means no bound. `"auto"`,
+            the default, means 0.001, and no bound around `SGD`, whose step is
+            in proportion to the gradient. Layers with a kernel of zeros have
+            no bound.
         name: String or `None`.
 
     Raises:
