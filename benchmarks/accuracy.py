@@ -1,21 +1,25 @@
 """Accuracy of GeoLoRA, LoRA and AdaLoRA over learning rates and sizes.
 
     python benchmarks/accuracy.py run --tasks movies --methods geolora \\
-        --ranks 4 8 16 --rates 1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1
+        --ranks 4 8 16
+    python benchmarks/accuracy.py run --tasks trec --schedule constant \\
+        --ranks 8 --rates 1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1
     python benchmarks/accuracy.py table
     python benchmarks/accuracy.py plot
 
 One protocol for the methods of `contenders.py` on the tasks of `tasks.py`: the
 same pretrained weights, token ids, split, order of batches, first weights of
-the head, number of steps, and AdamW at a constant rate. Methods of Keras run on
-`--backend`, those of PEFT on torch. Every run adds one line to
-`benchmarks/results/accuracy.jsonl`; runs that are there are skipped, so that a
-sweep can be stopped and go on, and several processes can share the work.
+the head, number of steps, and AdamW, whose rate falls linearly to zero, or is
+constant. Methods of Keras run on `--backend`, those of PEFT on torch. Every run
+adds one line to `benchmarks/results/accuracy.jsonl`; runs that are there are
+skipped, so that a sweep can be stopped and go on, and several processes can
+share the work.
 
-`table` and `plot` answer two questions. How wide is the band of learning rates
+`table` and `plot` answer two questions. How wide is the band of constant rates
 in which a method works? And how many parameters does it need for an accuracy,
-each size at its best rate, which is chosen on other examples (`validation`)
-than those that are reported? A run is lost if its output is not finite, or it
+with a rate that falls, each size at its best rate? That is chosen on other
+examples (`validation`) than those that are reported, among the rates with the
+most seeds. A run is lost if its output is not finite, or it
 is no better than to answer the most frequent class every time.
 """
 
@@ -36,7 +40,9 @@ PLOTS = pathlib.Path("docs/images")
 TASKS = ("movies", "trec", "sms", "fashion")
 METHODS = ("geolora", "plain_lora", "keras_lora", "peft_lora", "peft_adalora")
 RANKS, RATES, SEEDS = (2, 4, 8, 16, 32), (3e-4, 1e-3, 3e-3), (0, 1, 2)
-KEY = ("task", "method", "rank", "options", "rate", "seed", "train", "held_out")
+SCHEDULES = ("linear", "constant")
+KEY = ("task", "method", "rank", "options", "rate", "schedule", "seed")
+KEY += ("train", "held_out")
 # So many rates are a band that is worth a map.
 BAND = 5
 # A run is lost where it is less than this above the most frequent class.
@@ -52,6 +58,12 @@ def main():
     run.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
     run.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     run.add_argument("--rates", type=float, nargs="+", default=RATES)
+    run.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="linear",
+        help="whether rates fall to zero or stay",
+    )
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     run.add_argument(
         "--tolerances",
@@ -132,6 +144,7 @@ def plan(args):
                     "rank": rank,
                     "options": options,
                     "rate": rate,
+                    "schedule": args.schedule,
                     "seed": seed,
                     "train": args.train or task.examples,
                     "held_out": args.held_out or task.held_out,
@@ -169,7 +182,13 @@ def measure(args):
         task = tasks.TASKS[name]
         if name not in data:
             data = {name: task.load()}  # pictures are large
-        made = contenders.CONTENDERS[method](task, rank, **rows[0]["options"])
+        steps = task.epochs * -(-rows[0]["train"] // tasks.BATCH)
+        made = contenders.CONTENDERS[method](
+            task,
+            rank,
+            steps if args.schedule == "linear" else 0,
+            **rows[0]["options"],
+        )
         on = "torch" if method.startswith("peft") else args.backend
         for row in rows:
             found = run_once(task, made, *data[name], row)
@@ -235,9 +254,10 @@ def lost(row):
     return not row["finite"] or row["accuracy"] < row["most_frequent"] + MARGIN
 
 
-def settings():
+def settings(schedule):
     """Returns the complete runs: task, method with options, rank, rate."""
     rows, found = measured(), {}
+    rows = [row for row in rows if row["schedule"] == schedule]
     sizes = {row["task"]: 0 for row in rows}
     for row in rows:
         sizes[row["task"]] = max(sizes[row["task"]], row["train"])
@@ -275,14 +295,16 @@ def spread(rows):
 
 def best_rate(rates):
     """Returns the rate with the best mean on the validation examples."""
-    return max(sorted(rates), key=lambda rate: mean(rates[rate], "validation"))
+    most = max(map(len, rates.values()))
+    near = sorted(rate for rate, rows in rates.items() if len(rows) == most)
+    return max(near, key=lambda rate: mean(rates[rate], "validation"))
 
 
 def print_tables():
     """Prints accuracy over rates, and over parameters."""
-    for task, methods in settings().items():
+    for task, methods in settings("constant").items():
         rates = rates_of(methods)
-        print(f"\n**{task}**, held-out accuracy over learning rates\n")
+        print(f"\n**{task}**, held-out accuracy over constant rates\n")
         header = ["method", "rank", *(f"{rate:.0e}" for rate in rates)]
         header += ["within 0.02 of its best", "lost"]
         lines = [
@@ -292,6 +314,7 @@ def print_tables():
             for rank, found in sorted(ranks.items())
         ]
         print(measuring.markdown(header, lines))
+    for task, methods in settings("linear").items():
         print(f"\n**{task}**, every size at its best rate\n")
         header = ["method", "rank", "rate", "trainable", "effective"]
         header += ["layer ranks", "accuracy", "runs"]
@@ -390,7 +413,7 @@ def draw_rates(file):
     Only methods that ran at a band of rates.
     """
     found = {}
-    for task, methods in settings().items():
+    for task, methods in settings("constant").items():
         for name, ranks in methods.items():
             if len(rates_of({name: ranks})) >= BAND:
                 found.setdefault(task, {})[name] = ranks
@@ -469,7 +492,7 @@ STYLES = {
 
 def draw_parameters(file):
     """Draws accuracy over effective parameters, a panel a task."""
-    found = settings()
+    found = settings("linear")
     columns = min(2, len(found))
     figure, axes = measuring.figure(
         -(-len(found) // columns), columns, width=5.2 * columns

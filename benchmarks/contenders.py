@@ -3,7 +3,8 @@
 A contender is built once for a task, a rank and options, and then trains any
 number of times, each from the start:
 
-- `train(x, y, orders, rate, seed)` returns the mean loss of every epoch;
+- `train(x, y, orders, rate, seed)` returns the mean loss of every epoch; the
+  rate is constant, or with `decay` falls to zero, linearly;
 - `logits(x)` predicts;
 - `ranks()`, `parameters()` and `effective()`: the rank of every layer, the
   number of trainable parameters of the adapters, and those that are left when
@@ -26,6 +27,26 @@ from tasks import BATCH, draw_head
 
 EPSILON, WEIGHT_DECAY = 1e-7, 0.004
 EVALUATED_AT_ONCE = 125
+
+
+def make_adamw(steps):
+    """Returns AdamW of Keras, whose rate falls to zero in so many steps.
+
+    The rate that it is assigned is the first. With 0 steps it is constant. (A
+    schedule of Keras would be a part of what is compiled, so that every rate
+    had to be compiled anew.)
+    """
+    import keras
+    from keras import ops
+
+    class AdamW(keras.optimizers.AdamW):
+        def _get_current_learning_rate(self):
+            if not steps:
+                return self._learning_rate
+            done = ops.cast(self.iterations, "float32") / steps
+            return self._learning_rate * (1.0 - done)
+
+    return AdamW(1e-3, epsilon=EPSILON, weight_decay=WEIGHT_DECAY)
 
 
 def draw_weights(model, seed, rank):
@@ -79,17 +100,12 @@ class OnKeras:
 
     start_rank = None  # only GeoLoRA draws bases of a rank
 
-    def __init__(self, task, rank, **options):
+    def __init__(self, task, rank, steps=0, **options):
         import keras
 
         self.task, self.rank = task, rank
         self.model = task.keras_model()
-        self.optimizer = self.adapt(
-            keras.optimizers.AdamW(
-                1e-3, epsilon=EPSILON, weight_decay=WEIGHT_DECAY
-            ),
-            **options,
-        )
+        self.optimizer = self.adapt(make_adamw(steps), **options)
         self.model.compile(
             optimizer=self.optimizer,
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -235,10 +251,11 @@ def torch_classifier(task):
 class OnPEFT:
     """A contender of PEFT, on the same weights; a subclass has its config."""
 
-    def __init__(self, task, rank, **options):
+    def __init__(self, task, rank, steps=0, **options):
         import torch
 
         self.task, self.rank, self.options = task, rank, options
+        self.decay = bool(steps)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.base = torch_classifier(task)
         # The linear layers of the backbone, as `all-linear` in Keras.
@@ -283,6 +300,9 @@ class OnPEFT:
                     **self._inputs(x, rows),
                 )
                 outputs.loss.backward()
+                if self.decay:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * (1 - count / steps)
                 optimizer.step()
                 if allocate is not None:
                     allocate(count)

@@ -101,6 +101,47 @@ def test_every_run_of_a_contender_begins_anew(method):
     np.testing.assert_allclose(again, first, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["geolora", "plain_lora", "peft_lora"])
+def test_a_rate_falls_to_zero(method, monkeypatch):
+    pytest.importorskip("keras_hub")
+    if method == "peft_lora":
+        pytest.importorskip("peft")
+    contender = contenders.CONTENDERS[method](
+        Tiny(), RANK, 4, **OPTIONS.get(method, {})
+    )
+    rates = rates_of_steps(contender, monkeypatch)
+    np.testing.assert_allclose(rates, [0.01, 0.0075, 0.005, 0.0025], rtol=1e-5)
+
+
+def rates_of_steps(contender, monkeypatch):
+    """Trains for four steps, and returns the rate of each."""
+    found = []
+    if isinstance(contender, contenders.OnPEFT):
+        import torch
+
+        step = torch.optim.AdamW.step
+
+        def record(optimizer, *args, **kwargs):
+            found.append(optimizer.param_groups[0]["lr"])
+            return step(optimizer, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    else:
+        fit = contender._fit
+
+        def record(*args):
+            # Compiling has taken a step, which beginning takes back.
+            if contender._compiled:
+                found.append(float(contender.optimizer.learning_rate))
+            return fit(*args)
+
+        monkeypatch.setattr(contender, "_fit", record)
+    x, y = contender.task.load()
+    batches = np.split(np.arange(4 * tasks.BATCH) % len(y), 4)
+    contender.train(x, y, batches, 1e-2, 0)
+    return found
+
+
 @pytest.mark.parametrize("method", ["plain_lora", "peft_lora"])
 def test_lora_has_the_parameters_of_its_rank(method):
     contender = made(method)
