@@ -9,11 +9,13 @@ Two epochs over 2,000 sentences take a few minutes on two CPU cores.
 """
 
 import argparse
+import math
 import os
 
 import assets
 import numpy as np
 
+BATCH, VALIDATION = 32, 0.1
 NEW_SENTENCES = [
     "A joy from the first frame to the last.",
     "Two hours I will never get back.",
@@ -54,8 +56,14 @@ def main(args):
         ),
     )
     classifier.enable_geolora(rank=8)
+    # A rate that falls to zero: the last batches shall not decide.
+    trained = int((1 - VALIDATION) * len(sentences))
+    steps = args.epochs * math.ceil(trained / BATCH)
+    rate = keras.optimizers.schedules.PolynomialDecay(
+        args.learning_rate, steps, end_learning_rate=0.0
+    )
     classifier.compile(
-        optimizer=GeoLoRA(keras.optimizers.AdamW(args.learning_rate)),
+        optimizer=GeoLoRA(keras.optimizers.AdamW(rate)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -63,9 +71,9 @@ def main(args):
     classifier.fit(
         sentences,
         liked,
-        validation_split=0.1,
+        validation_split=VALIDATION,
         epochs=args.epochs,
-        batch_size=32,
+        batch_size=BATCH,
         shuffle=False,  # They are shuffled, and KerasHub keeps their order.
         callbacks=[history],
     )
@@ -92,7 +100,7 @@ def parse_args():
     parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"])
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--heat-map", metavar="PNG")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -530,8 +530,9 @@ def test_a_bound_does_not_depend_on_the_rank_at_the_start():
     def lengths(rank):
         rng = np.random.default_rng(0)
         adapter = LowRankAdapter(48, 40, rank=rank, max_rank=8, seed=0)
-        adapter.kernel_norm = lambda: 10.0
-        optimizer = GeoLoRA(keras.optimizers.Adam(0.1), 0.0)
+        adapter.kernel_norm = lambda: 1.0
+        inner = keras.optimizers.Adam(0.1)
+        optimizer = GeoLoRA(inner, 0.0, max_update_ratio=0.01)
         before, found = delta(adapter), []
         for _ in range(20):
             grads = gradients_of(adapter, rng.normal(size=(48, 40)))
