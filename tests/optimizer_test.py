@@ -527,9 +527,9 @@ def test_a_step_below_the_bound_is_that_of_the_inner_optimizer():
 def test_a_bound_does_not_depend_on_the_rank_at_the_start():
     # Adam's first step is long, and so are those at a high rank: it was seen
     # that layers which begin with a high rank were held back for ever.
-    def lengths(rank):
-        rng = np.random.default_rng(0)
-        adapter = LowRankAdapter(48, 40, rank=rank, max_rank=8, seed=0)
+    def length(rank, seed):
+        rng = np.random.default_rng(seed)
+        adapter = LowRankAdapter(48, 40, rank=rank, max_rank=8, seed=seed)
         adapter.kernel_norm = lambda: 1.0
         inner = keras.optimizers.Adam(0.1)
         optimizer = GeoLoRA(inner, 0.0, max_update_ratio=0.01)
@@ -542,7 +542,8 @@ def test_a_bound_does_not_depend_on_the_rank_at_the_start():
         assert adapter.rank == 8
         return np.mean(found[10:])
 
-    np.testing.assert_allclose(lengths(1), lengths(8), rtol=0.1)
+    low, high = ([length(rank, seed) for seed in range(3)] for rank in (1, 8))
+    np.testing.assert_allclose(np.mean(high), np.mean(low), rtol=0.2)
 
 
 def test_without_a_bound_a_step_is_as_long_as_the_inner_one():
