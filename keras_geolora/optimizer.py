@@ -65,7 +65,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             in their directions: as a smaller learning rate of the layer
             would. This makes training tolerant of large learning rates and
             leaves schedules their effect. `None` means no bound. `"auto"`,
-            the default, means 0.004, and no bound around `SGD`, whose step is
+            the default, means 0.008, and no bound around `SGD`, whose step is
             in proportion to the gradient. Layers with a kernel of zeros have
             no bound.
         name: String or `None`.
@@ -219,7 +219,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             proportional = isinstance(
                 self.inner_optimizer, keras.optimizers.SGD
             )
-            ratio = None if proportional else 0.004
+            ratio = None if proportional else 0.008
         if ratio is None:
             return None
 
