@@ -82,7 +82,7 @@ def main():
         "--ratios",
         type=float,
         nargs="+",
-        default=[None],
+        default=[0.008],
         help="of GeoLoRA: `max_update_ratio`, the bound of a step",
     )
     run.add_argument(
@@ -116,8 +116,7 @@ def options_of(method, args):
     """Returns a list of the options with which a method shall run."""
     if method == "geolora":
         return [
-            {"tolerance": tolerance, "room": args.room}
-            | ({} if ratio is None else {"ratio": ratio})
+            {"tolerance": tolerance, "room": args.room, "ratio": ratio}
             for tolerance in args.tolerances
             for ratio in args.ratios
         ]
@@ -273,7 +272,7 @@ def settings(schedule):
 
 def label(row):
     """Returns the name of a method with the options that are not usual."""
-    usual = {"tolerance": 0.1, "room": 2, "ratio": None, "scale": 1.0}
+    usual = {"tolerance": 0.1, "room": 2, "ratio": 0.008, "scale": 1.0}
     options = [
         f"{name} {value:g}"
         for name, value in row["options"].items()
