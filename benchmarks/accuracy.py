@@ -416,6 +416,9 @@ def draw_rates(file):
         for name, ranks in methods.items():
             if len(rates_of({name: ranks})) >= BAND:
                 found.setdefault(task, {})[name] = ranks
+    if not found:
+        print("No method ran at enough rates for a map.")
+        return
     names = sorted({name for methods in found.values() for name in methods})
     figure, axes = measuring.figure(
         len(found), len(names), width=3.4 * len(names), height=2.6
