@@ -45,6 +45,8 @@ KEY = ("task", "method", "rank", "options", "rate", "schedule", "seed")
 KEY += ("train", "held_out")
 # So many rates are a band that is worth a map.
 BAND = 5
+# The bound of steps that is the default of the library.
+RATIO = 0.008
 # A run is lost where it is less than this above the most frequent class.
 MARGIN = 0.01
 
@@ -82,7 +84,7 @@ def main():
         "--ratios",
         type=float,
         nargs="+",
-        default=[0.008],
+        default=[RATIO],
         help="of GeoLoRA: `max_update_ratio`, the bound of a step",
     )
     run.add_argument(
@@ -255,14 +257,12 @@ def lost(row):
 
 def settings(schedule):
     """Returns the complete runs: task, method with options, rank, rate."""
-    rows, found = measured(), {}
-    rows = [row for row in rows if row["schedule"] == schedule]
-    sizes = {row["task"]: 0 for row in rows}
-    for row in rows:
-        sizes[row["task"]] = max(sizes[row["task"]], row["train"])
-    for row in rows:
-        if row["train"] < sizes[row["task"]]:
-            continue  # somebody tried the script
+    found = {}
+    for row in complete_rows():
+        if row["schedule"] != schedule:
+            continue
+        if row["options"].get("ratio", RATIO) != RATIO:
+            continue  # a candidate, see `print_bounds`
         task = found.setdefault(row["task"], {})
         method = task.setdefault(label(row), {})
         rates = method.setdefault(row["rank"], {})
@@ -270,9 +270,17 @@ def settings(schedule):
     return {name: dict(sorted(found[name].items())) for name in sorted(found)}
 
 
+def complete_rows():
+    """Returns the rows that are not of somebody who tried the script."""
+    rows, sizes = measured(), {}
+    for row in rows:
+        sizes[row["task"]] = max(sizes.get(row["task"], 0), row["train"])
+    return [row for row in rows if row["train"] == sizes[row["task"]]]
+
+
 def label(row):
     """Returns the name of a method with the options that are not usual."""
-    usual = {"tolerance": 0.1, "room": 2, "ratio": 0.008, "scale": 1.0}
+    usual = {"tolerance": 0.1, "room": 2, "ratio": RATIO, "scale": 1.0}
     options = [
         f"{name} {value:g}"
         for name, value in row["options"].items()
@@ -325,6 +333,27 @@ def print_tables():
         print(measuring.markdown(header, lines))
         print(f"\n**{task}**, the smallest within 0.01 of the best of all\n")
         print(measuring.markdown(["method", "effective"], smallest(methods)))
+    print_bounds()
+
+
+def print_bounds():
+    """Prints what other bounds of steps came to, where several ran."""
+    found = {}
+    for row in complete_rows():
+        if row["method"] == "geolora" and row["options"]["room"] > 1:
+            name = [row[key] for key in ("task", "rank", "schedule")]
+            name = (*name, f"{row['rate']:.0e}")
+            ratios = found.setdefault(name, {})
+            ratios.setdefault(row["options"]["ratio"], []).append(row)
+    found = {name: r for name, r in sorted(found.items()) if len(r) > 1}
+    ratios = sorted({ratio for r in found.values() for ratio in r})
+    lines = [
+        [*name, *(cell(r.get(ratio)) for ratio in ratios)]
+        for name, r in found.items()
+    ]
+    print("\n**Bounds of steps**, held-out accuracy\n")
+    header = ["task", "rank", "schedule", "rate"]
+    print(measuring.markdown([*header, *map(str, ratios)], lines))
 
 
 def rates_of(methods):
