@@ -8,11 +8,13 @@ Two epochs over 1,000 pictures take a few minutes on two CPU cores.
 """
 
 import argparse
+import math
 import os
 
 import assets
 import numpy as np
 
+BATCH = 32
 SIDE = 98  # pixels: seven patches of 14
 
 
@@ -57,8 +59,13 @@ def main(args):
     classifier = keras.Model(grey, logits)
 
     classifier.enable_geolora(rank=8, modules_to_save="logits")
+    # A rate that falls to zero: the last batches shall not decide.
+    steps = args.epochs * math.ceil(len(pictures) / BATCH)
+    rate = keras.optimizers.schedules.PolynomialDecay(
+        args.learning_rate, steps, end_learning_rate=0.0
+    )
     classifier.compile(
-        optimizer=GeoLoRA(keras.optimizers.AdamW(args.learning_rate)),
+        optimizer=GeoLoRA(keras.optimizers.AdamW(rate)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -67,7 +74,7 @@ def main(args):
         clothes,
         validation_data=(new_pictures, new_clothes),
         epochs=args.epochs,
-        batch_size=32,
+        batch_size=BATCH,
     )
 
     print("\nWhich rank did each layer need?")
@@ -92,7 +99,7 @@ def parse_args():
     parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"])
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
