@@ -63,7 +63,7 @@ def main(args):
         args.learning_rate, steps, end_learning_rate=0.0
     )
     classifier.compile(
-        optimizer=GeoLoRA(keras.optimizers.AdamW(rate)),
+        optimizer=GeoLoRA(keras.optimizers.AdamW(rate), tolerance=0.2),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
