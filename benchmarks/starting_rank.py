@@ -333,11 +333,16 @@ def print_table():
 
 
 def cell(rows):
-    """Formats the parameters and ranks of the seeds."""
+    """Formats the parameters and ranks of the seeds, of many layers a range."""
     if not rows:
         return "-"
     mean = statistics.mean(row["parameters"][-1] for row in rows)
-    found = [" ".join(map(str, row["ranks"])) for row in rows]
+    found = [
+        " ".join(map(str, row["ranks"]))
+        if len(row["ranks"]) < 5
+        else f"{min(row['ranks'])} to {max(row['ranks'])}"
+        for row in rows
+    ]
     return f"{mean:,.0f} ({'; '.join(found)})"
 
 
