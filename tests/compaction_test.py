@@ -244,7 +244,9 @@ def test_a_part_shrinks_with_the_model_that_trains_it():
     model.compact_geolora(1)
     found = [part.layers[0].adapter.max_rank, model.layers[1].adapter.max_rank]
     assert found == ranks
-    np.testing.assert_array_equal(model.predict(X, verbose=0), before)
+    # XLA adds up fewer columns in another order.
+    after = model.predict(X, verbose=0)
+    np.testing.assert_allclose(after, before, rtol=1e-6, atol=1e-6)
     take_steps(model, 1)
 
 
