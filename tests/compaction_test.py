@@ -234,19 +234,21 @@ def test_little_saving_is_none():
 
 
 def test_a_part_shrinks_with_the_model_that_trains_it():
+    keras.utils.set_random_seed(0)
     part = keras.Sequential([keras.Input((12,)), keras.layers.Dense(16)])
     part.enable_geolora(rank=2, max_rank=8)
     model = keras.Sequential([part, GeoLoRADense(6, rank=1, max_rank=4)])
-    model.compile(cutting(keras.optimizers.Adam(1e-2)), loss="mse")
+    # As above: compiled, XLA adds up fewer columns in another order.
+    model.compile(
+        cutting(keras.optimizers.Adam(1e-2)), loss="mse", run_eagerly=True
+    )
     take_steps(model, 2)
     before = model.predict(X, verbose=0)
     ranks = [part.layers[0].rank, model.layers[1].rank]
     model.compact_geolora(1)
     found = [part.layers[0].adapter.max_rank, model.layers[1].adapter.max_rank]
     assert found == ranks
-    # XLA adds up fewer columns in another order.
-    after = model.predict(X, verbose=0)
-    np.testing.assert_allclose(after, before, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), before)
     take_steps(model, 1)
 
 
