@@ -183,12 +183,10 @@ def measure(args):
         task = tasks.TASKS[name]
         if name not in data:
             data = {name: task.load()}  # pictures are large
-        steps = task.epochs * -(-rows[0]["train"] // tasks.BATCH)
+        orders = task.epochs * [range(rows[0]["train"])]
+        steps = tasks.count_steps(orders) if args.schedule == "linear" else 0
         made = contenders.CONTENDERS[method](
-            task,
-            rank,
-            steps if args.schedule == "linear" else 0,
-            **rows[0]["options"],
+            task, rank, steps, **rows[0]["options"]
         )
         on = "torch" if method.startswith("peft") else args.backend
         for row in rows:
@@ -242,7 +240,7 @@ def run_once(task, made, x, y, row):
         "most_frequent": float((y[held_out] == frequent).mean()),
         "finite": bool(np.isfinite(logits).all()),
         "loss": [loss if math.isfinite(loss) else None for loss in losses],
-        "steps": sum(-(-len(order) // tasks.BATCH) for order in orders),
+        "steps": tasks.count_steps(orders),
         "ranks": made.ranks(),
         "parameters": made.parameters(),
         "effective": made.effective(),
@@ -333,7 +331,35 @@ def print_tables():
         print(measuring.markdown(header, lines))
         print(f"\n**{task}**, the smallest within 0.01 of the best of all\n")
         print(measuring.markdown(["method", "effective"], smallest(methods)))
+        print(f"\n**{task}**, geolora less the others, by seed\n")
+        header = ["method", "rank", "differences", "mean, standard error"]
+        print(measuring.markdown(header, differences(methods)))
     print_bounds()
+
+
+def differences(methods):
+    """Compares GeoLoRA with methods of the same rank, at their best rates."""
+    ours, lines = methods.get("geolora", {}), []
+    for method, ranks in methods.items():
+        for rank in sorted({*ranks} & {*ours} if method != "geolora" else ()):
+            ahead, behind = (
+                {row["seed"]: row["accuracy"] for row in r[best_rate(r)]}
+                for r in (ours[rank], ranks[rank])
+            )
+            seeds = sorted({*ahead} & {*behind})
+            gains = [ahead[seed] - behind[seed] for seed in seeds]
+            text = ", ".join(f"{gain:+.3f}" for gain in gains)
+            lines.append([method, rank, text, mean_and_error(gains)])
+    return lines
+
+
+def mean_and_error(numbers):
+    """Formats a mean and its standard error, which needs two numbers."""
+    text = f"{statistics.mean(numbers):+.3f}"
+    if len(numbers) > 1:
+        error = statistics.stdev(numbers) / math.sqrt(len(numbers))
+        text += f" ± {error:.3f}"
+    return text
 
 
 def print_bounds():

@@ -4,7 +4,7 @@ A contender is built once for a task, a rank and options, and then trains any
 number of times, each from the start:
 
 - `train(x, y, orders, rate, seed)` returns the mean loss of every epoch; the
-  rate is constant, or with `decay` falls to zero, linearly;
+  rate is constant, or falls linearly to zero in `steps`, if there are any;
 - `logits(x)` predicts;
 - `ranks()`, `parameters()` and `effective()`: the rank of every layer, the
   number of trainable parameters of the adapters, and those that are left when
@@ -23,7 +23,7 @@ import types
 
 import measuring
 import numpy as np
-from tasks import BATCH, draw_head
+from tasks import BATCH, count_steps, draw_head
 
 EPSILON, WEIGHT_DECAY = 1e-7, 0.004
 EVALUATED_AT_ONCE = 125
@@ -255,7 +255,7 @@ class OnPEFT:
         import torch
 
         self.task, self.rank, self.options = task, rank, options
-        self.decay = bool(steps)
+        self.steps = steps  # until the rate is zero; 0: it is constant
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.base = torch_classifier(task)
         # The linear layers of the backbone, as `all-linear` in Keras.
@@ -276,9 +276,8 @@ class OnPEFT:
             kernel = draw_head(self.task, weight.shape[1], seed)
             weight.copy_(torch.tensor(kernel.T))
             base.classifier.bias.zero_()
-        steps = sum(-(-len(order) // BATCH) for order in orders)
         config = self.config(
-            steps,
+            count_steps(orders),
             target_modules=self.targets,
             modules_to_save=["classifier"],
         )
@@ -300,9 +299,9 @@ class OnPEFT:
                     **self._inputs(x, rows),
                 )
                 outputs.loss.backward()
-                if self.decay:
+                if self.steps:
                     for group in optimizer.param_groups:
-                        group["lr"] = rate * (1 - count / steps)
+                        group["lr"] = rate * (1 - count / self.steps)
                 optimizer.step()
                 if allocate is not None:
                     allocate(count)

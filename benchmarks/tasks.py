@@ -182,6 +182,11 @@ def split(task, count, seed, examples=None, held_out=None):
     )
 
 
+def count_steps(orders):
+    """Returns how many batches orders of examples make."""
+    return sum(-(-len(order) // BATCH) for order in orders)
+
+
 def epochs(task, train, seed):
     """Returns the order of the training examples in every epoch."""
     rng = np.random.default_rng(5000 + seed)

@@ -344,10 +344,10 @@ def augment(point, change, max_change=None, longest=0.0):
         ],
         axis=-2,
     )
-    rank = ops.cast(count(active)[..., None], S.dtype)
-    longest = ops.maximum(longest, divide(norm(step, (-2, -1)), ops.sqrt(rank)))
+    root = ops.sqrt(ops.cast(count(active)[..., None], S.dtype))
+    longest = ops.maximum(longest, divide(norm(step, (-2, -1)), root))
     if max_change is not None:
-        at_this_rank = ops.sqrt(rank) * longest
+        at_this_rank = root * longest
         share = divide(max_change, at_this_rank)
         step = ops.where(at_this_rank > max_change, share, 1.0) * step
     r = S.shape[-1]
