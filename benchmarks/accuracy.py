@@ -81,6 +81,13 @@ def main():
         help="of GeoLoRA: buffers of so many times the rank; 1: no budget",
     )
     run.add_argument(
+        "--falling",
+        type=float,
+        default=0.0,
+        help="of GeoLoRA: share of the steps in which the budget falls from "
+        "`room` times that of LoRA; 0: it is constant",
+    )
+    run.add_argument(
         "--ratios",
         type=float,
         nargs="+",
@@ -117,8 +124,11 @@ def main():
 def options_of(method, args):
     """Returns a list of the options with which a method shall run."""
     if method == "geolora":
+        fixed = {"room": args.room}
+        if args.falling:
+            fixed["falling"] = args.falling
         return [
-            {"tolerance": tolerance, "room": args.room, "ratio": ratio}
+            {"tolerance": tolerance, "ratio": ratio, **fixed}
             for tolerance in args.tolerances
             for ratio in args.ratios
         ]
@@ -282,7 +292,7 @@ def label(row):
     options = [
         f"{name} {value:g}"
         for name, value in row["options"].items()
-        if value != usual[name]
+        if value != usual.get(name)
     ]
     return ", ".join([row["method"], *options])
 
@@ -366,11 +376,12 @@ def print_bounds():
     """Prints what other bounds of steps came to, where several ran."""
     found = {}
     for row in complete_rows():
-        if row["method"] == "geolora" and row["options"]["room"] > 1:
+        options = row["options"]
+        if options.get("room", 1) > 1 and "falling" not in options:
             name = [row[key] for key in ("task", "rank", "schedule")]
             name = (*name, f"{row['rate']:.0e}")
             ratios = found.setdefault(name, {})
-            ratios.setdefault(row["options"]["ratio"], []).append(row)
+            ratios.setdefault(options["ratio"], []).append(row)
     found = {name: r for name, r in sorted(found.items()) if len(r) > 1}
     ratios = sorted({ratio for r in found.values() for ratio in r})
     lines = [

@@ -11,8 +11,9 @@ number of times, each from the start:
   each is cut to its rank. The head, which is the same for all, is not counted.
 
 Rank r means LoRA of rank r. The methods that find ranks get as many parameters
-and share them out: `geolora` by a `parameter_budget` as large as that LoRA, in
-buffers of `room` times r and from r / 2, `peft_adalora` by `target_r`, from
+and share them out. `geolora` does so by a `parameter_budget` as large as that
+LoRA, in buffers of `room` times r and from r / 2; with `falling`, the budget
+begins at `room` times as much. `peft_adalora` has a `target_r`, and begins at
 1.5 r as in its paper. All start with an update of zero and scale 1; AdamW has
 the epsilon and the weight decay that are Keras' defaults.
 """
@@ -103,7 +104,7 @@ class OnKeras:
     def __init__(self, task, rank, steps=0, **options):
         import keras
 
-        self.task, self.rank = task, rank
+        self.task, self.rank, self.steps = task, rank, steps
         self.model = task.keras_model()
         self.optimizer = self.adapt(make_adamw(steps), **options)
         self.model.compile(
@@ -174,7 +175,9 @@ class OnKeras:
 class GeoLoRA(OnKeras):
     """This library, with the parameters that LoRA of a rank would have."""
 
-    def adapt(self, inner, tolerance, room, ratio="auto"):
+    def adapt(self, inner, tolerance, room, ratio="auto", falling=0.0):
+        from keras import ops
+
         import keras_geolora
         from keras_geolora.targeting import adapted_layers
 
@@ -187,10 +190,17 @@ class GeoLoRA(OnKeras):
         budget = self.rank * sum(
             sum(layer.kernel_matrix_shape) for layer in self.layers.values()
         )
+
+        def fall_to_budget(step):
+            left = 1.0 - ops.cast(step, "float32") / (falling * self.steps)
+            return budget * (1 + (room - 1) * ops.maximum(left, 0.0) ** 3)
+
+        if room == 1:
+            budget = None
         return keras_geolora.GeoLoRA(
             inner,
             tolerance,
-            parameter_budget=budget if room > 1 else None,
+            parameter_budget=fall_to_budget if falling else budget,
             max_update_ratio=ratio,
         )
 

@@ -13,6 +13,7 @@ Markdown. The check itself is that of the test suite.
 import argparse
 import os
 import pathlib
+import re
 import sys
 import warnings
 
@@ -50,6 +51,7 @@ def run(names):
 def why(error):
     """Returns the last sentence before Keras' list of arguments."""
     text = str(error).split("Arguments received by")[0].strip()
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours of a terminal
     return f"{type(error).__name__}: {text.splitlines()[-1][:80]}"
 
 
