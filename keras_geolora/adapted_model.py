@@ -472,11 +472,18 @@ def make_plain(part):
 
 
 def swap_functions(model, functions):
-    """Gives a model other compiled functions; returns those it had."""
+    """Gives a model other compiled functions; returns those it had.
+
+    Functions from before the last `compile` hold another optimizer and loss,
+    and are dropped.
+    """
+    compiled = getattr(model, "_compile_config", None)  # new each time
+    if functions.get("compiled") is not compiled:
+        functions = {}
     before = {n: getattr(model, n) for n in FUNCTIONS if hasattr(model, n)}
     for name in before:
         setattr(model, name, functions.get(name))
-    return before
+    return {**before, "compiled": compiled}
 
 
 def forget_traces(model):

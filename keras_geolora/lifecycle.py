@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 
+from keras_geolora import replicas
 from keras_geolora.adaptation import value_of
 from keras_geolora.adapted_model import (
     adaptations_of,
@@ -60,6 +61,9 @@ def geolora_disabled(model):
     if not within:
         others = getattr(model, "geolora_disabled_traces", {})
         traced = swap_functions(model, others)
+        # JAX would take what is dropped for what is made next, if it lived.
+        del others
+        model.geolora_disabled_traces = {}
     model.geolora_is_disabled = True
     for adaptation in adaptations:
         adaptation.suspend()
@@ -258,8 +262,9 @@ def combine_geolora(model, name, weights, rank=None):
                 f"or delete it by `model.delete_geolora('{name}')`. "
                 f"Received: name='{name}'"
             )
-    for adaptation in adaptations[0]:
-        combine(adaptation, name, weights, rank)
+    with replicas.scope_of(model):
+        for adaptation in adaptations[0]:
+            combine(adaptation, name, weights, rank)
     forget_traces(model)
     return model
 

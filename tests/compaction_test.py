@@ -177,6 +177,24 @@ def test_a_saved_model_keeps_its_buffers(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_saved_model_keeps_the_buffers_of_layers_of_its_own(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((12,)), GeoLoRADense(6, rank=2, max_rank=6)]
+    )
+    model.compile(cutting(keras.optimizers.SGD(0.1)), loss="mse")
+    take_steps(model, 4)
+    model.compact_geolora(1)
+    assert widths(model) < [6]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert widths(loaded) == widths(model)
+    for each in (model, loaded):
+        take_steps(each, 2)
+    for a, b in zip(deltas(model), deltas(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_all_adapters_shrink_and_stay_in_order():
     model = model_of(name="first")
     model.enable_geolora(rank=1, max_rank=6, name="second")

@@ -88,9 +88,14 @@ def test_rank_of_an_einsum_means_rank(shape, equation, output, bias, matrix):
     assert np.linalg.matrix_rank(delta.reshape(matrix)) == 2
 
 
-def test_an_equation_with_a_batch_of_kernels_is_refused():
-    layer = GeoLoRAEinsumDense("abc,bcd->abd", (3, 5), rank=2)
-    with pytest.raises(ValueError, match="equation='abc,bcd->abd'"):
+@pytest.mark.parametrize(
+    "equation, output_shape", [("abc,bcd->abd", (3, 5)), ("abc,cd->ad", 5)]
+)
+def test_an_equation_that_is_no_product_of_matrices_is_refused(
+    equation, output_shape
+):
+    layer = GeoLoRAEinsumDense(equation, output_shape, rank=2)
+    with pytest.raises(ValueError, match=f"equation='{equation}'"):
         layer(random((2, 3, 8)))
 
 

@@ -171,6 +171,30 @@ def test_compiled_functions_are_kept_while_disabled():
     assert model.predict_function is enabled
 
 
+def test_a_compilation_while_disabled_holds_afterwards():
+    model = train(adapted(functional))
+    with model.geolora_disabled():
+        model.compile(GeoLoRA(keras.optimizers.SGD(0.0)), loss="mse")
+        model.evaluate(X, Y, verbose=0)
+    before = predict(model)
+    with pytest.warns(UserWarning, match="has moved"):  # the rate is zero
+        model.fit(X, Y, batch_size=8, verbose=0)
+    np.testing.assert_allclose(predict(model), before, atol=1e-6)
+    assert int(model.optimizer.iterations) == len(X) // 8
+
+
+def test_a_compilation_drops_functions_of_the_disabled_model():
+    model = train(adapted(functional))
+    with model.geolora_disabled():
+        squared = model.evaluate(X, Y, verbose=0)
+    model.compile(GeoLoRA("adam"), loss="mae")
+    with model.geolora_disabled():
+        absolute = model.evaluate(X, Y, verbose=0)
+        expected = np.abs(model.predict(X, verbose=0) - Y).mean()
+    assert absolute == pytest.approx(expected, rel=1e-4)
+    assert absolute != pytest.approx(squared, rel=1e-2)
+
+
 def test_while_disabled_nothing_is_changed():
     model = adapted(functional)
     with model.geolora_disabled():

@@ -5,6 +5,7 @@ the CPU into devices only before it starts. Prints what came out of each check,
 as JSON: `null`, or where it failed.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -171,6 +172,20 @@ def an_adapted_model_is_compacted_and_merged(strategy):
     before = two.predict(X[:ROWS], verbose=0)
     two.merge_geolora()
     near(before, two.predict(X[:ROWS], verbose=0))
+
+
+@check
+def a_sum_of_adapters_trains_on(strategy):
+    one, two = pair(strategy, adam())
+    for model in (one, two):
+        fit(model)
+        model.combine_geolora("half", {"default": 0.5})
+        model.activate_geolora("half")
+        with strategy.scope() if model is two else contextlib.nullcontext():
+            model.compile(adam()(), loss="mse")
+        fit(model, 6)
+    assert_replicas_agree(two)
+    assert_same(one, two)
 
 
 @check

@@ -462,6 +462,20 @@ def test_it_does_not_matter_where_a_rank_logger_stands(tmp_path):
     assert "mean_rank" in file.read_text() and history["mean_rank"] == [1]
 
 
+def test_the_mean_rank_is_fresh_where_keras_does_several_steps_at_once():
+    model, logger, logs = adapted(), RankLogger(interval=2), {}
+    fit(model)
+    logger.set_model(model)
+    logger.on_train_begin()
+    logger.on_epoch_begin(0)
+    before = np.mean(list(ranks_of(model).values()))
+    model.optimizer.tolerance = 0.9
+    model.optimizer.cut()
+    logger.on_train_batch_end(3, logs)  # the fourth batch, the first time
+    assert logs["mean_rank"] == np.mean(list(ranks_of(model).values()))
+    assert logs["mean_rank"] < before
+
+
 def test_a_checkpoint_may_be_named_after_the_mean_rank(tmp_path):
     optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.95, cut_interval=4)
     name = tmp_path / "{epoch}-{mean_rank:.1f}.weights.h5"

@@ -2,12 +2,12 @@
 
 import keras
 
-from keras_geolora.callbacks.reading import check_interval, synchronize
+from keras_geolora.callbacks.reading import IntervalCallback
 from keras_geolora.optimizer import find_geolora
 from keras_geolora.targeting import adapted_layers
 
 
-class RankLogger(keras.callbacks.Callback):
+class RankLogger(IntervalCallback):
     """Puts the mean rank and the skipped steps into the logs of `fit`.
 
     `fit` of a model with `enable_geolora` adds it by itself. Add it by hand
@@ -47,35 +47,27 @@ class RankLogger(keras.callbacks.Callback):
     """
 
     def __init__(self, interval=20):
-        super().__init__()
-        check_interval(interval)
-        self.interval = interval
+        super().__init__(interval)
         self._mean_rank = None
 
-    def on_train_begin(self, logs=None):
-        """Reads the ranks at the start."""
-        self._read_ranks()
+    def read(self, step):
+        """Reads the mean rank."""
+        ranks = [layer.rank for layer in adapted_layers(self.model).values()]
+        self._mean_rank = sum(ranks) / len(ranks) if ranks else 0.0
 
     def on_train_batch_end(self, batch, logs=None):
         """Adds the mean rank, at most `interval` batches old."""
-        if logs is None:
-            return
-        if batch % self.interval == 0:
-            self._read_ranks()
-        logs["mean_rank"] = self._mean_rank
+        super().on_train_batch_end(batch, logs)
+        if logs is not None:
+            logs["mean_rank"] = self._mean_rank
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds the mean rank and the number of skipped steps."""
+        super().on_epoch_end(epoch, logs)
         if logs is None:
             return
-        self._read_ranks()
         logs["mean_rank"] = self._mean_rank
         optimizer = find_geolora(self.model.optimizer)
         if optimizer is not None:
             steps = keras.ops.convert_to_numpy(optimizer.skipped_steps)
             logs["skipped_steps"] = int(steps)
-
-    def _read_ranks(self):
-        synchronize(self.model)
-        ranks = [layer.rank for layer in adapted_layers(self.model).values()]
-        self._mean_rank = sum(ranks) / len(ranks) if ranks else 0.0

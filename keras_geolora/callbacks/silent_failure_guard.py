@@ -42,6 +42,7 @@ class SilentFailureGuard(keras.callbacks.Callback):
         super().__init__()
         self._cores = None
         self._first_loss = None
+        self._losses = 0
         self._waits = False
 
     def on_train_begin(self, logs=None):
@@ -58,10 +59,14 @@ class SilentFailureGuard(keras.callbacks.Callback):
             path: core_of(layer)
             for path, layer in adapted_layers(self.model).items()
         }
+        self._losses = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        """Remembers the loss of the first batch."""
-        if batch == 0 and self._cores is not None and logs:
+        """Remembers the first loss of the first epoch."""
+        if self._cores is None or not logs:
+            return
+        self._losses += 1
+        if self._losses == 1:
             self._first_loss = float(logs.get("loss", np.nan))
 
     def on_epoch_end(self, epoch, logs=None):
@@ -76,12 +81,11 @@ class SilentFailureGuard(keras.callbacks.Callback):
             if path in layers and is_same(core, core_of(layers[path]))
         ]
         moved = len(self._cores) - len(still)
-        batches = (self.params or {}).get("steps") or 0
         loss = (logs or {}).get("loss", np.nan)
         for message in (
             self._about_adapters(still, moved),
             self._about_the_head(),
-            self._about_the_loss(loss, batches) if moved else None,
+            self._about_the_loss(loss) if moved else None,
         ):
             if message:
                 warnings.warn(message, stacklevel=2)
@@ -119,8 +123,8 @@ class SilentFailureGuard(keras.callbacks.Callback):
                 )
         return None
 
-    def _about_the_loss(self, loss, batches):
-        if batches < 2 or self._first_loss is None:
+    def _about_the_loss(self, loss):
+        if self._losses < 2:
             return None
         if not np.isclose(loss, self._first_loss, rtol=1e-6, atol=0):
             return None

@@ -280,6 +280,9 @@ class AdaptedLayer:
         for state, value in random_states:
             state.assign(value)
         new.trainable = old.trainable
+        if self.adaptation is None:  # the layer's own, and so its config's
+            widths = {k: options[k] for k in ("rank", "max_rank", "min_rank")}
+            self._adapter_options = {**self._adapter_options, **widths}
         adapters = {**self._adapters, name: new}
         for other in adapters:  # Keras forgets what is taken out only
             self._adapters.pop(other)

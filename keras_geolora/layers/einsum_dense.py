@@ -20,7 +20,8 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
     Args:
         equation: String, as in `keras.layers.EinsumDense`. An axis that
             inputs, kernel and output share would make a batch of matrices
-            of the kernel; such an equation cannot carry an adapter.
+            of the kernel, and one that only the inputs have a sum; such an
+            equation cannot carry an adapter.
         output_shape: As in `keras.layers.EinsumDense`.
         rank: Int or `None`, the rank at the start. `None`, the default, means
             no adapter.
@@ -100,7 +101,7 @@ class MatrixView:
     """An einsum `inputs, kernel -> outputs` seen as a product of matrices.
 
     Every axis of the kernel is either contracted with the inputs or kept in
-    the outputs.
+    the outputs, and every other axis of the inputs is kept.
     """
 
     def __init__(self, equation, kernel_shape):
@@ -108,13 +109,13 @@ class MatrixView:
         inputs, outputs = equation.replace("...", "0").split("->")
         self.inputs, self.kernel = inputs.split(",")
         self.outputs = outputs
-        shared = set(self.inputs) & set(self.kernel) & set(self.outputs)
-        if shared:
+        labels = self.inputs + self.kernel + self.outputs
+        others = sorted({a for a in labels if labels.count(a) != 2})
+        if others:
             raise ValueError(
-                "An adapter needs a kernel whose axes are either contracted "
-                "with the inputs or kept in the outputs, not both. "
-                f"Received: equation='{equation}', where {sorted(shared)} "
-                "is in all three"
+                "An adapter needs an equation that is a product of matrices: "
+                "every axis is in two of inputs, kernel and outputs. "
+                f"Received: equation='{equation}', where {others} is not"
             )
         lengths = dict(zip(self.kernel, kernel_shape, strict=True))
         self.contracted = [a for a in self.kernel if a in self.inputs]
