@@ -129,6 +129,22 @@ OTHERS = {"BertBackbone": {"pooled_dense": "pooler.dense"}}
 FIRST_BLOCK = {"ViTBackbone": 1}
 # Families whose kernels transformers stores as we do, not transposed.
 TRANSPOSED = {"GPT2Backbone"}
+# Options of PEFT with which an adapter is more, or less, than an update.
+UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+# The `init_lora_weights` of PEFT that leave the pretrained kernels alone.
+PLAIN_INITS = "none", "true", "false", "gaussian", "eva", "mica", "orthogonal"
 
 
 def export_peft(
@@ -311,8 +327,8 @@ def import_peft(model, folder, name=DEFAULT, names=None):
         TypeError: If `model` is no `keras.Model`.
         OSError: If a file is missing.
         ValueError: If the adapter is none of LoRA, has parts that cannot be
-            expressed as an update of kernels, or does not fit the model,
-            which is unchanged then.
+            expressed as an update of the pretrained kernels, or does not fit
+            the model, which is unchanged then.
 
     Example:
 
@@ -346,7 +362,40 @@ def import_peft(model, folder, name=DEFAULT, names=None):
         and is_product(plain_class_name(layer))
     }
     named = module_names(family_of(model), layers, names, complete=False)
-    updates, used = {}, set()
+    updates, left = hand_out(pairs, named, folder)
+    unknown = sorted(key for key in pairs if left[key].all())
+    if unknown or not updates:
+        raise AdapterFileError(
+            f"'{folder}' adapts modules that model '{model.name}' has under "
+            f"no known name: {some(unknown)}. Its own are called "
+            f"{some(named.values())}. Say which are meant by "
+            "`names={path: module}`. Nothing was loaded."
+        )
+    in_part = sorted(key for key, (_, B) in pairs.items() if B[left[key]].any())
+    if in_part:
+        raise AdapterFileError(
+            f"'{folder}' updates all of {some(in_part)}, of which the model "
+            "gets a part only. Name the layers of the other parts, too: "
+            "`names={path: 'module[1/3]'}`. Nothing was loaded."
+        )
+    add_products(model, name, {p: layers[p] for p in updates}, updates)
+    return model
+
+
+def hand_out(pairs, named, folder):
+    """Finds the factors of each layer, which may be a part of a module's.
+
+    Args:
+        pairs: Dict from module to `A, B`.
+        named: Dict from the path of a layer to the name of its module.
+        folder: String or path, for messages.
+
+    Returns:
+        Dict from path to the two factors of an update, and dict from module
+        to a bool array: the rows of `B` that no layer has.
+    """
+    updates = {}
+    left = {key: np.ones(len(B), bool) for key, (_, B) in pairs.items()}
     for path, full_name in named.items():
         module, part, count = split_name(full_name)
         for key, (A, B) in pairs.items():
@@ -357,19 +406,10 @@ def import_peft(model, folder, name=DEFAULT, names=None):
                         f"layer '{path}'. Say which by `names`. Nothing was "
                         "loaded."
                     )
-                used.add(key)
-                rows = len(B) // count
-                updates[path] = A.T, B[part * rows : (part + 1) * rows].T
-    unknown = sorted(set(pairs) - used)
-    if unknown or not updates:
-        raise AdapterFileError(
-            f"'{folder}' adapts modules that model '{model.name}' has under "
-            f"no known name: {some(unknown)}. Its own are called "
-            f"{some(named.values())}. Say which are meant by "
-            "`names={path: module}`. Nothing was loaded."
-        )
-    add_products(model, name, {p: layers[p] for p in updates}, updates)
-    return model
+                rows = rows_of_part(B, part, count)
+                updates[path] = A.T, B[rows].T
+                left[key][rows] = False
+    return updates, left
 
 
 def import_keras_lora(model, path, name=DEFAULT):
@@ -559,6 +599,12 @@ def split_name(name):
     return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 1)
 
 
+def rows_of_part(B, part, count):
+    """Returns the slice of the rows of a fused module that are a part."""
+    rows = len(B) // count
+    return slice(part * rows, (part + 1) * rows)
+
+
 def fused(blocks):
     """Returns `A, B` of a module whose parts are adapted one by one."""
     rank = sum(len(A) for A, *_ in blocks)
@@ -566,8 +612,7 @@ def fused(blocks):
     B = np.zeros((count * len(first), rank), "float32")
     at = 0
     for A, block, part, _ in blocks:
-        rows = slice(part * len(block), (part + 1) * len(block))
-        B[rows, at : at + len(A)] = block
+        B[rows_of_part(B, part, count), at : at + len(A)] = block
         at += len(A)
     return np.concatenate([A for A, *_ in blocks]), B
 
@@ -589,16 +634,7 @@ def read_peft_config(path):
         usable = np.isfinite([float(alpha) for alpha in alphas]).all()
     except CONTRADICTIONS as error:
         raise AdapterFileError(f"'{path}' is no config of LoRA.") from error
-    unsupported = [
-        key
-        for key in (
-            "use_dora",
-            "modules_to_save",
-            "lora_bias",
-            "layer_replication",
-        )
-        if config.get(key)
-    ]
+    unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if not usable:
@@ -609,7 +645,23 @@ def read_peft_config(path):
             f"Received: '{path}' with peft_type='{kind}'"
             + (f" and {unsupported}" if unsupported else "")
         )
+    check_init(path, config.get("init_lora_weights"))
     return config
+
+
+def check_init(path, init):
+    """Refuses adapters of kernels that PEFT changed before it trained them."""
+    if str(init).lower() in PLAIN_INITS:
+        return
+    raise AdapterFileError(
+        f"With the initialisation '{init}' PEFT changes the pretrained "
+        "kernels, and the adapter is an update of those. For PiSSA, OLoRA, "
+        "CorDA and LoRA-GA, PEFT turns it into an update of the pretrained "
+        "ones: `peft_model.save_pretrained(folder, "
+        "path_initial_model_for_weight_conversion=initial)`, where `initial` "
+        "is the folder of the adapter before it was trained; import that. "
+        f"Received: '{path}' with init_lora_weights={init!r}"
+    )
 
 
 def read_peft_weights(path, config):

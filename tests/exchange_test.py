@@ -28,6 +28,8 @@ RNG = np.random.default_rng(0)
 IDS = RNG.integers(5, 30, (2, 6)).astype("int32")
 MASK = np.ones_like(IDS)
 IMAGES = RNG.random((2, 8, 8, 3)).astype("float32")
+ROWS = RNG.normal(size=(3, 8)).astype("float32")
+SCORE = {"dense": "score"}
 
 SMALL = {
     "vocab_size": 32,
@@ -300,6 +302,78 @@ def test_a_prefix_and_one_rank_for_all(tmp_path):
     )
 
 
+def linear():
+    """What `small` is, in PyTorch, with the same weights."""
+    dense = small().layers[0]
+    net = torch.nn.Sequential()
+    net.add_module("score", torch.nn.Linear(8, 4))
+    state = {
+        "score.weight": torch.tensor(ops.convert_to_numpy(dense.kernel).T),
+        "score.bias": torch.tensor(ops.convert_to_numpy(dense.bias)),
+    }
+    net.load_state_dict(state)
+    return net
+
+
+def initialized(init):
+    """An adapter that PEFT initialized in a way, and that was trained."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=2, target_modules=["score"], init_lora_weights=init
+    )
+    return peft.get_peft_model(linear(), config)
+
+
+def outputs_of(net):
+    with torch.no_grad():
+        return net(torch.tensor(ROWS)).numpy()
+
+
+def move_factors(adapted):
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize(
+    "init", [True, False, "gaussian", "eva", "mica", "orthogonal"]
+)
+def test_initialisations_that_leave_kernels_alone_are_read(tmp_path, init):
+    adapted = initialized(init)
+    move_factors(adapted)
+    adapted.save_pretrained(tmp_path)
+    model = keras_geolora.import_peft(small(), tmp_path, names=SCORE)
+    theirs = peft.PeftModel.from_pretrained(linear(), tmp_path)
+    for expected in map(outputs_of, (adapted, theirs)):
+        np.testing.assert_allclose(
+            model.predict(ROWS, verbose=0), expected, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_initialisations_that_change_kernels_are_refused(tmp_path, init):
+    adapted = initialized(init)
+    adapted.save_pretrained(tmp_path / "initial")
+    move_factors(adapted)
+    adapted.save_pretrained(tmp_path / "trained")
+    model = small()
+    with pytest.raises(
+        AdapterFileError, match=f"conversion=.*init_lora_weights='{init}'"
+    ):
+        keras_geolora.import_peft(model, tmp_path / "trained", names=SCORE)
+    assert not adapted_layers(model)
+    # What the message says.
+    adapted.save_pretrained(
+        tmp_path / "plain",
+        path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
+    )
+    keras_geolora.import_peft(model, tmp_path / "plain", names=SCORE)
+    np.testing.assert_allclose(
+        model.predict(ROWS, verbose=0), outputs_of(adapted), atol=1e-5
+    )
+
+
 # Mistakes.
 
 
@@ -362,6 +436,7 @@ def test_an_embedding_has_no_counterpart(tmp_path):
             {"modules_to_save": ["pooler"], "target_modules": ["query"]},
             "modules_to_save",
         ),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ],
 )
 def test_more_than_lora_is_refused(tmp_path, options, word):
@@ -371,6 +446,61 @@ def test_more_than_lora_is_refused(tmp_path, options, word):
     with pytest.raises(AdapterFileError, match=word):
         keras_geolora.import_peft(model, tmp_path / "adapter")
     assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "use_qalora",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+        "monteclora_config",
+        "velora_config",
+    ],
+)
+def test_variants_of_lora_are_refused(tmp_path, option):
+    assert option in peft.LoraConfig.__dataclass_fields__
+    peft_adapter(tmp_path, linear(), target_modules=["score"])
+    path = tmp_path / "adapter_config.json"
+    config = {**json.loads(path.read_text()), option: {"nblocks": 2}}
+    path.write_text(json.dumps(config))
+    model = small()
+    with pytest.raises(AdapterFileError, match=option):
+        keras_geolora.import_peft(model, tmp_path, names=SCORE)
+    assert not adapted_layers(model)
+
+
+def branches():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8,))
+    outputs = [keras.layers.Dense(6, name=name)(inputs) for name in "qkv"]
+    return keras.Model(inputs, outputs)
+
+
+def thirds(paths):
+    return {path: f"c_attn[{'qkv'.index(path)}/3]" for path in paths}
+
+
+@pytest.mark.parametrize("adapted", ["qkv", "qv"])
+def test_no_part_of_a_fused_module_is_dropped(tmp_path, adapted):
+    model = branches()
+    model.enable_geolora(rank=2, targets=list(adapted), seed=0)
+    move(model)
+    keras_geolora.export_peft(model, tmp_path, names=thirds(adapted))
+    some = branches()
+    with pytest.raises(AdapterFileError, match="all of 'c_attn'.*other parts"):
+        keras_geolora.import_peft(some, tmp_path, names=thirds("q"))
+    assert not adapted_layers(some)
+    # A part that was not adapted is zero.
+    keras_geolora.import_peft(some, tmp_path, names=thirds(adapted))
+    assert list(adapted_layers(some)) == list(adapted)
+    for path, layer in adapted_layers(some).items():
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(layer.delta()),
+            ops.convert_to_numpy(adapted_layers(model)[path].delta()),
+            atol=1e-5,
+        )
 
 
 def damage(folder, what):
