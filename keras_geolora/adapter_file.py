@@ -116,7 +116,9 @@ def save_geolora(model, path, name=None):
     tensors = {}
     for layer_path, options in plan["layers"].items():
         factors = paths[layer_path].adapters_by_name()[name].trimmed()
-        options["rank"] = len(factors[1])
+        rank = options["rank"] = len(factors[1])
+        # `load_geolora` may have set a rank below that of the options.
+        options["min_rank"] = min(options["min_rank"], rank)
         tensors.update(
             (f"{layer_path}.{role}", x)
             for role, x in zip("USV", factors, strict=True)
@@ -474,6 +476,7 @@ def check_contents(description, tensors):
         require(all(x.dtype == "float32" for x in (U, S, V)), path)
         require(set(options) == set(OPTIONS), path)
         require(all(type(options[o]) in OPTIONS[o] for o in options), path)
+        require(1 <= options["min_rank"] <= rank <= options["max_rank"], path)
         require(
             np.isfinite([float(x) for x in options.values() if x]).all(), path
         )

@@ -21,6 +21,7 @@ from keras import ops
 
 import keras_geolora
 from keras_geolora import AdapterFileError, GeoLoRA, adapter_file, files
+from keras_geolora.targeting import adapted_layers
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 8)).astype("float32")
@@ -128,6 +129,19 @@ def test_an_adapter_of_the_same_name_gets_new_values(path):
     assert not np.allclose(predict(model), expected, atol=1e-4)
     model.load_geolora(path)
     np.testing.assert_allclose(predict(model), expected, atol=1e-6)
+
+
+def test_what_was_loaded_below_min_rank_can_be_saved_again(path):
+    low, high = plain(), plain()
+    low.enable_geolora(rank=1)
+    high.enable_geolora(rank=2, min_rank=2)
+    low.save_geolora(path)
+    high.load_geolora(path)
+    assert {x.rank for x in adapted_layers(high).values()} == {1}
+    high.save_geolora(path)
+    fresh = adapted_layers(plain().load_geolora(path))
+    assert {x.adapter.min_rank for x in fresh.values()} == {1}
+    assert {x.adapter.min_rank for x in adapted_layers(high).values()} == {2}
 
 
 def test_an_adapter_that_is_not_active_can_be_saved(path):
@@ -433,6 +447,15 @@ FORGED = {
     ),
     "no rank": lambda d, t: d["adapter"]["layers"]["dense"].pop("rank"),
     "an option": lambda d, t: d["adapter"]["layers"]["dense"].update(x=1),
+    "a smallest rank above the rank": lambda d, t: d["adapter"]["layers"][
+        "dense"
+    ].update(min_rank=9),
+    "a smallest rank of zero": lambda d, t: d["adapter"]["layers"][
+        "dense"
+    ].update(min_rank=0),
+    "a largest rank below the rank": lambda d, t: d["adapter"]["layers"][
+        "dense"
+    ].update(max_rank=0),
     "a zero scale": lambda d, t: d["adapter"]["layers"]["dense"].update(
         scale=0.0
     ),
@@ -469,6 +492,17 @@ def test_a_forged_file_is_refused(path, forgery):
     with pytest.raises(ValueError):
         model.load_geolora(path)
     assert everything(model) == before
+
+
+RANKS = "a smallest rank above the rank", "a largest rank below the rank"
+
+
+@pytest.mark.parametrize("forgery", RANKS)
+def test_ranks_out_of_order_contradict_the_file(path, forgery):
+    trained().save_geolora(path)
+    rewritten(path, FORGED[forgery])
+    with pytest.raises(AdapterFileError, match="contradicts itself.*'dense'"):
+        plain().load_geolora(path)
 
 
 def test_nested_descriptions_are_refused(path):
