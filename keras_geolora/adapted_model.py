@@ -133,6 +133,22 @@ class AdaptedModel:
         adapt_by_plan(model, config["plan"])
         return model
 
+    def save(self, filepath, *args, **kwargs):
+        """As `keras.Model.save`; refuses whole models in HDF5.
+
+        Keras asks no model for its own variables there, so adapters that rest
+        and random states would be lost.
+        """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "The HDF5 format of whole models is a legacy of Keras that "
+                "does not hold all of an adapted model. Write "
+                "`model.save('model.keras')`, or "
+                "`model.save_weights('model.weights.h5')` for the weights "
+                f"alone. Received: filepath='{filepath}'"
+            )
+        super().save(filepath, *args, **kwargs)
+
     def save_own_variables(self, store):
         """Saves also the values that rest while another adapter is active."""
         adaptation = self.geolora_adaptation

@@ -171,11 +171,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         groups = build_inner(self.inner_optimizer, variables)
         super().build(variables)
-        for group in groups:
-            group.max_change = self._add_max_change(group)
-            if group.max_change is not None:
-                group.longest = self._add_numbers(group, "longest_step")
-            group.discarded = self._add_numbers(group, "discarded_share")
+        for number, group in enumerate(groups):
+            self._add_group_state(group, f"adapters_{number}")
         self._groups = Untracked(groups)
 
     @property
@@ -206,13 +203,23 @@ class GeoLoRA(keras.optimizers.Optimizer):
         budget = ops.cast(value_at(budget, updates), "int32")
         return ops.maximum(budget, smallest(adapters, unit)), unit
 
+    def _add_group_state(self, group, name):
+        """Adds what is remembered of a group, under names of its own.
+
+        `get_state_tree` of Keras knows variables by their paths.
+        """
+        group.max_change = self._add_max_change(group, f"{name}_max_change")
+        if group.max_change is not None:
+            group.longest = self._add_numbers(group, f"{name}_longest_step")
+        group.discarded = self._add_numbers(group, f"{name}_discarded_share")
+
     def _add_numbers(self, group, name):
         """Adds a variable of zeros, one for each adapter of a group."""
         return self.add_variable(
             shape=(len(group.adapters),), dtype="float32", name=name
         )
 
-    def _add_max_change(self, group):
+    def _add_max_change(self, group, name):
         """Adds a variable with the bounds of the steps of a group."""
         ratio = self.max_update_ratio
         if ratio == "auto":
@@ -233,7 +240,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             shape=(len(group.adapters),),
             initializer=bounds,
             dtype="float32",
-            name="max_change",
+            name=name,
         )
 
     def _beside_groups(self):

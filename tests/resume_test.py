@@ -650,6 +650,51 @@ def test_nothing_is_saved_while_adapters_are_disabled(tmp_path, name):
     save(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["m.h5", "m.hdf5", "m.weights.h5"])
+def test_a_whole_model_in_hdf5_is_refused(tmp_path, name):
+    model = adapted()
+    with pytest.raises(ValueError, match=f"model.keras.*filepath='.*/{name}'"):
+        model.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def named(inner):
+    """A model of two shapes, whose variables have the same paths each time."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.layers.Dense(16, name=name) for name in "abc"], name="model"
+    )
+    model.build((None, 8))
+    model.enable_geolora(rank=2, max_rank=6, seed=0)
+    inner = INNER[inner]()
+    inner = inner.from_config({**inner.get_config(), "name": "inner"})
+    model.compile(GeoLoRA(inner, 0.5, cut_interval=2, name="outer"), "mse")
+    return model
+
+
+def step(model, count=3):
+    y = np.concatenate([Y] * 6, axis=1)[:, :16]
+    for _ in range(count):
+        model.train_on_batch(X, y)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+# Adafactor of Keras names slots by the last part of a path.
+@pytest.mark.parametrize("inner", sorted(set(INNER) - {"adafactor"}))
+def test_a_tree_of_states_holds_all_of_a_run(inner, compacted):
+    run, other = named(inner), named(inner)
+    for model in (run, other):
+        step(model)
+        if compacted:
+            model.compact_geolora(1)
+    step(run)
+    other.set_state_tree(run.get_state_tree("numpy_array"))
+    for _ in range(2):
+        assert_same(state(run), state(other))
+        step(run)
+        step(other)
+
+
 class Unbuildable(keras.Model):
     def __init__(self, **options):
         super().__init__(**options)
