@@ -14,10 +14,10 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
     use and the others are zero. This takes the others away, so that memory
     and time really fall. Outputs do not change. Training goes on exactly
     where it was: the slots of the optimizer are cut with the factors, and
-    `model.optimizer` stays the same object. (Around Adafactor later steps
-    differ: its means over columns count those that are not in use.) What was
-    compiled compiles anew. From then on ranks grow only as far as the new
-    `max_rank`.
+    `model.optimizer` and the optimizers inside stay the same objects. (Around
+    Adafactor later steps differ: its means over columns count those that are
+    not in use.) What was compiled compiles anew. From then on ranks grow only
+    as far as the new `max_rank`.
 
     Also a method of every `keras.Model`: `model.compact_geolora()`. To do it
     while `fit` runs use `keras_geolora.callbacks.EpochCompaction`.

@@ -535,10 +535,6 @@ def rebuild(optimizer, new, variables):
     """
     new.build(variables)
     carry_state(optimizer, new)
-    wrapped = getattr(optimizer, "inner_optimizer", None)
-    if isinstance(wrapped, GeoLoRA):
-        take_attributes(wrapped, new.inner_optimizer)
-        new.inner_optimizer = wrapped
     take_attributes(optimizer, new)
 
 
@@ -562,7 +558,14 @@ def carry_variables(old, new):
 
 
 def take_attributes(optimizer, other):
-    """Lets an optimizer be what another is, and stay the same object."""
+    """Lets an optimizer be what another is, and stay the same object.
+
+    So do the optimizers inside: people may hold them to set their options.
+    """
+    wrapped = getattr(optimizer, "inner_optimizer", None)
+    if wrapped is not None:
+        take_attributes(wrapped, other.inner_optimizer)
+        other.inner_optimizer = wrapped
     vars(optimizer).clear()
     vars(optimizer).update(vars(other))
 

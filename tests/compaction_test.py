@@ -114,6 +114,30 @@ def test_loss_scaling_goes_on_where_it_was():
     assert all(np.isfinite(d).all() for d in deltas(model))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_every_optimizer_stays_the_same_object(scaled):
+    inner = keras.optimizers.Adam(1e-2)
+    optimizer = outer = cutting(inner)
+    if scaled:
+        outer = keras.optimizers.LossScaleOptimizer(
+            optimizer, initial_scale=8.0
+        )
+    model = model_of(outer)
+    take_steps(model, 3)
+    model.compact_geolora(1)
+    assert max(widths(model)) < 6
+    assert model.optimizer is outer
+    assert (outer.inner_optimizer if scaled else outer) is optimizer
+    assert optimizer.inner_optimizer is inner
+    assert int(inner.iterations) == 3
+    inner.learning_rate = 0.0
+    before = deltas(model)
+    take_steps(model, 2)
+    assert int(inner.iterations) == 5
+    for x, y in zip(before, deltas(model), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
 def test_variables_without_decay_stay_so():
     inner = keras.optimizers.AdamW(1e-2, weight_decay=0.5)
     model = model_of(cutting(inner), train_bias=True)
