@@ -1,5 +1,6 @@
 """GeoLoRA: the geometric step around any Keras optimizer."""
 
+import numbers
 import warnings
 
 import keras
@@ -50,7 +51,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
             every step, so that training may stop at any time. `tolerance`
             applies too. Or a schedule: a `LearningRateSchedule`, or any
             callable that takes the number of updates and returns a number; a
-            value below the sum of all `min_rank` means that sum.
+            value below the sum of all `min_rank` means that sum, and `inf`
+            that there is no budget yet.
         parameter_budget: Int or `None`, the largest number of parameters of
             all adapters at their ranks, in place of `rank_budget`: layers get
             ranks by singular values squared, per parameter. Or a schedule.
@@ -200,7 +202,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             return None, unit
         if updates is None:
             updates = ops.cast(self.iterations, "int32")
-        budget = ops.cast(value_at(budget, updates), "int32")
+        budget = as_count(value_at(budget, updates))
         return ops.maximum(budget, smallest(adapters, unit)), unit
 
     def _add_group_state(self, group, name):
@@ -580,6 +582,20 @@ class Untracked:
 def value_at(value, updates):
     """Returns a number, or what a schedule says after some updates."""
     return value(updates) if callable(value) else value
+
+
+def as_count(value):
+    """Returns a number as int32; what is too large is as large as can be.
+
+    Backends make an error, or the smallest int, of what is too large.
+    """
+    if isinstance(value, numbers.Real):
+        return ops.cast(int(min(max(0, value), 2**31 - 1)), "int32")
+    value = ops.convert_to_tensor(value)
+    if keras.backend.is_float_dtype(value.dtype):
+        # The largest float32 that is an int32, too.
+        value = ops.clip(ops.cast(value, "float32"), 0, 2**31 - 128)
+    return ops.cast(value, "int32")
 
 
 def as_config(value):

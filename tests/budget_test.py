@@ -226,6 +226,53 @@ def test_a_budget_may_follow_a_schedule():
     assert totals == [10, 8, 6, 4, 3, 3]
 
 
+ENDLESS = {
+    "inf": float("inf"),
+    "float": 1e10,
+    "int": 10**10,
+    "NumPy": np.int64(10**10),
+}
+
+
+@pytest.mark.parametrize("endless", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("option", ["rank_budget", "parameter_budget"])
+def test_a_schedule_may_say_that_there_is_no_budget(option, endless):
+    options = {option: lambda updates: endless}
+    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.0, **options)
+    model, x, y = adapted(dense, optimizer)
+    model.train_on_batch(x, y)
+    assert ranks_of(model) == [4, 4, 4]
+
+
+def test_a_schedule_may_begin_without_a_budget():
+    optimizer = GeoLoRA(
+        keras.optimizers.Adam(1e-2),
+        tolerance=0.0,
+        rank_budget=lambda updates: ops.where(updates < 3, float("inf"), 5.0),
+    )
+    model, x, y = adapted(dense, optimizer)
+    totals = []
+    for _ in range(4):
+        model.train_on_batch(x, y)
+        totals.append(sum(ranks_of(model)))
+    assert totals == [12, 12, 5, 5]
+
+
+@pytest.mark.parametrize("budget", [7, 2**24 + 1, 2**31 - 1])
+@pytest.mark.parametrize("kind", [int, np.int64, float])
+def test_a_budget_of_a_schedule_is_exact(kind, budget):
+    optimizer = GeoLoRA("adam", rank_budget=lambda updates: kind(budget))
+    assert int(optimizer.budget_of([])[0]) == budget
+
+
+@pytest.mark.parametrize("budget", [-(10**10), -np.inf, np.nan])
+def test_a_budget_below_all_is_that_of_the_smallest_ranks(budget):
+    optimizer = GeoLoRA("adam", rank_budget=lambda updates: budget)
+    model, x, y = adapted(dense, optimizer, min_rank=2)
+    adapters = [layer.adapter for layer in adapted_layers(model).values()]
+    assert int(optimizer.budget_of(adapters)[0]) == 6
+
+
 def test_tolerance_may_follow_a_schedule():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
         [3], [0.0, 0.95]
