@@ -4,6 +4,7 @@ import numbers
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_geolora import replicas
@@ -20,6 +21,8 @@ from keras_geolora.transport import slot_rules
 from keras_geolora.virtual_devices import warn_of_virtual_devices
 
 # Options that may be schedules.
+# A budget of so much, the largest float32 that is an int32, is none.
+UNLIMITED = 2**31 - 128
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
 
@@ -115,6 +118,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 f"`GeoLoRA(keras.optimizers.AdamW(..., {option}=...))`. "
                 f"Received: {option}={kwargs[option]!r}"
             )
+        tolerance = as_python(tolerance)
+        rank_budget = as_python(rank_budget)
+        parameter_budget = as_python(parameter_budget)
+        cut_interval = as_python(cut_interval)
+        max_update_ratio = as_python(max_update_ratio)
         check_tolerance(tolerance)
         check_budgets(rank_budget, parameter_budget)
         if not is_number(cut_interval, int) or cut_interval < 1:
@@ -593,8 +601,7 @@ def as_count(value):
         return ops.cast(int(min(max(0, value), 2**31 - 1)), "int32")
     value = ops.convert_to_tensor(value)
     if keras.backend.is_float_dtype(value.dtype):
-        # The largest float32 that is an int32, too.
-        value = ops.clip(ops.cast(value, "float32"), 0, 2**31 - 128)
+        value = ops.clip(ops.cast(value, "float32"), 0, UNLIMITED)
     return ops.cast(value, "int32")
 
 
@@ -671,6 +678,11 @@ def check_update_ratio(ratio):
             "relative to its kernel, so it must be positive, `None` or "
             f"'auto'. Received: max_update_ratio={ratio!r}"
         )
+
+
+def as_python(value):
+    """Returns a number of NumPy as one of Python, which JSON can hold."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_number(value, kinds):

@@ -9,7 +9,7 @@ from keras import ops
 from keras_geolora.abbreviation import abbreviated
 from keras_geolora.files import write_whole
 from keras_geolora.heat_map import check_can_draw, heat_map
-from keras_geolora.optimizer import find_geolora
+from keras_geolora.optimizer import UNLIMITED, find_geolora
 from keras_geolora.rank_table import read_ranks
 from keras_geolora.targeting import adapted_layers
 
@@ -101,6 +101,7 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
         budget, unit = optimizer.budget_of(adapters)
     if budget is not None:
         budget = int(ops.convert_to_numpy(budget))
+        budget = budget if budget < UNLIMITED else None  # not yet
     total = sum(row["parameters"] for row in rows)
     for row in rows:
         used = row["rank"] if unit == "ranks" else row["parameters"]

@@ -1,5 +1,6 @@
 """GeoLoRA, step by step: `apply` with gradients that are known in advance."""
 
+import json
 import math
 
 import keras
@@ -884,6 +885,19 @@ def test_an_inner_optimizer_that_is_built_is_refused():
 def test_a_tolerance_outside_of_its_range_is_refused(tolerance):
     with pytest.raises(ValueError, match=f"Received: tolerance={tolerance}"):
         GeoLoRA("adamw", tolerance=tolerance)
+
+
+def test_numbers_of_numpy_are_numbers():
+    optimizer = GeoLoRA(
+        "adam",
+        tolerance=np.float32(0.25),
+        rank_budget=np.int64(40),
+        cut_interval=np.int32(5),
+        max_update_ratio=np.float64(0.01),
+    )
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert [config["tolerance"], config["rank_budget"]] == [0.25, 40]
+    assert [config["cut_interval"], config["max_update_ratio"]] == [5, 0.01]
 
 
 @pytest.mark.parametrize("interval", [0, -1, 1.5, None, True])

@@ -535,6 +535,15 @@ def test_the_summary_shows_how_much_of_a_budget_is_used(unit, scheduled):
     )
 
 
+@pytest.mark.parametrize("budget", [float("inf"), 2**40])
+def test_without_a_budget_yet_there_is_no_share_of_it(budget):
+    model = adapted(GeoLoRA("adam", 0.0, rank_budget=lambda updates: budget))
+    fit(model)
+    rows, lines = printed(model)
+    assert {row["budget_share"] for row in rows} == {None}
+    assert lines[1].endswith("share")
+
+
 def test_a_schedule_below_the_floor_means_the_floor():
     model = adapted(GeoLoRA("adam", rank_budget=lambda updates: 1))
     fit(model)
