@@ -25,13 +25,21 @@ class Frozen:
         layers = [model, *inside(model)]
         self.layer_flags = [(layer, layer.trainable) for layer in layers]
         self.variable_flags = [(v, v.trainable) for v in model.variables]
-        for layer in layers:
+        self.layers = [layer for layer in layers if is_leaf(layer)]
+        try:
+            self.open()
+            self.variables = [v for v in model.variables if v.trainable]
+            self.leave([], [])
+        except BaseException:  # an interrupt as well
+            self.thaw()
+            raise
+
+    def open(self):
+        """Makes all trainable."""
+        for layer, _ in self.layer_flags:
             # One by one: TensorFlow's tracking skips an attribute that is
             # set to what it is already, and with it the layers inside.
             layer.trainable = True
-        self.variables = [v for v in model.variables if v.trainable]
-        self.layers = [layer for layer in layers if is_leaf(layer)]
-        self.leave([], [])
 
     def leave(self, layers, variables):
         """Freezes all but some layers, what is inside, and variables."""
@@ -128,18 +136,15 @@ class Adaptation:
                 "trainable=False"
             )
         self.scope = scope
-        self.frozen = Frozen(scope)
         in_scope = {id(v) for v in scope.weights}
         self.head = [v for v in model.weights if id(v) not in in_scope]
-        trains = [
-            *self.frozen.variables,
-            *(v for v in self.head if v.trainable),
-        ]
-        self._trains = {id(v) for v in trains}
+        self._trains_in_head = [v for v in self.head if v.trainable]
         self.adapters = {}
         self.active = None
         self._pretrained = {}
         self.suspended = 0
+        # Last, so that an interrupt before it changes nothing.
+        self.frozen = Frozen(scope)
 
     def add(self, name, layers, saved_layers, train_bias):
         """Records an adapter that is on its layers, and activates it."""
@@ -158,6 +163,11 @@ class Adaptation:
             companions,
         )
         self._take_up(name)
+
+    def give_up(self, name, active):
+        """Goes back to an adapter from one that was not finished."""
+        self.adapters.pop(name, None)
+        self._take_up(active)
 
     def _companions(self, layers, saved_layers, train_bias):
         """Returns what trains beside the factors of an adapter."""
@@ -300,7 +310,8 @@ class Adaptation:
 
     def is_statistic(self, variable):
         """Says whether a companion is one that no gradient moves."""
-        return id(variable) not in self._trains
+        trains = [*self.frozen.variables, *self._trains_in_head]
+        return id(variable) not in {id(v) for v in trains}
 
     def values(self, name):
         """Returns the values of the companions of an adapter, by their id."""

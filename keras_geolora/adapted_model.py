@@ -370,37 +370,39 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
 
     Raises:
         ValueError: If an option does not fit a layer, or the model is frozen
-            as a whole; it is as it was then.
+            as a whole; it is as it was then, and after an interrupt as well.
     """
     adaptation = getattr(model, "geolora_adaptation", None)
     first = adaptation is None
     if first:
         adaptation = Adaptation(model, scope_of(model))
-    adapted = []
+    active = adaptation.active
     try:
         with replicas.scope_of(model):
             for path, layer in layers.items():
                 adapted_class(layer).adapt(
                     layer, name, train_bias=train_bias, **options[path]
                 )
-                adapted.append(layer)
-    except Exception as error:
-        for layer in adapted:
-            layer.delete_adapter(name)
+        adaptation.add(name, list(layers.values()), saved_layers, train_bias)
         if first:
+            make_adapted(model, adaptation)
+        forget_traces(model)
+    except BaseException as error:
+        for layer in layers.values():
+            if name in getattr(layer, "adapter_names", []):
+                layer.delete_adapter(name)
+        if first:
+            make_plain(model, adaptation)
             adaptation.frozen.thaw()
         else:
-            adaptation.activate_layers()
+            adaptation.give_up(name, active)
+        forget_traces(model)
         if isinstance(error, ValueError):
             raise ValueError(
                 f"{error} This is about layer '{path}'; give it a rank of its "
                 "own by `rank_pattern`, or leave it out by `exclude`."
             ) from error
         raise
-    adaptation.add(name, list(layers.values()), saved_layers, train_bias)
-    if first:
-        make_adapted(model, adaptation)
-    forget_traces(model)
 
 
 def adapt_by_plan(model, plan):
@@ -471,20 +473,24 @@ def adaptations_of(model):
 def make_adapted(part, adaptation):
     """Gives a model, and its backbone, the classes of adapted ones."""
     part.geolora_adaptation = adaptation
-    become_adapted(part, adapted_model_class(type(part)))
+    become_adapted(part, adapted_model_class(plain_class_of(part)))
     scope = adaptation.scope
     if scope is not part:
-        become_adapted(scope, adapted_scope_class(type(scope)))
+        become_adapted(scope, adapted_scope_class(plain_class_of(scope)))
 
 
-def make_plain(part):
+def make_plain(part, adaptation):
     """Gives an adapted model, and its backbone, their former classes."""
-    scope = part.geolora_adaptation.scope
-    become_plain(part)
-    if scope is not part:
-        become_plain(scope)
-    del part.geolora_adaptation
+    for model in (part, adaptation.scope):
+        become_plain(model)
+    if hasattr(part, "geolora_adaptation"):
+        del part.geolora_adaptation
     forget_traces(part)
+
+
+def plain_class_of(model):
+    """Returns the class that a model has without adapters."""
+    return getattr(model, "plain_class", type(model))
 
 
 def swap_functions(model, functions):

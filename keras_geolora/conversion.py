@@ -193,6 +193,8 @@ def merge_geolora(model, reversible=True):
         TypeError: If `model` is no `keras.Model`.
         ValueError: If no layer of the model is adapted, an update is not
             finite, or a kernel is quantized; the model is unchanged then.
+            So it is after an interrupt, but for rounding with
+            `reversible=False`, which keeps no kernels to put back.
 
     Example:
 
@@ -223,7 +225,6 @@ def merge_geolora(model, reversible=True):
             )
     merged = Merged(model, reversible)
     model.geolora_merged = merged if reversible else None
-    forget_traces(model)
     return model
 
 
@@ -319,10 +320,45 @@ def remove_geolora(model):
     for part in adapted_parts(model):
         adaptation = part.geolora_adaptation
         adaptation.restore_companions()
+        make_plain(part, adaptation)
         adaptation.frozen.thaw()
-        make_plain(part)
     forget_traces(model)
     return model
+
+
+class MergedLayer:
+    """Merges the adapters of a layer, and remembers how to undo it."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.kernels = layer.kernels()
+        self.before = [value_of(kernel) for kernel in self.kernels]
+        self.after = None
+        self.kept = None
+
+    def merge(self):
+        """Adds the active update to the kernel and takes off all adapters."""
+        if self.layer.is_adapted:
+            self.layer.merge_kernels()
+        self.after = [digest(kernel) for kernel in self.kernels]
+        self.kept = self.layer.detach_adapters()
+
+    def has_changed(self):
+        """Says whether a kernel has changed since merging."""
+        return [digest(kernel) for kernel in self.kernels] != self.after
+
+    def put_back(self):
+        """Puts on the adapters, and the former kernels.
+
+        Without a copy of them the update is subtracted, which rounds.
+        """
+        if self.kept is not None:
+            AdaptedLayer.attach_adapters(self.layer, self.kept)
+        if self.before is not None:
+            for kernel, value in zip(self.kernels, self.before, strict=True):
+                kernel.assign(value)
+        elif self.layer.is_adapted:
+            self.layer.merge_kernels(sign=-1)
 
 
 class Merged:
@@ -330,37 +366,39 @@ class Merged:
 
     def __init__(self, model, reversible):
         self.layers = []
-        for layer in carriers(model).values():
-            kernels = layer.kernels() if reversible else []
-            before = [value_of(kernel) for kernel in kernels]
-            if layer.is_adapted:
-                layer.merge_kernels()
-            after = [digest(kernel) for kernel in kernels]
-            kept = layer.detach_adapters()
-            kernels = list(zip(kernels, before, after, strict=True))
-            self.layers.append((layer, kernels, kept))
-        self.parts = []
-        for part in adapted_parts(model):
-            adaptation = part.geolora_adaptation
-            adaptation.frozen.thaw()
-            make_plain(part)
-            self.parts.append((part, adaptation))
+        self.parts = [(x, x.geolora_adaptation) for x in adapted_parts(model)]
+        try:
+            for layer in carriers(model).values():
+                self.layers.append(MergedLayer(layer))
+                self.layers[-1].merge()
+                if not reversible:
+                    self.layers[-1].before = None
+            for part, adaptation in self.parts:
+                make_plain(part, adaptation)
+                adaptation.frozen.thaw()
+            forget_traces(model)
+        except BaseException:  # an interrupt as well
+            self._put_back()
+            forget_traces(model)
+            raise
 
     def undo(self):
         """Puts everything back."""
-        for layer, kernels, _ in self.layers:
-            if any(digest(kernel) != after for kernel, _, after in kernels):
+        for merged in self.layers:
+            if merged.has_changed():
                 raise ValueError(
                     "Unmerging puts back the kernels from before merging, so "
                     "what was learned since would be lost. Received: layer "
-                    f"'{layer.path}', whose kernel has changed since "
+                    f"'{merged.layer.path}', whose kernel has changed since "
                     "`merge_geolora`. Nothing was unmerged."
                 )
-        for layer, kernels, kept in self.layers:
-            for kernel, value, _ in kernels:
-                kernel.assign(value)
-            AdaptedLayer.attach_adapters(layer, kept)
+        self._put_back()
+
+    def _put_back(self):
+        for merged in self.layers:
+            merged.put_back()
         for part, adaptation in self.parts:
+            adaptation.frozen.open()
             make_adapted(part, adaptation)
             adaptation.freeze()
 

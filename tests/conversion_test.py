@@ -1,5 +1,7 @@
 """Whole models: adapting, refusing, merging."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -431,3 +433,117 @@ def test_a_layer_that_was_frozen_trains_its_adapter():
     assert len(model.layers[0].trainable_variables) == 3
     model.remove_geolora()
     assert not model.layers[0].trainable and model.layers[1].trainable
+
+
+# The modules in which a model is changed.
+CHANGING = [
+    f"keras_geolora.{name}"
+    for name in ("conversion", "adapted_model", "adaptation", "layers.adapted")
+]
+
+
+def interrupted(action, at):
+    """Interrupts an action at a call inside of `CHANGING`; says if it did."""
+    calls = 0
+
+    def count(frame, event, _):
+        nonlocal calls
+        if event == "call" and frame.f_globals["__name__"] in CHANGING:
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+
+    sys.setprofile(count)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def everything(model):
+    """All that adapting and merging change."""
+    parts = [model, *model.layers]
+    return (
+        [type(part) for part in parts],
+        [set(vars(layer)) for layer in model.layers],
+        [part.trainable for part in parts],
+        [(v.path, v.trainable) for v in model.variables],
+        [ops.convert_to_numpy(v).tobytes() for v in model.variables],
+        model.geolora_adapters(),
+        [getattr(layer, "adapter_names", []) for layer in model.layers],
+    )
+
+
+def assert_that_interrupts_change_nothing(model, action):
+    predict = model.predict_on_batch
+    before, outputs, at = everything(model), predict(random((5, 8))), 1
+    while interrupted(action, at):
+        assert everything(model) == before, f"at call {at}"
+        at += 1
+    assert at > 20 and everything(model) != before
+    return before, outputs
+
+
+@pytest.mark.parametrize("train_bias", [True, False])
+def test_an_interrupt_while_adapting_changes_nothing(train_bias):
+    model = sequential()
+    model.layers[0].trainable = False
+    model.predict_on_batch(random((5, 8)))
+    options = {"rank": 2, "train_bias": train_bias}
+    before, outputs = assert_that_interrupts_change_nothing(
+        model, lambda: model.enable_geolora(**options)
+    )
+    assert_that_interrupts_change_nothing(
+        model,
+        lambda: model.enable_geolora(
+            **options, name="other", modules_to_save="head"
+        ),
+    )
+    model.remove_geolora()
+    assert everything(model)[3:] == before[3:]
+    np.testing.assert_array_equal(
+        model.predict_on_batch(random((5, 8))), outputs
+    )
+
+
+def test_an_interrupt_while_merging_changes_nothing():
+    model = sequential()
+    model.enable_geolora(rank=2, targets="head", name="other")
+    model.enable_geolora(rank=2, train_bias=True)
+    train(model, "adam")
+    before, outputs = assert_that_interrupts_change_nothing(
+        model, model.merge_geolora
+    )
+    model.unmerge_geolora()
+    assert everything(model)[2:] == before[2:]
+    np.testing.assert_array_equal(
+        model.predict_on_batch(random((5, 8))), outputs
+    )
+
+
+def test_an_interrupt_of_a_final_merge_leaves_the_kernels_up_to_rounding():
+    model = functional()
+    model.enable_geolora(rank=2)
+    train(model, "adam")
+    weights, at = model.get_weights(), 1
+    while interrupted(lambda: model.merge_geolora(reversible=False), at):
+        assert len(adapted_layers(model)) == 3
+        for now, before in zip(model.get_weights(), weights, strict=True):
+            np.testing.assert_allclose(now, before, atol=1e-5)
+        at += 1
+    assert at > 20 and not adapted_layers(model)
+
+
+def test_an_adapted_layer_takes_no_lora_of_keras():
+    model = sequential()
+    model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match="layer 'head', which is adapted"):
+        model.layers[-1].enable_lora(2)
+    model.merge_geolora()
+    model.layers[-1].enable_lora(2)
+    layer = GeoLoRADense(4, rank=2, lora_rank=2, name="both")
+    with pytest.raises(ValueError, match="'both' with lora_enabled=True"):
+        layer.build((None, 8))

@@ -74,6 +74,7 @@ class AdaptedLayer:
     """
 
     _adapter_options = None
+    _trainable_before = TrainableFlags(())
     # Who gave the layer its adapters, and may switch them off.
     adaptation = None
 
@@ -118,6 +119,7 @@ class AdaptedLayer:
 
     def _add_adapter_of_options(self):
         if self._adapter_options:
+            check_without_lora(self)
             self._add_adapter(DEFAULT, self._adapter_options)
 
     def quantize(self, mode=None, type_check=True, config=None):
@@ -134,6 +136,17 @@ class AdaptedLayer:
 
     def _plain_quantize(self, mode, type_check, config):
         super().quantize(mode, type_check=type_check, config=config)
+
+    def enable_lora(self, *args, **kwargs):
+        """As the Keras layer; refused with an adapter."""
+        if self._adapters:
+            raise ValueError(
+                "A layer has an adapter of this package or Keras' own LoRA, "
+                "not both. Merge the adapter first: `merge_geolora()` of the "
+                "model, or `merge()` of the layer. "
+                f"Received: layer '{self.name}', which is adapted"
+            )
+        super().enable_lora(*args, **kwargs)
 
     @classmethod
     def adapt(cls, layer, name=DEFAULT, train_bias=False, **options):
@@ -154,7 +167,7 @@ class AdaptedLayer:
                 f" Received: {layer!r} (of type {type(layer).__name__})"
             )
         check_adaptable(layer, name)
-        plain = type(layer)
+        plain, active = type(layer), vars(layer).get("_active_adapter")
         try:
             if plain is not cls:
                 become_adapted(layer, cls)
@@ -162,11 +175,21 @@ class AdaptedLayer:
                 layer.train_bias = train_bias
             with name_scopes_of(layer):
                 layer._add_adapter(name, options)
-        except Exception:
-            if plain is not cls:
-                become_plain(layer)
+        except BaseException:  # an interrupt as well
+            if plain is cls:
+                layer._give_up_adapter(name, active)
+            elif type(layer) is cls:
+                layer.detach_adapters()
             raise
         return layer
+
+    def _give_up_adapter(self, name, active):
+        """Forgets an adapter that was not finished."""
+        if name in self._adapters:
+            self._adapters.pop(name)
+        if not self._adapters:
+            self._trainable_before.restore()
+        self.activate_adapter(active)
 
     def _new_adapter(self, name, options):
         input_dim, output_dim = self.kernel_matrix_shape
@@ -210,11 +233,19 @@ class AdaptedLayer:
     def _hold_adapters(self, adapters):
         # Keras locks a layer once it is built. A layer may unlock itself.
         self._tracker.unlock()
-        if not self._adapters:
-            self._adapters = {}
-        for name, adapter in adapters.items():
-            self._adapters[name] = adapter
-        self._tracker.lock()
+        try:
+            if not self._adapters:
+                self._adapters = {}
+            for name, adapter in adapters.items():
+                self._adapters[name] = adapter
+        finally:
+            self._tracker.lock()
+
+    def _exchange_adapters(self, adapters):
+        """Holds adapters, in their order, instead of those that are held."""
+        for name in list(self._adapters):
+            self._adapters.pop(name)
+        self._hold_adapters(adapters)
 
     # Keras saves what it finds in attributes by alphabet, each object once:
     # with the underscore it finds adapters by name, not the active one first.
@@ -283,10 +314,8 @@ class AdaptedLayer:
         if self.adaptation is None:  # the layer's own, and so its config's
             widths = {k: options[k] for k in ("rank", "max_rank", "min_rank")}
             self._adapter_options = {**self._adapter_options, **widths}
-        adapters = {**self._adapters, name: new}
-        for other in adapters:  # Keras forgets what is taken out only
-            self._adapters.pop(other)
-        self._hold_adapters(adapters)
+        # Keras forgets only what is taken out.
+        self._exchange_adapters({**self._adapters, name: new})
 
     def delete_adapter(self, name):
         """Forgets an adapter; without the last the Keras layer is left."""
@@ -300,24 +329,31 @@ class AdaptedLayer:
         Returns:
             What `attach_adapters` needs to put them on again.
         """
-        adapters = dict(self._adapters)
-        for name in adapters:
-            self._adapters.pop(name)
-        self._trainable_before.restore()
         kept = {
             name: vars(self)[name]
             for name in OWN_ATTRIBUTES
             if name in vars(self)
         }
-        for name in kept:
-            delattr(self, name)
+        kept["_adapters"] = dict(self._adapters)
+        kept["__class__"] = type(self)
+        try:
+            self._take_off_adapters()
+        except BaseException:  # an interrupt as well
+            AdaptedLayer.attach_adapters(self, kept)
+            raise
+        return kept
+
+    def _take_off_adapters(self):
+        for name in list(self._adapters):
+            self._adapters.pop(name)
+        self._trainable_before.restore()
+        for name in OWN_ATTRIBUTES:
+            if name in vars(self):
+                delattr(self, name)
         # TensorFlow exports what dicts there were, by the names of attributes.
         tracked = vars(self).get("_tracked", [])
         tracked[:] = [name for name in tracked if name not in OWN_ATTRIBUTES]
-        kept["_adapters"] = adapters
-        kept["__class__"] = type(self)
         become_plain(self)
-        return kept
 
     @staticmethod
     def attach_adapters(layer, kept):
@@ -327,7 +363,7 @@ class AdaptedLayer:
         adapters = kept.pop("_adapters")
         vars(layer).update(kept)
         layer._freeze()
-        layer._hold_adapters(adapters)
+        layer._exchange_adapters(adapters)
 
     def merge(self):
         """Adds the active update to the kernel, and detaches all adapters.
@@ -341,11 +377,11 @@ class AdaptedLayer:
         self.detach_adapters()
         return self
 
-    def merge_kernels(self):
-        """Adds the active update to the kernel."""
+    def merge_kernels(self, sign=1):
+        """Adds the active update to the kernel, or with -1 subtracts it."""
         for kernel, update in zip(self.kernels(), self._updates(), strict=True):
             wide = "float64" if kernel.dtype == "float64" else "float32"
-            merged = ops.cast(kernel, wide) + ops.cast(update, wide)
+            merged = ops.cast(kernel, wide) + sign * ops.cast(update, wide)
             kernel.assign(ops.cast(merged, kernel.dtype))
 
     def check_mergeable(self):
@@ -546,7 +582,7 @@ def become_adapted(layer, cls):
 
 def become_plain(layer):
     """Gives a layer or model back the class that it had."""
-    layer.__class__ = layer.plain_class
+    layer.__class__ = getattr(layer, "plain_class", type(layer))
     if "_plain_class_quantize" in vars(layer):
         vars(layer)["quantize"] = vars(layer).pop("_plain_class_quantize")
 
@@ -582,15 +618,20 @@ def check_adaptable(layer, name=DEFAULT):
             "`model.merge_geolora()`, or choose another `name`. "
             f"Received: name='{name}', layer '{layer.name}', which has it"
         )
-    if layer.lora_enabled:
-        raise ValueError(
-            "A layer with Keras' own LoRA cannot be adapted. "
-            f"Received: layer '{layer.name}' with lora_enabled=True"
-        )
+    check_without_lora(layer)
     if layer.quantization_mode not in (None, "int8", "int4", "gptq", "awq"):
         raise ValueError(
             "The kernel of an adapted layer is frozen: in floating point, or "
             "quantized to int8, int4, by GPTQ or by AWQ. Received: layer "
             f"'{layer.name}' with "
             f"quantization_mode='{layer.quantization_mode}'"
+        )
+
+
+def check_without_lora(layer):
+    """Refuses a layer whose kernel is the sum that Keras' own LoRA makes."""
+    if layer.lora_enabled:
+        raise ValueError(
+            "A layer with Keras' own LoRA cannot be adapted. "
+            f"Received: layer '{layer.name}' with lora_enabled=True"
         )
