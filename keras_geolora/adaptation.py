@@ -1,5 +1,7 @@
 """What was done to a model: its adapters, and what trains beside them."""
 
+import contextlib
+
 import numpy as np
 from keras import ops
 
@@ -62,13 +64,19 @@ class Frozen:
         for variable in self.variables:
             yield variable, id(variable) in variables
 
-    def by_hand(self, layers, variables):
+    def by_hand(self, layers, variables, but=()):
         """Returns what `trainable` says otherwise than `leave` made it say.
+
+        Args:
+            layers: List, as given to `leave`.
+            variables: List, as given to `leave`.
+            but: Layers, of which and of whose insides nothing is told.
 
         Returns:
             Dict of two lists of pairs, as JSON can hold them: places of
             layers, and of variables, with their `trainable`.
         """
+        left_out = with_inside(but) | {id(v) for x in but for v in x.variables}
         flags = {
             "layers": self._layer_flags(layers),
             "variables": self._variable_flags(variables),
@@ -77,7 +85,7 @@ class Frozen:
             kind: [
                 [place, part.trainable]
                 for place, (part, trainable) in enumerate(pairs)
-                if part.trainable != trainable
+                if part.trainable != trainable and id(part) not in left_out
             ]
             for kind, pairs in flags.items()
         }
@@ -186,14 +194,16 @@ class Adaptation:
     def activate(self, name):
         """Makes one adapter the one that acts and trains."""
         if name != self.active:
-            self._put_away()
-            self._take_up(name)
+            with self.keeping_by_hand():
+                self._put_away()
+                self._take_up(name)
 
     def delete(self, name):
         """Forgets an adapter that is not active."""
-        for layer in self.adapters.pop(name).layers.values():
-            layer.delete_adapter(name)
-        self.freeze()
+        with self.keeping_by_hand():
+            for layer in self.adapters.pop(name).layers.values():
+                layer.delete_adapter(name)
+            self.freeze()
 
     def restore_companions(self):
         """Gives the companions the values they had before training."""
@@ -231,10 +241,35 @@ class Adaptation:
             ],
         }
 
-    def by_hand(self):
-        """Returns the `trainable` that somebody changed since."""
+    def by_hand(self, but=()):
+        """Returns the `trainable` that somebody changed since.
+
+        Args:
+            but: Layers, of which and of whose insides nothing is told.
+        """
         adapter = self.adapters[self.active]
-        return self.frozen.by_hand(adapter.saved_layers, adapter.companions)
+        return self.frozen.by_hand(
+            adapter.saved_layers, adapter.companions, but
+        )
+
+    def repeat(self, by_hand):
+        """Sets `trainable` as `by_hand` says."""
+        self.frozen.repeat(by_hand)
+
+    @contextlib.contextmanager
+    def keeping_by_hand(self, but=()):
+        """Repeats after a block what was set by hand before it."""
+        by_hand = self.by_hand(but)
+        yield
+        self.repeat(by_hand)
+
+    def thawed(self):
+        """Returns the variables that somebody made trainable since."""
+        return [
+            self.frozen.variables[place]
+            for place, trainable in self.by_hand()["variables"]
+            if trainable
+        ]
 
     def _path_of(self):
         return {id(x): path for path, x in stable_paths(self.scope).items()}

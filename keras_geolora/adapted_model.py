@@ -376,7 +376,9 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
     first = adaptation is None
     if first:
         adaptation = Adaptation(model, scope_of(model))
-    active = adaptation.active
+    else:
+        active, by_hand = adaptation.active, adaptation.by_hand()
+        others = adaptation.by_hand(but=[*layers.values(), *saved_layers])
     try:
         with replicas.scope_of(model):
             for path, layer in layers.items():
@@ -386,6 +388,8 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
         adaptation.add(name, list(layers.values()), saved_layers, train_bias)
         if first:
             make_adapted(model, adaptation)
+        else:
+            adaptation.repeat(others)
         forget_traces(model)
     except BaseException as error:
         for layer in layers.values():
@@ -396,6 +400,7 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
             adaptation.frozen.thaw()
         else:
             adaptation.give_up(name, active)
+            adaptation.repeat(by_hand)
         forget_traces(model)
         if isinstance(error, ValueError):
             raise ValueError(
@@ -435,7 +440,21 @@ def adapt_by_plan(model, plan):
             adapter["train_bias"],
         )
     model.geolora_adaptation.activate(plan["active"])
-    model.geolora_adaptation.frozen.repeat(plan["by_hand"])
+    model.geolora_adaptation.repeat(plan["by_hand"])
+
+
+def warn_of_what_stays(adaptations, stacklevel):
+    """Warns of variables that keep what they may have learned."""
+    thawed = [v.path for a in adaptations for v in a.thawed()]
+    if thawed:
+        more = ", ..." if len(thawed) > 5 else ""
+        warnings.warn(
+            "Only what `enable_geolora` made trainable gets the values back "
+            "that it had before, not what was made so by hand afterwards. Name "
+            "these layers in `modules_to_save` of `enable_geolora`. Left as "
+            f"they are: {', '.join(thawed[:5])}{more}",
+            stacklevel=stacklevel,
+        )
 
 
 def random_states(model):

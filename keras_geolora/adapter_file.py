@@ -150,12 +150,7 @@ def save_geolora(model, path, name=None):
 
 def warn_of_what_is_left_out(adaptation):
     """Warns of variables that train and are not in the file of an adapter."""
-    variables = adaptation.frozen.variables
-    thawed = [
-        variables[place].path
-        for place, trainable in adaptation.by_hand()["variables"]
-        if trainable
-    ]
+    thawed = [variable.path for variable in adaptation.thawed()]
     if thawed:
         warnings.warn(
             "An adapter file holds what `enable_geolora` made trainable, not "

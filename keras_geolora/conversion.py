@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_geolora.adaptation import value_of
 from keras_geolora.adapted_model import (
+    adaptations_of,
     adapted_parts,
     add_adapter,
     check_at_rest,
@@ -16,6 +17,7 @@ from keras_geolora.adapted_model import (
     make_adapted,
     make_plain,
     scope_of,
+    warn_of_what_stays,
 )
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.targeting import (
@@ -231,8 +233,9 @@ def merge_geolora(model, reversible=True):
 def unmerge_geolora(model):
     """Undoes `merge_geolora`: the kernels have their former bytes again.
 
-    The adapters are back as they were, and so is what was frozen. Compile the
-    model before you train it further.
+    The adapters are back as they were, and so is what was frozen, also what
+    was frozen or made trainable by hand. Compile the model before you train it
+    further.
 
     Also a method of every `keras.Model`: `model.unmerge_geolora()`.
 
@@ -288,7 +291,8 @@ def remove_geolora(model):
 
     Kernels were never changed. What trained beside the adapters, such as
     biases, `modules_to_save` and the head of a KerasHub task, gets the values
-    it had before `enable_geolora`.
+    it had before `enable_geolora`. What was made trainable by hand since does
+    not, of which a warning tells.
 
     Also a method of every `keras.Model`: `model.remove_geolora()`.
 
@@ -315,6 +319,7 @@ def remove_geolora(model):
     ```
     """
     check_at_rest(model, "freed of adapters")
+    warn_of_what_stays(adaptations_of(model), stacklevel=3)
     for layer in carriers(model).values():
         layer.detach_adapters()
     for part in adapted_parts(model):
@@ -366,14 +371,17 @@ class Merged:
 
     def __init__(self, model, reversible):
         self.layers = []
-        self.parts = [(x, x.geolora_adaptation) for x in adapted_parts(model)]
+        self.parts = [
+            (part, part.geolora_adaptation, part.geolora_adaptation.by_hand())
+            for part in adapted_parts(model)
+        ]
         try:
             for layer in carriers(model).values():
                 self.layers.append(MergedLayer(layer))
                 self.layers[-1].merge()
                 if not reversible:
                     self.layers[-1].before = None
-            for part, adaptation in self.parts:
+            for part, adaptation, _ in self.parts:
                 make_plain(part, adaptation)
                 adaptation.frozen.thaw()
             forget_traces(model)
@@ -397,10 +405,11 @@ class Merged:
     def _put_back(self):
         for merged in self.layers:
             merged.put_back()
-        for part, adaptation in self.parts:
+        for part, adaptation, by_hand in self.parts:
             adaptation.frozen.open()
             make_adapted(part, adaptation)
             adaptation.freeze()
+            adaptation.repeat(by_hand)
 
 
 def digest(variable):

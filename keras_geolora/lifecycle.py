@@ -14,6 +14,7 @@ from keras_geolora.adapted_model import (
     check_not_suspended,
     forget_traces,
     swap_functions,
+    warn_of_what_stays,
 )
 from keras_geolora.layers.adapter import check_rank
 
@@ -25,7 +26,8 @@ def geolora_disabled(model):
     Outputs are those of the model before `enable_geolora`, bit for bit:
     adapters rest, and what trained beside them has its former values. That
     holds for calls, `predict` and `evaluate` of the model on which this is
-    called. At the end everything is as it was.
+    called. What was made trainable by hand after `enable_geolora` keeps its
+    values, of which a warning tells. At the end everything is as it was.
 
     Also a method of every `keras.Model`: `with model.geolora_disabled():`.
 
@@ -57,6 +59,9 @@ def geolora_disabled(model):
     """
     check_model(model)
     adaptations = find_adaptations(model)
+    awake = [a for a in adaptations if not a.suspended]
+    # Between this function and its caller is the context manager.
+    warn_of_what_stays(awake, stacklevel=4)
     within = getattr(model, "geolora_is_disabled", False)
     if not within:
         others = getattr(model, "geolora_disabled_traces", {})
@@ -289,17 +294,17 @@ def combine(adaptation, name, weights, rank):
         for key, variable in companions.items()
     }
 
-    for path, layer in layers.items():
-        U, sigma, V = sums[path]
-        type(layer).adapt(
-            layer, name, rank=len(sigma), max_rank=len(sigma), min_rank=1
-        )
-        layer.adapter.U.assign(U)
-        layer.adapter.S.assign(np.diag(sigma))
-        layer.adapter.V.assign(V)
-    adaptation.add(
-        name, list(layers.values()), list(saved.values()), train_bias
-    )
+    layers_of_sum, saved_layers = list(layers.values()), list(saved.values())
+    with adaptation.keeping_by_hand(but=[*layers_of_sum, *saved_layers]):
+        for path, layer in layers.items():
+            U, sigma, V = sums[path]
+            type(layer).adapt(
+                layer, name, rank=len(sigma), max_rank=len(sigma), min_rank=1
+            )
+            layer.adapter.U.assign(U)
+            layer.adapter.S.assign(np.diag(sigma))
+            layer.adapter.V.assign(V)
+        adaptation.add(name, layers_of_sum, saved_layers, train_bias)
     for key, variable in companions.items():
         variable.assign(values[key])
 

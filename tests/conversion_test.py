@@ -496,12 +496,14 @@ def test_an_interrupt_while_adapting_changes_nothing(train_bias):
     before, outputs = assert_that_interrupts_change_nothing(
         model, lambda: model.enable_geolora(**options)
     )
+    model.layers[1].trainable = True  # by hand
     assert_that_interrupts_change_nothing(
         model,
         lambda: model.enable_geolora(
             **options, name="other", modules_to_save="head"
         ),
     )
+    model.layers[1].trainable = False
     model.remove_geolora()
     assert everything(model)[3:] == before[3:]
     np.testing.assert_array_equal(
@@ -513,6 +515,7 @@ def test_an_interrupt_while_merging_changes_nothing():
     model = sequential()
     model.enable_geolora(rank=2, targets="head", name="other")
     model.enable_geolora(rank=2, train_bias=True)
+    model.layers[1].trainable = True  # by hand
     train(model, "adam")
     before, outputs = assert_that_interrupts_change_nothing(
         model, model.merge_geolora

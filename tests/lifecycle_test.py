@@ -449,3 +449,71 @@ def test_saved_modules_train_and_statistics_follow():
     train(model)
     for old, new in zip(before, norm.weights, strict=True):
         assert not np.array_equal(old, ops.convert_to_numpy(new)), new.path
+
+
+def changed_by_hand():
+    """Adapted at the head; the rest thawed and the head's bias frozen."""
+    model = functional()
+    model.enable_geolora(rank=2, targets="head", train_bias=True)
+    for name in "hidden", "norm":
+        model.get_layer(name).trainable = True
+    model.get_layer("head").bias.trainable = False
+    return model
+
+
+def flags(model):
+    layers = [(layer.name, layer.trainable) for layer in model.layers]
+    return layers, {v.path: v.trainable for v in model.weights}
+
+
+def test_unmerging_repeats_what_was_thawed_and_frozen_by_hand():
+    model = changed_by_hand()
+    before = flags(model)
+    assert before[1]["hidden/kernel"] and not before[1]["head/bias"]
+    model.merge_geolora()
+    model.unmerge_geolora()
+    assert flags(model) == before
+
+
+def test_what_is_thawed_by_hand_stays_so_under_other_adapters():
+    model = changed_by_hand()
+    before = flags(model)
+    model.enable_geolora(rank=2, targets="head", name="other")
+    thawed = {"hidden/kernel", "hidden/bias", "norm/gamma", "norm/beta"}
+
+    def trains():
+        return {v.path for v in model.trainable_variables}
+
+    factors = {f"head/adapter_other/{role}" for role in "USV"}
+    assert trains() == thawed | factors
+    model.combine_geolora("sum", {"default": 0.5, "other": 0.5}, rank=2)
+    assert thawed < trains() and len(trains()) == 8
+    model.activate_geolora("other")
+    model.delete_geolora("sum")
+    assert trains() == thawed | factors
+    model.get_layer("head").bias.trainable = False
+    model.activate_geolora("default")
+    model.delete_geolora("other")
+    model.get_layer("head").bias.trainable = False
+    assert flags(model) == before
+
+
+def test_a_new_adapter_does_not_inherit_the_flags_of_its_layers():
+    model = changed_by_hand()
+    model.get_layer("head").trainable = False
+    model.enable_geolora(
+        rank=2, targets=["hidden", "head"], modules_to_save="norm", name="new"
+    )
+    assert len(model.trainable_variables) == 2 * 3 + 2
+    assert not model.get_layer("hidden").kernel.trainable
+
+
+def test_what_trained_because_somebody_thawed_it_is_named():
+    model = changed_by_hand()
+    match = "Left as they are: hidden/kernel, hidden/bias, norm/gamma"
+    with pytest.warns(UserWarning, match=match) as warned:
+        with model.geolora_disabled(), model.geolora_disabled():
+            pass
+        model.remove_geolora()
+    ours = [w for w in warned if w.category is UserWarning]
+    assert [w.filename for w in ours] == [__file__] * 2
