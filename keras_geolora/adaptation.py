@@ -116,6 +116,8 @@ class NamedAdapter:
             are statistics of what does: biases, `modules_to_save`, the head.
         values: Dict from the ids of companions to their values while the
             adapter is not active, otherwise `None`.
+        by_hand: Dict from path to `trainable` of the adapter of a layer where
+            somebody changed it, up to date while it is not active.
     """
 
     def __init__(self, layers, saved_layers, train_bias, companions):
@@ -124,6 +126,19 @@ class NamedAdapter:
         self.train_bias = train_bias
         self.companions = companions
         self.values = None
+        self.by_hand = {}
+
+    def flags_by_hand(self, name):
+        """Returns the present `by_hand` of the active adapter, of a name."""
+        adapters = {
+            path: (layer, layer.adapters_by_name()[name])
+            for path, layer in self.layers.items()
+        }
+        return {
+            path: adapter.trainable
+            for path, (layer, adapter) in adapters.items()
+            if adapter.trainable != layer.trainable
+        }
 
 
 class Adaptation:
@@ -247,14 +262,28 @@ class Adaptation:
         Args:
             but: Layers, of which and of whose insides nothing is told.
         """
-        adapter = self.adapters[self.active]
-        return self.frozen.by_hand(
-            adapter.saved_layers, adapter.companions, but
-        )
+        active = self.adapters[self.active]
+        return {
+            **self.frozen.by_hand(active.saved_layers, active.companions, but),
+            "adapters": {
+                name: adapter.flags_by_hand(name)
+                if name == self.active
+                else adapter.by_hand
+                for name, adapter in self.adapters.items()
+            },
+        }
 
     def repeat(self, by_hand):
         """Sets `trainable` as `by_hand` says."""
         self.frozen.repeat(by_hand)
+        # Files of early versions have no adapters there.
+        for name, flags in by_hand.get("adapters", {}).items():
+            if name in self.adapters:
+                self.adapters[name].by_hand = flags
+        active = self.adapters[self.active]
+        for path, trainable in active.by_hand.items():
+            adapter = active.layers[path].adapters_by_name()[self.active]
+            adapter.trainable = trainable
 
     @contextlib.contextmanager
     def keeping_by_hand(self, but=()):

@@ -49,6 +49,16 @@ def test_an_adapter_that_the_loss_does_not_see_is_reported():
     assert "1 of 2 adapters" in message and "(unseen)" in message
 
 
+def test_an_adapter_that_somebody_froze_may_stand_still():
+    model = sequential(keras.layers.Dense(4), keras.layers.Dense(3))
+    model.enable_geolora(rank=2, train_bias=True)
+    model.layers[0].adapter.trainable = False
+    assert fit(model) == []
+    model.layers[1].adapter.trainable = False
+    (message,) = fit(model)
+    assert "None of the 2 adapters has moved" in message
+
+
 def test_a_frozen_head_is_reported():
     model = sequential(
         keras.layers.Dense(4), keras.layers.Dense(3, name="head")

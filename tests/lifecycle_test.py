@@ -517,3 +517,20 @@ def test_what_trained_because_somebody_thawed_it_is_named():
         model.remove_geolora()
     ours = [w for w in warned if w.category is UserWarning]
     assert [w.filename for w in ours] == [__file__] * 2
+
+
+def test_an_adapter_frozen_by_hand_rests_until_somebody_thaws_it():
+    model = functional()
+    model.enable_geolora(rank=2, name="a")
+    model.get_layer("hidden").adapter.trainable = False
+    before = flags(model)
+    assert len(model.trainable_variables) == 3
+    model.enable_geolora(rank=2, name="b")
+    assert len(model.trainable_variables) == 6
+    model.activate_geolora("a")
+    model.delete_geolora("b")
+    model.merge_geolora()
+    model.unmerge_geolora()
+    assert flags(model) == before
+    model.get_layer("hidden").adapter.trainable = True
+    assert len(model.trainable_variables) == 6

@@ -138,6 +138,28 @@ def test_what_was_thawed_by_hand_trains_in_the_loaded_model(tmp_path):
     assert_same(state(resumed), state(model))
 
 
+@pytest.mark.filterwarnings("error:Skipping variable loading")
+def test_an_adapter_frozen_by_hand_rests_in_the_loaded_model(tmp_path):
+    model = adapted()
+    model.layers[0].adapter.trainable = False
+    model.compile(GeoLoRA("adam"), loss="mse")
+    fit(model, 2)
+    resumed = through_keras_file(model, tmp_path, None)
+    assert trainable_names(resumed) == trainable_names(model)
+    assert not resumed.layers[0].adapter.trainable
+    for run in model, resumed:
+        fit(run, 3, start=2)
+    assert_same(state(resumed), state(model))
+
+
+def test_a_file_may_say_nothing_of_adapters_frozen_by_hand():
+    model = adapted()
+    config = model.get_config()
+    del config["plan"]["by_hand"]["adapters"]
+    loaded = type(model).from_config(config)
+    assert trainable_names(loaded) == trainable_names(model)
+
+
 def test_an_adapter_file_says_what_it_leaves_out(tmp_path):
     with pytest.warns(UserWarning, match="Left out: .*norm/gamma'"):
         thawed_by_hand().save_geolora(tmp_path / "adapter.safetensors")

@@ -55,9 +55,11 @@ class SilentFailureGuard(keras.callbacks.Callback):
             return
         self._waits = False
         synchronize(self.model)
+        layers = adapted_layers(self.model)
+        # Those that somebody froze are meant to stand still, but not all.
+        train = {p: x for p, x in layers.items() if x.adapter.trainable}
         self._cores = {
-            path: core_of(layer)
-            for path, layer in adapted_layers(self.model).items()
+            path: core_of(layer) for path, layer in (train or layers).items()
         }
         self._losses = 0
 
