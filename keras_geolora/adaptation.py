@@ -2,6 +2,7 @@
 
 import contextlib
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -166,6 +167,7 @@ class Adaptation:
         self.active = None
         self._pretrained = {}
         self.suspended = 0
+        self._at_rest = None
         # Last, so that an interrupt before it changes nothing.
         self.frozen = Frozen(scope)
 
@@ -262,6 +264,8 @@ class Adaptation:
         Args:
             but: Layers, of which and of whose insides nothing is told.
         """
+        if self._at_rest is not None:
+            return self._at_rest
         active = self.adapters[self.active]
         return {
             **self.frozen.by_hand(active.saved_layers, active.companions, but),
@@ -274,7 +278,8 @@ class Adaptation:
         }
 
     def repeat(self, by_hand):
-        """Sets `trainable` as `by_hand` says."""
+        """Sets `trainable` as `by_hand` says, after `freeze`."""
+        self._at_rest = None
         self.frozen.repeat(by_hand)
         # Files of early versions have no adapters there.
         for name, flags in by_hand.get("adapters", {}).items():
@@ -284,6 +289,26 @@ class Adaptation:
         for path, trainable in active.by_hand.items():
             adapter = active.layers[path].adapters_by_name()[self.active]
             adapter.trainable = trainable
+        if by_hand.get("at_rest", False):
+            self.set_trainable(self.scope, False)
+
+    def set_trainable(self, part, value):
+        """Sets `trainable` of the model, or of its backbone, as a whole.
+
+        `False` lets all rest that trains, `True` lets the same train again.
+        """
+        by_hand = {**self.by_hand(), "at_rest": not value}
+        keras.layers.Layer.trainable.fset(part, value)
+        if value:
+            self.freeze()
+            self.repeat(by_hand)
+        else:
+            self._at_rest = by_hand
+
+    def wake(self):
+        """Lets train again what rests."""
+        if self._at_rest is not None:
+            self.set_trainable(self.scope, True)
 
     @contextlib.contextmanager
     def keeping_by_hand(self, but=()):

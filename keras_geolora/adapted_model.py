@@ -43,8 +43,24 @@ class WeightsRefused(BaseException):
     """Stops `load_weights`, which would go on after any `Exception`."""
 
 
+class RestsAsAWhole:
+    """Mixin for a model, or its backbone, of which parts are frozen.
+
+    Keras' `trainable = True` would thaw all of them.
+    """
+
+    @property
+    def trainable(self):
+        """Settable boolean; `True` lets train what trained before `False`."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        self.geolora_owner.set_trainable(self, bool(value))
+
+
 @keras.saving.register_keras_serializable("keras_geolora")
-class AdaptedModel:
+class AdaptedModel(RestsAsAWhole):
     """Mixin for the class of a model that carries adapters."""
 
     # What stops the loading of weights.
@@ -122,6 +138,7 @@ class AdaptedModel:
             "to_load": TO_LOAD,
             "base": base,
             "plan": self.geolora_adaptation.plan(),
+            "trainable": self.trainable,
         }
 
     @classmethod
@@ -131,6 +148,8 @@ class AdaptedModel:
             config["base"], custom_objects=custom_objects
         )
         adapt_by_plan(model, config["plan"])
+        if not config.get("trainable", True):  # early versions had none
+            model.trainable = False
         return model
 
     def save(self, filepath, *args, **kwargs):
@@ -272,7 +291,7 @@ class AdaptedModel:
         return super().fit(*args, **kwargs)
 
 
-class AdaptedScope:
+class AdaptedScope(RestsAsAWhole):
     """Mixin for the class of a backbone that was adapted with its task."""
 
     def get_config(self):
@@ -378,8 +397,10 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
         adaptation = Adaptation(model, scope_of(model))
     else:
         active, by_hand = adaptation.active, adaptation.by_hand()
-        others = adaptation.by_hand(but=[*layers.values(), *saved_layers])
     try:
+        if not first:
+            adaptation.wake()
+            others = adaptation.by_hand(but=[*layers.values(), *saved_layers])
         with replicas.scope_of(model):
             for path, layer in layers.items():
                 adapted_class(layer).adapt(
@@ -492,16 +513,20 @@ def adaptations_of(model):
 def make_adapted(part, adaptation):
     """Gives a model, and its backbone, the classes of adapted ones."""
     part.geolora_adaptation = adaptation
-    become_adapted(part, adapted_model_class(plain_class_of(part)))
     scope = adaptation.scope
+    for model in (part, scope):
+        model.geolora_owner = adaptation
+    become_adapted(part, adapted_model_class(plain_class_of(part)))
     if scope is not part:
         become_adapted(scope, adapted_scope_class(plain_class_of(scope)))
 
 
 def make_plain(part, adaptation):
     """Gives an adapted model, and its backbone, their former classes."""
-    for model in (part, adaptation.scope):
+    for model in {id(x): x for x in (part, adaptation.scope)}.values():
         become_plain(model)
+        if hasattr(model, "geolora_owner"):
+            del model.geolora_owner
     if hasattr(part, "geolora_adaptation"):
         del part.geolora_adaptation
     forget_traces(part)

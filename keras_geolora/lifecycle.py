@@ -294,6 +294,7 @@ def combine(adaptation, name, weights, rank):
         for key, variable in companions.items()
     }
 
+    adaptation.wake()
     layers_of_sum, saved_layers = list(layers.values()), list(saved.values())
     with adaptation.keeping_by_hand(but=[*layers_of_sum, *saved_layers]):
         for path, layer in layers.items():

@@ -354,3 +354,57 @@ def test_rows_are_counted_exactly():
         last, *map(ops.convert_to_tensor, (U, S, V)), 1.0, "float32"
     )
     np.testing.assert_array_equal(ops.convert_to_numpy(y)[:, 0], [3, 5])
+
+
+def not_built(**options):
+    return GeoLoRADense(6, rank=2, **options)
+
+
+def built(**options):
+    layer = not_built(**options)
+    layer.build((None, 8))
+    return layer
+
+
+def adapted_in_place(**options):
+    layer = keras.layers.Dense(6)
+    layer.build((None, 8))
+    return GeoLoRADense.adapt(layer, rank=2, **options)
+
+
+def trains(layer):
+    """What trains of a layer; a model does not ask the layer itself."""
+    return sorted(v.name for v in layer.variables if v.trainable)
+
+
+@pytest.mark.parametrize("train_bias", [True, False])
+@pytest.mark.parametrize("create", [not_built, built, adapted_in_place])
+def test_the_kernel_stays_frozen_whatever_its_layer_is(create, train_bias):
+    layer = create(train_bias=train_bias)
+    expected = ["S", "U", "V"] + ["bias"] * train_bias
+    for trainable in (False, False, True, True):
+        layer.trainable = trainable
+        if not layer.built:
+            layer.build((None, 8))
+        assert layer.trainable is trainable
+        assert trains(layer) == (expected if trainable else [])
+    layer.kernel.trainable = True
+    for trainable in (False, True):
+        layer.trainable = trainable
+    assert trains(layer) == sorted([*expected, "kernel"])
+    layer.trainable = False
+    layer.merge()
+    assert trains(layer) == []
+    layer.trainable = True
+    assert trains(layer) == ["bias", "kernel"]
+
+
+def test_of_several_adapters_the_active_one_follows_its_layer():
+    layer = adapted_in_place(name="one")
+    GeoLoRADense.adapt(layer, name="two", rank=2)
+    for trainable in (False, True):
+        layer.trainable = trainable
+    assert len(trains(layer)) == 3 and layer.adapter.trainable
+    layer.trainable = False
+    layer.activate_adapter("one")
+    assert trains(layer) == []

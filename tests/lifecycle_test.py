@@ -534,3 +534,69 @@ def test_an_adapter_frozen_by_hand_rests_until_somebody_thaws_it():
     assert flags(model) == before
     model.get_layer("hidden").adapter.trainable = True
     assert len(model.trainable_variables) == 6
+
+
+def toggle(layer):
+    layer.trainable = False
+    assert not layer.trainable_variables
+    assert not any(v.trainable for v in layer.weights)
+    layer.trainable = True
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_model_that_rested_trains_what_it_trained(by_hand):
+    model = changed_by_hand() if by_hand else adapted(functional)
+    whole = keras.Sequential([keras.Input((8,)), model])
+    if not by_hand:
+        model.get_layer("hidden").adapter.trainable = False
+    before = flags(model)
+    for layer in (model, whole):
+        toggle(layer)
+        assert flags(model) == before
+    model.trainable = True  # again
+    assert flags(model) == before
+    model.get_layer("norm").trainable = True
+    assert model.get_layer("norm").gamma.trainable
+
+
+def test_the_adapters_of_a_model_that_rests_can_be_changed():
+    model = changed_by_hand()
+    before = flags(model)
+    model.enable_geolora(rank=2, targets="head", name="other")
+    model.activate_geolora("default")
+    model.get_layer("head").bias.trainable = False
+    model.trainable = False
+    model.activate_geolora("other")
+    model.activate_geolora("default")
+    model.delete_geolora("other")
+    model.merge_geolora()
+    model.unmerge_geolora()
+    assert not any(v.trainable for v in model.weights)
+    model.trainable = True
+    assert flags(model)[0] == before[0]
+    assert {v.path for v in model.trainable_variables} == {
+        path for path, trains in before[1].items() if trains
+    } | {"head/bias"}
+    model.trainable = False
+    model.enable_geolora(rank=2, targets="head", name="third")
+    assert len(model.trainable_variables) == 4 + 3
+
+
+def test_a_model_that_rests_is_what_it_was_without_its_adapters():
+    model = functional()
+    before = flags(model)
+    model.enable_geolora(rank=2)
+    model.trainable = False
+    model.remove_geolora()
+    assert flags(model) == before and model.trainable
+
+
+@pytest.mark.parametrize("create", [functional, nested])
+def test_a_kernel_does_not_move_after_its_model_rested(create):
+    model = adapted(create)
+    toggle(model)
+    before = state(model)
+    train(model)
+    after = state(model)
+    moved = {p.split("/")[-1] for p in before if np.any(before[p] != after[p])}
+    assert moved == {"U", "S", "V"}

@@ -152,6 +152,17 @@ def test_an_adapter_frozen_by_hand_rests_in_the_loaded_model(tmp_path):
     assert_same(state(resumed), state(model))
 
 
+def test_a_model_that_rests_does_so_in_the_file(tmp_path):
+    model = thawed_by_hand()
+    trains = trainable_names(model)
+    model.trainable = False
+    model.save(tmp_path / "run.keras")
+    resumed = keras.saving.load_model(tmp_path / "run.keras")
+    assert trainable_names(resumed) == [] and not resumed.trainable
+    resumed.trainable = True
+    assert trainable_names(resumed) == trains
+
+
 def test_a_file_may_say_nothing_of_adapters_frozen_by_hand():
     model = adapted()
     config = model.get_config()

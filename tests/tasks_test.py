@@ -97,6 +97,25 @@ def test_a_task_trains_its_adapters_and_its_head(create):
     np.testing.assert_array_equal(predict(task, inputs), before)
 
 
+@pytest.mark.parametrize("create", [text_classifier, causal_lm])
+def test_a_task_that_rested_trains_what_it_trained(create, tmp_path):
+    task, *_ = create()
+    task.enable_geolora(rank=2)
+    before = [v.path for v in task.trainable_variables]
+    for part in (task, task.backbone):
+        part.trainable = False
+        assert not part.trainable_variables
+        part.trainable = True
+        assert [v.path for v in task.trainable_variables] == before
+    task.backbone.trainable = task.trainable = False
+    task.save(tmp_path / "task.keras")
+    loaded = keras.saving.load_model(tmp_path / "task.keras")
+    for each in (task, loaded):
+        assert not any(v.trainable for v in each.weights)
+        each.trainable = True
+        assert [v.path for v in each.trainable_variables] == before
+
+
 @pytest.mark.parametrize("name", ["GPT2", "Gemma"])
 def test_generation_goes_on_from_adapters_to_merged_kernels(name):
     keras.utils.set_random_seed(0)

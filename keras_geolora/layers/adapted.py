@@ -24,6 +24,7 @@ OWN_ATTRIBUTES = (
     "_active_adapter",
     "_adapter_options",
     "_trainable_before",
+    "_resting",
     "adaptation",
     "train_bias",
 )
@@ -74,7 +75,10 @@ class AdaptedLayer:
     """
 
     _adapter_options = None
+    # How the variables of the Keras layer were before it was adapted, and
+    # those that train again once the layer is no longer frozen as a whole.
     _trainable_before = TrainableFlags(())
+    _resting = TrainableFlags(())
     # Who gave the layer its adapters, and may switch them off.
     adaptation = None
 
@@ -121,6 +125,35 @@ class AdaptedLayer:
         if self._adapter_options:
             check_without_lora(self)
             self._add_adapter(DEFAULT, self._adapter_options)
+
+    @property
+    def trainable(self):
+        """Settable boolean, as of any layer, but the kernel stays frozen.
+
+        With adapters `False` lets the active one rest, and what else trains;
+        `True` lets the same train again. What is to train beside the adapter
+        takes a `trainable` of its own: `layer.kernel.trainable = True`.
+        """
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        if not self._adapters:
+            keras.layers.Layer.trainable.fset(self, value)
+            return
+        if self._trainable and not value:
+            self._rest()
+        elif value and not self._trainable:
+            self._resting.restore()
+        self._trainable = bool(value)
+        self.activate_adapter(self._active_adapter)
+
+    def _rest(self):
+        """Freezes what trains of the Keras layer, and remembers it."""
+        own = [v for v, _ in self._trainable_before.flags if v.trainable]
+        self._resting = TrainableFlags(own)
+        for variable in own:
+            variable.trainable = False
 
     def quantize(self, mode=None, type_check=True, config=None):
         """As the Keras layer; refused with an adapter."""
@@ -218,7 +251,7 @@ class AdaptedLayer:
     def _add_adapter(self, name, options):
         adapter = self._new_adapter(name, options)
         if not self._adapters:
-            self._trainable_before = TrainableFlags(self.trainable_variables)
+            self._trainable_before = TrainableFlags(self.variables)
             self._freeze()
         self._hold_adapters({name: adapter})
         self.activate_adapter(name)
@@ -229,6 +262,8 @@ class AdaptedLayer:
             variable.trainable = False
         if getattr(self, "bias", None) is not None:
             self.bias.trainable = self.train_bias
+        if not self.trainable:
+            self._rest()
 
     def _hold_adapters(self, adapters):
         # Keras locks a layer once it is built. A layer may unlock itself.
@@ -277,14 +312,14 @@ class AdaptedLayer:
         return {option: config[option] for option in options}
 
     def activate_adapter(self, name):
-        """Makes one adapter the one that acts and trains.
+        """Makes one adapter the one that acts, and trains if the layer does.
 
         Args:
             name: String. Without an adapter of this name none is active.
         """
         self._active_adapter = name
         for other, adapter in self._adapters.items():
-            adapter.trainable = other == name
+            adapter.trainable = self.trainable and other == name
 
     def resize_adapter(self, name, max_rank):
         """Gives an adapter buffers of another width; nothing else changes.
@@ -354,6 +389,8 @@ class AdaptedLayer:
         tracked = vars(self).get("_tracked", [])
         tracked[:] = [name for name in tracked if name not in OWN_ATTRIBUTES]
         become_plain(self)
+        if not self.trainable:
+            keras.layers.Layer.trainable.fset(self, False)
 
     @staticmethod
     def attach_adapters(layer, kept):
