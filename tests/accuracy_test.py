@@ -170,6 +170,21 @@ def test_geolora_stays_within_the_parameters_of_lora():
     assert contender.effective() <= LORA
 
 
+def test_a_falling_budget_begins_with_room_and_ends_with_that_of_lora():
+    pytest.importorskip("keras_hub")
+    contender = contenders.CONTENDERS["geolora"](
+        Tiny(), RANK, 8, tolerance=0.0, room=2, falling=0.5
+    )
+    budgets = [contender.optimizer.parameter_budget(step) for step in (0, 4, 8)]
+    assert list(map(int, budgets)) == [2 * LORA, LORA, LORA]
+    x, y = contender.task.load()
+    two_steps = np.arange(2 * tasks.BATCH)
+    contender.train(x, y, [two_steps], 1e-2, 0)
+    assert LORA < contender.effective() < 2 * LORA
+    contender.train(x, y, 4 * [two_steps], 1e-2, 0)
+    assert contender.effective() <= LORA
+
+
 def in_order_of(contender):
     return [layer.kernel_matrix_shape for layer in contender.layers.values()]
 

@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "callbacks",
     ],
     "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
-    "lifecycle": ["layers.adapter", "adaptation", "adapted_model"],
+    "lifecycle": ["layers.adapter", "adaptation", "adapted_model", "replicas"],
     "compaction": ["layers.adapter", "targeting", "adapted_model"],
     # It asks the optimizer what was dropped, and for the budget.
     "report": [
