@@ -109,6 +109,9 @@ def main():
     plot = commands.add_parser("plot")
     plot.add_argument("folder", nargs="?", type=pathlib.Path, default=PLOTS)
     args = parser.parse_args()
+    if args.command == "run" and args.falling:
+        if args.room == 1 or args.schedule != "linear":
+            parser.error("`--falling` needs a budget and the linear schedule")
     if args.command == "table":
         print_tables()
     elif args.command == "plot":

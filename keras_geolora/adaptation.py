@@ -1,6 +1,7 @@
 """What was done to a model: its adapters, and what trains beside them."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -131,14 +132,14 @@ class NamedAdapter:
 
     def flags_by_hand(self, name):
         """Returns the present `by_hand` of the active adapter, of a name."""
-        adapters = {
-            path: (layer, layer.adapters_by_name()[name])
+        flags = {
+            path: layer.adapters_by_name()[name].trainable
             for path, layer in self.layers.items()
         }
         return {
-            path: adapter.trainable
-            for path, (layer, adapter) in adapters.items()
-            if adapter.trainable != layer.trainable
+            path: trainable
+            for path, trainable in flags.items()
+            if trainable != self.layers[path].trainable
         }
 
 
@@ -399,8 +400,12 @@ class Adaptation:
 
     def is_statistic(self, variable):
         """Says whether a companion is one that no gradient moves."""
-        trains = [*self.frozen.variables, *self._trains_in_head]
-        return id(variable) not in {id(v) for v in trains}
+        return id(variable) not in self._trains
+
+    @functools.cached_property
+    def _trains(self):
+        """Ids of the variables that trained before there was an adapter."""
+        return {id(v) for v in self.frozen.variables + self._trains_in_head}
 
     def values(self, name):
         """Returns the values of the companions of an adapter, by their id."""

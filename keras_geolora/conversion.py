@@ -341,12 +341,19 @@ class MergedLayer:
         self.after = None
         self.kept = None
 
-    def merge(self):
-        """Adds the active update to the kernel and takes off all adapters."""
+    def merge(self, reversible):
+        """Adds the active update to the kernel and takes off all adapters.
+
+        Args:
+            reversible: Bool, whether to keep a copy of the former kernels.
+        """
         if self.layer.is_adapted:
             self.layer.merge_kernels()
-        self.after = [digest(kernel) for kernel in self.kernels]
+        if reversible:
+            self.after = [digest(kernel) for kernel in self.kernels]
         self.kept = self.layer.detach_adapters()
+        if not reversible:
+            self.before = None
 
     def has_changed(self):
         """Says whether a kernel has changed since merging."""
@@ -378,9 +385,7 @@ class Merged:
         try:
             for layer in carriers(model).values():
                 self.layers.append(MergedLayer(layer))
-                self.layers[-1].merge()
-                if not reversible:
-                    self.layers[-1].before = None
+                self.layers[-1].merge(reversible)
             for part, adaptation, _ in self.parts:
                 make_plain(part, adaptation)
                 adaptation.frozen.thaw()

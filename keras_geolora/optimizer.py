@@ -20,9 +20,9 @@ from keras_geolora.layouts import apart_from_map
 from keras_geolora.transport import slot_rules
 from keras_geolora.virtual_devices import warn_of_virtual_devices
 
-# Options that may be schedules.
 # A budget of so much, the largest float32 that is an int32, is none.
 UNLIMITED = 2**31 - 128
+# Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
 

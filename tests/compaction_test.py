@@ -192,8 +192,12 @@ def test_a_saved_model_keeps_its_buffers(tmp_path):
     model = model_of()
     take_steps(model, 4)
     model.compact_geolora(1)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_that_a_file_goes_on(model, tmp_path / "model.keras")
+
+
+def assert_that_a_file_goes_on(model, path):
+    model.save(path)
+    loaded = keras.saving.load_model(path)
     assert widths(loaded) == widths(model)
     for each in (model, loaded):
         take_steps(each, 2)
@@ -210,13 +214,7 @@ def test_a_saved_model_keeps_the_buffers_of_layers_of_its_own(tmp_path):
     take_steps(model, 4)
     model.compact_geolora(1)
     assert widths(model) < [6]
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert widths(loaded) == widths(model)
-    for each in (model, loaded):
-        take_steps(each, 2)
-    for a, b in zip(deltas(model), deltas(loaded), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_that_a_file_goes_on(model, tmp_path / "model.keras")
 
 
 def test_all_adapters_shrink_and_stay_in_order():
