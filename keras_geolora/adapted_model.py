@@ -168,6 +168,11 @@ class AdaptedModel(RestsAsAWhole):
             )
         super().save(filepath, *args, **kwargs)
 
+    def __reduce__(self):
+        """As `keras.Model.__reduce__`, through a function that has a name."""
+        _, arguments = super().__reduce__()
+        return unpickle, arguments
+
     def save_own_variables(self, store):
         """Saves also the values that rest while another adapter is active."""
         adaptation = self.geolora_adaptation
@@ -308,6 +313,11 @@ class AdaptedScope(RestsAsAWhole):
     def save_to_preset(self, *args, **kwargs):
         """Refused: adapters and their state belong to the task."""
         self.get_config()
+
+
+def unpickle(file):
+    """Reads what `AdaptedModel` writes into a pickle; imports the library."""
+    return keras.Model._unpickle_model(file)
 
 
 def own_callbacks(callbacks):

@@ -28,7 +28,7 @@ from keras_geolora.adapter_file import (
     plain_class_name,
     some,
 )
-from keras_geolora.files import write_whole
+from keras_geolora.files import write_together
 from keras_geolora.layers.adapted import DEFAULT
 from keras_geolora.targeting import adapted_class, stable_paths
 
@@ -302,8 +302,8 @@ def write_peft(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = safetensors.numpy.save(tensors, {"format": "pt"})
-    write_whole(folder / WEIGHTS, weights)
-    write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
+    described = json.dumps(config, indent=2).encode()
+    write_together({folder / WEIGHTS: [weights], folder / CONFIG: [described]})
 
 
 def import_peft(model, folder, name=DEFAULT, names=None):
@@ -596,7 +596,15 @@ def family_of(model):
 def split_name(name):
     """Splits `module[part/count]`; without brackets it is all of the module."""
     match = re.fullmatch(r"(.+)\[(\d+)/(\d+)\]", name)
-    return (match[1], int(match[2]), int(match[3])) if match else (name, 0, 1)
+    if not match:
+        return name, 0, 1
+    part, count = int(match[2]), int(match[3])
+    if part >= count:
+        raise ValueError(
+            "The parts of a module are counted from 0: of three, the last is "
+            f"'{match[1]}[2/3]'. Received: '{name}' in `names`"
+        )
+    return match[1], part, count
 
 
 def rows_of_part(B, part, count):

@@ -9,9 +9,7 @@ import tempfile
 def write_whole(path, *parts):
     """Writes a file so that nobody ever sees half of it.
 
-    The bytes go to a file of another name in the same folder, to the disk,
-    and then in one step to their place. Killed at any moment, what was at
-    `path` before is whole.
+    Killed at any moment, what was at `path` before is whole.
 
     Args:
         path: String or path.
@@ -21,26 +19,44 @@ def write_whole(path, *parts):
         OSError: If the folder does not exist or cannot be written, or the
             disk is full. A file that was at `path` is unchanged.
     """
-    path = pathlib.Path(path)
-    temporary = None
+    write_together({path: parts})
+
+
+def write_together(files):
+    """Writes files that belong to each other, all of them or none.
+
+    The bytes go to files of other names in the same folders, to the disk, and
+    only then, each in one step, to their places.
+
+    Args:
+        files: Dict from string or path to a list of `bytes`.
+
+    Raises:
+        OSError: As in `write_whole`.
+    """
+    temporaries = {}
     try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=".part", dir=path.parent
-        )
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        # Temporary files are for their owner alone; this one is like others.
+        for path, parts in files.items():
+            path = pathlib.Path(path)
+            handle, name = tempfile.mkstemp(
+                prefix=f".{path.name}.", suffix=".part", dir=path.parent
+            )
+            temporaries[path] = name
+            with os.fdopen(handle, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+        # Temporary files are for their owner alone; these are like others.
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        for path, name in temporaries.items():
+            os.chmod(name, 0o666 & ~mask)
+            os.replace(name, path)
     except BaseException as error:
-        if temporary is not None:
+        for name in temporaries.values():
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                os.unlink(name)
         if isinstance(error, OSError):
             raise type(error)(
                 error.errno,

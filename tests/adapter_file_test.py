@@ -587,6 +587,16 @@ def test_a_full_disk_loses_nothing(path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_files_that_belong_together_are_written_together(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    files.write_together({small: [b"old"], large: [b"old"]})
+    with disk_of(1000):
+        with pytest.raises(OSError, match="large' could not be written"):
+            files.write_together({small: [b"new"], large: [bytes(2000)]})
+    assert small.read_bytes() == large.read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["large", "small"]
+
+
 def test_a_folder_that_is_not_there(path):
     with pytest.raises(FileNotFoundError, match="could not be written"):
         trained().save_geolora(path.parent / "none" / path.name)

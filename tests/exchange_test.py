@@ -404,6 +404,14 @@ def test_an_unknown_family_needs_names(tmp_path):
     )
 
 
+def test_parts_of_a_module_are_counted_from_zero(tmp_path):
+    model = small()
+    model.enable_geolora(rank=2)
+    with pytest.raises(ValueError, match=r"last is 'x\[2/3\]'.*'x\[3/3\]'"):
+        keras_geolora.export_peft(model, tmp_path, names={"dense": "x[3/3]"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_layers_cannot_be_one_module(tmp_path):
     model = keras.Sequential(
         [keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(8)]

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -83,7 +84,13 @@ def through_keras_file(model, folder, inner):
     return keras.saving.load_model(folder / "run.keras")
 
 
-@pytest.mark.parametrize("route", [through_weights, through_keras_file])
+def through_pickle(model, folder, inner):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize(
+    "route", [through_weights, through_keras_file, through_pickle]
+)
 @pytest.mark.parametrize("inner", INNER)
 def test_a_saved_run_goes_on_as_if_nothing_had_happened(tmp_path, inner, route):
     whole = adapted(inner)
