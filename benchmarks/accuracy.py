@@ -393,7 +393,8 @@ def print_bounds():
     ]
     print("\n**Bounds of steps**, held-out accuracy\n")
     header = ["task", "rank", "schedule", "rate"]
-    print(measuring.markdown([*header, *map(str, ratios)], lines))
+    header += ["none" if ratio == 1 else str(ratio) for ratio in ratios]
+    print(measuring.markdown(header, lines))
 
 
 def rates_of(methods):
