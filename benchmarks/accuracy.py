@@ -562,6 +562,10 @@ STYLES = {
 }
 
 
+# What is written at the axis of parameters.
+SIZES = {1e5: "100,000", 3e5: "300,000", 1e6: "1 million", 3e6: "3 million"}
+
+
 def draw_parameters(file):
     """Draws accuracy over effective parameters, a panel a task."""
     found = settings("linear")
@@ -593,6 +597,8 @@ def draw_parameters(file):
                 **style,
             )
         axis.set(xscale="log", xlabel="effective parameters")
+        axis.set_xticks(list(SIZES), SIZES.values())
+        axis.xaxis.set_minor_formatter("")
         axis.set_ylabel("held-out accuracy")
         axis.set_title(task, fontsize=10)
     figure.legend(
