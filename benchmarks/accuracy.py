@@ -321,17 +321,13 @@ def best_rate(rates):
 def print_tables():
     """Prints accuracy over rates, and over parameters."""
     for task, methods in settings("constant").items():
-        rates = rates_of(methods)
         print(f"\n**{task}**, held-out accuracy over constant rates\n")
-        header = ["method", "rank", *(f"{rate:.0e}" for rate in rates)]
-        header += ["within 0.02 of its best", "lost"]
-        lines = [
-            [method, rank, *(cell(found.get(rate)) for rate in rates)]
-            + [band(found, rates), lost_of(found)]
-            for method, ranks in methods.items()
-            for rank, found in sorted(ranks.items())
-        ]
-        print(measuring.markdown(header, lines))
+        print(rates_table(methods))
+    for task, methods in settings("linear").items():
+        wide = with_bands(methods)
+        if wide:
+            print(f"\n**{task}**, held-out accuracy over rates that fall\n")
+            print(rates_table(wide))
     for task, methods in settings("linear").items():
         print(f"\n**{task}**, every size at its best rate\n")
         header = ["method", "rank", "rate", "trainable", "effective"]
@@ -348,6 +344,29 @@ def print_tables():
         header = ["method", "rank", "differences", "mean, standard error"]
         print(measuring.markdown(header, differences(methods)))
     print_bounds()
+
+
+def rates_table(methods):
+    """Returns a table of accuracies: a line a size, a column a rate."""
+    rates = rates_of(methods)
+    header = ["method", "rank", *(f"{rate:.0e}" for rate in rates)]
+    header += ["within 0.02 of its best", "lost"]
+    lines = [
+        [method, rank, *(cell(found.get(rate)) for rate in rates)]
+        + [band(found, rates), lost_of(found)]
+        for method, ranks in methods.items()
+        for rank, found in sorted(ranks.items())
+    ]
+    return measuring.markdown(header, lines)
+
+
+def with_bands(methods):
+    """Returns the sizes that ran at a band of rates, by method."""
+    wide = {
+        method: {rank: r for rank, r in ranks.items() if len(r) >= BAND}
+        for method, ranks in methods.items()
+    }
+    return {method: ranks for method, ranks in wide.items() if ranks}
 
 
 def differences(methods):
@@ -479,13 +498,13 @@ def curve(ranks):
 def draw_rates(file):
     """Draws accuracy over rates and ranks: a row a task, a column a method.
 
-    Only methods that ran at a band of rates.
+    Only sizes that ran at a band of constant rates.
     """
-    found = {}
-    for task, methods in settings("constant").items():
-        for name, ranks in methods.items():
-            if len(rates_of({name: ranks})) >= BAND:
-                found.setdefault(task, {})[name] = ranks
+    found = {
+        task: with_bands(methods)
+        for task, methods in settings("constant").items()
+    }
+    found = {task: methods for task, methods in found.items() if methods}
     if not found:
         print("No method ran at enough rates for a map.")
         return
