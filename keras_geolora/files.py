@@ -23,10 +23,10 @@ def write_whole(path, *parts):
 
 
 def write_together(files):
-    """Writes files that belong to each other, all of them or none.
+    """Writes files that belong to each other; none if one cannot be written.
 
-    The bytes go to files of other names in the same folders, to the disk, and
-    only then, each in one step, to their places.
+    The bytes go to files of other names in the same folders and to the disk.
+    When all are there, each goes in one step to its place.
 
     Args:
         files: Dict from string or path to a list of `bytes`.
