@@ -328,7 +328,6 @@ def print_tables():
         if wide:
             print(f"\n**{task}**, held-out accuracy over rates that fall\n")
             print(rates_table(wide))
-    for task, methods in settings("linear").items():
         print(f"\n**{task}**, every size at its best rate\n")
         header = ["method", "rank", "rate", "trainable", "effective"]
         header += ["layer ranks", "accuracy", "runs"]

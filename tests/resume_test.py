@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed equals one that was not."""
 
+import copy
 import importlib.util
 import os
 import pathlib
@@ -245,11 +246,24 @@ def test_early_stopping_restores_the_best_epoch():
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, other)))
 
 
+def test_a_deep_copy_is_a_model_of_its_own():
+    model = adapted()
+    fit(model, 2)
+    before = state(model)
+    copied = copy.deepcopy(model)
+    assert_same(state(copied), before)
+    fit(copied, 3, start=2)
+    assert_same(state(model), before)
+    fit(model, 3, start=2)
+    assert_same(state(copied), state(model))
+
+
+LOAD = 'keras.saving.load_model("run.keras")'
 FRESH = """
 import sys
 import keras, numpy as np
 {imports}
-model = keras.saving.load_model("run.keras")
+model = {load}
 data = np.load("data.npz")
 prediction = model.predict(data["x"], verbose=0)
 options = dict(batch_size=8, epochs=2, verbose=0, shuffle=False)
@@ -262,7 +276,7 @@ np.savez(
 """
 
 
-def run_fresh(folder, backend, imports):
+def run_fresh(folder, backend, imports, load=LOAD):
     """Loads and trains the model of a folder in a process of its own."""
     np.savez(folder / "data.npz", x=X, y=Y)
     root = str(pathlib.Path(__file__).parents[1])
@@ -272,7 +286,7 @@ def run_fresh(folder, backend, imports):
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
     return subprocess.run(
-        [sys.executable, "-c", FRESH.format(imports=imports)],
+        [sys.executable, "-c", FRESH.format(imports=imports, load=load)],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -281,11 +295,20 @@ def run_fresh(folder, backend, imports):
     )
 
 
-def test_a_fresh_process_continues_bit_for_bit(tmp_path):
+@pytest.mark.parametrize(
+    "imports, load",
+    [
+        ("import keras_geolora", LOAD),
+        ("import pickle", 'pickle.load(open("run.pickle", "rb"))'),
+    ],
+    ids=["keras", "pickle"],
+)
+def test_a_fresh_process_continues_bit_for_bit(tmp_path, imports, load):
     model = adapted()
     fit(model, 2)
     model.save(tmp_path / "run.keras")
-    run = run_fresh(tmp_path, keras.backend.backend(), "import keras_geolora")
+    (tmp_path / "run.pickle").write_bytes(pickle.dumps(model))
+    run = run_fresh(tmp_path, keras.backend.backend(), imports, load)
     assert run.returncode == 0, run.stderr
     fit(model, 2)
     arrays = np.load(tmp_path / "fresh.npz")
