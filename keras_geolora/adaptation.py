@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_geolora.layers.adapter import Factor
+from keras_geolora.substitution import exchanged_values, value_of
 from keras_geolora.targeting import (
     inside,
     is_carrier,
@@ -99,6 +100,38 @@ class Frozen:
         for place, trainable in by_hand["variables"]:
             self.variables[place].trainable = trainable
 
+    def came(self, model):
+        """Returns the layers inside a model that are not known here."""
+        known = {id(layer) for layer, _ in self.layer_flags}
+        return [layer for layer in inside(model) if id(layer) not in known]
+
+    def take_in(self, model):
+        """Looks at the layers of a model anew, after some came or went.
+
+        What was here keeps its flags of before, what came has those of now.
+        """
+        flags = {id(part): flag for part, flag in self.layer_flags}
+        flags.update((id(v), flag) for v, flag in self.variable_flags)
+        known = {id(v) for v in self.variables}
+        known |= {
+            id(v)
+            for layer in self.came(model)
+            for v in layer.variables
+            if v.trainable
+        }
+
+        def with_flags(parts):
+            return [(x, flags.get(id(x), x.trainable)) for x in parts]
+
+        layers = [model, *inside(model)]
+        variables = [
+            v for v in model.variables if not isinstance(v.constraint, Factor)
+        ]
+        self.layer_flags = with_flags(layers)
+        self.variable_flags = with_flags(variables)
+        self.layers = [layer for layer in layers if is_leaf(layer)]
+        self.variables = [v for v in variables if id(v) in known]
+
     def thaw(self):
         """Makes trainable again what was so, and nothing else."""
         for layer, trainable in self.layer_flags:
@@ -130,6 +163,23 @@ class NamedAdapter:
         self.values = None
         self.by_hand = {}
 
+    def move(self, paths):
+        """Notes where layers are, after the layers of the model changed.
+
+        Args:
+            paths: Dict from the ids of the layers that there are to paths.
+        """
+        places = self.layers.items()
+        self.by_hand = {
+            paths[id(layer)]: self.by_hand[path]
+            for path, layer in places
+            if path in self.by_hand and id(layer) in paths
+        }
+        self.layers = {
+            paths[id(layer)]: layer for _, layer in places if id(layer) in paths
+        }
+        self.saved_layers = [x for x in self.saved_layers if id(x) in paths]
+
     def flags_by_hand(self, name):
         """Returns the present `by_hand` of the active adapter, of a name."""
         flags = {
@@ -160,9 +210,9 @@ class Adaptation:
                 f"backbone. Received: model '{model.name}' with "
                 "trainable=False"
             )
+        self.model = model
         self.scope = scope
-        in_scope = {id(v) for v in scope.weights}
-        self.head = [v for v in model.weights if id(v) not in in_scope]
+        self.head = self._find_head()
         self._trains_in_head = [v for v in self.head if v.trainable]
         self.adapters = {}
         self.active = None
@@ -171,6 +221,89 @@ class Adaptation:
         self._at_rest = None
         # Last, so that an interrupt before it changes nothing.
         self.frozen = Frozen(scope)
+
+    def _find_head(self):
+        """Returns the variables of the model beside what is adapted."""
+        in_scope = {id(v) for v in self.scope.weights}
+        return [v for v in self.model.weights if id(v) not in in_scope]
+
+    def take_in_changes(self):
+        """Takes in layers that were added since, and forgets removed ones.
+
+        New layers train with the active adapter and belong to it, as its
+        `modules_to_save` do.
+
+        Raises:
+            ValueError: If a new layer brings adapters of its own, or the
+                active adapter has no layer left.
+        """
+        head, came = self._find_head(), self.frozen.came(self.scope)
+        layers = {id(layer) for layer in inside(self.scope)}
+        known = {id(x) for x, _ in self.frozen.layer_flags} - {id(self.scope)}
+        if not came and layers == known and are_same(head, self.head):
+            return
+        self._check_changes(came)
+        rests = self._at_rest is not None
+        self.wake()  # what is remembered of its rest goes by place
+        self.frozen.take_in(self.scope)
+        paths = self._path_of()
+        for adapter in self.adapters.values():
+            adapter.move(paths)
+        inner = {id(x) for layer in came for x in inside(layer)}
+        self.adapters[self.active].saved_layers += [
+            x for x in came if x.trainable and id(x) not in inner
+        ]
+        new_in_head = [v for v in head if not contains(self.head, v)]
+        self.head = head
+        self._trains_in_head += [v for v in new_in_head if v.trainable]
+        vars(self).pop("_trains", None)
+        self._find_companions_anew()
+        if rests:
+            self.set_trainable(self.scope, False)
+
+    def _find_companions_anew(self):
+        """Finds what trains beside the factors, after layers changed."""
+        # Kept while new ones come: a variable is known by its id.
+        before = self._all_companions()
+        for adapter in self.adapters.values():
+            adapter.companions = self._companions(
+                adapter.layers.values(),
+                adapter.saved_layers,
+                adapter.train_bias,
+            )
+            if adapter.values is not None:
+                adapter.values = {
+                    id(v): adapter.values[id(v)]
+                    if id(v) in adapter.values
+                    else value_of(v)
+                    for v in adapter.companions
+                }
+        self._pretrained = {
+            id(v): self.pretrained(v) if contains(before, v) else value_of(v)
+            for v in self._all_companions()
+        }
+
+    def _check_changes(self, came):
+        """Refuses changes of the layers that cannot be taken in."""
+        if any(map(is_carrier, came)):
+            names = [layer.name for layer in came if is_carrier(layer)]
+            raise ValueError(
+                "A layer that joins an adapted model brings no adapters of "
+                "its own. Adapt the model after its layers have changed: "
+                "`model.merge_geolora()` or `model.remove_geolora()`, then "
+                "`model.enable_geolora()`. "
+                f"Received: model '{self.model_name}' with new layers {names}"
+            )
+        left = {id(layer) for layer in inside(self.scope)}
+        layers = self.adapters[self.active].layers.values()
+        if not any(id(layer) in left for layer in layers):
+            raise ValueError(
+                "The layers with adapters were taken out of the model, so "
+                "that its adapter would do nothing. Adapt it anew: "
+                "`model.remove_geolora()`, then `model.enable_geolora()`. "
+                f"Received: model '{self.model_name}' without any layer of "
+                f"adapter '{self.active}'"
+            )
 
     def add(self, name, layers, saved_layers, train_bias):
         """Records an adapter that is on its layers, and activates it."""
@@ -411,7 +544,8 @@ class Adaptation:
         """Returns the values of the companions of an adapter, by their id."""
         adapter = self.adapters[name]
         if adapter.values is not None:
-            return adapter.values
+            values = adapter.values.items()
+            return {key: ops.convert_to_numpy(x) for key, x in values}
         return {id(v): value_of(v) for v in adapter.companions}
 
     def companion_values(self):
@@ -428,17 +562,29 @@ class Adaptation:
         self.frozen.leave(adapter.saved_layers, adapter.companions)
         self.activate_layers()
 
-    def suspend(self):
-        """Takes the adapters and companions out of action for a while."""
+    @contextlib.contextmanager
+    def suspension(self):
+        """Takes the adapters and companions out of action for a block."""
         self.suspended += 1
-        if self.suspended == 1:
-            self._put_away()
+        try:
+            with contextlib.ExitStack() as stack:
+                if self.suspended == 1:
+                    stack.enter_context(self._pretrained_companions())
+                yield
+        finally:
+            self.suspended -= 1
 
-    def resume(self):
-        """Undoes `suspend`."""
-        self.suspended -= 1
-        if self.suspended == 0:
-            self._take_up_companions()
+    @contextlib.contextmanager
+    def _pretrained_companions(self):
+        """Gives the companions their pretrained values for a block."""
+        adapter = self.adapters[self.active]
+        values = [(v, self.pretrained(v)) for v in adapter.companions]
+        with exchanged_values(values) as trained:
+            adapter.values = trained
+            try:
+                yield
+            finally:
+                adapter.values = None
 
     def _put_away(self):
         adapter = self.adapters[self.active]
@@ -464,6 +610,11 @@ class Adaptation:
         adapter.values = None
 
 
-def value_of(variable):
-    """Returns a copy of the value of a variable, as an array."""
-    return np.array(ops.convert_to_numpy(variable))
+def contains(variables, variable):
+    """Says whether a variable itself is in a list."""
+    return any(v is variable for v in variables)
+
+
+def are_same(variables, others):
+    """Says whether two lists hold the same variables."""
+    return list(map(id, variables)) == list(map(id, others))

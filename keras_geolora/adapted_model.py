@@ -12,9 +12,20 @@ import numpy as np
 from keras_geolora import replicas
 from keras_geolora.adaptation import Adaptation
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
+from keras_geolora.compiled_state import (
+    drop_unfit,
+    fits,
+    optimizers_of,
+    trains_as_keras,
+)
 from keras_geolora.layers.adapted import become_adapted, become_plain
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.optimizer import find_geolora, rebuild, renewed
+from keras_geolora.optimizer import (
+    find_geolora,
+    rebuild,
+    renewed,
+    take_attributes,
+)
 from keras_geolora.targeting import (
     adapted_class,
     carriers,
@@ -75,8 +86,9 @@ class AdaptedModel(RestsAsAWhole):
         as long for small singular value decompositions as TensorFlow itself
         (`benchmarks/decompositions.py`).
         """
-        optimizer = args[0] if args else kwargs.get("optimizer")
-        if optimizer is not None and optimizer != "auto":
+        self.geolora_adaptation.take_in_changes()
+        optimizer = argument(super().compile, "optimizer", args, kwargs)
+        if optimizer not in (None, "auto") and trains_as_keras(self):
             check_optimizer(optimizer)
         self.geolora_auto_compiled = kwargs.get("jit_compile", "auto") == "auto"
         super().compile(*args, **kwargs)
@@ -96,8 +108,9 @@ class AdaptedModel(RestsAsAWhole):
 
     def get_compile_config(self):
         """As `keras.Model.get_compile_config`; `None` without a `GeoLoRA`."""
-        if find_geolora(getattr(self, "optimizer", None)) is None:
-            return None  # the model was compiled before it was adapted
+        has_geolora = find_geolora(getattr(self, "optimizer", None)) is not None
+        if not has_geolora or not fits(self):
+            return None  # a file would hold what cannot be loaded
         config = super().get_compile_config()
         # With the loss scaling that a policy of `mixed_float16` adds: the
         # model may be loaded where another policy is set.
@@ -124,6 +137,7 @@ class AdaptedModel(RestsAsAWhole):
     def get_config(self):
         """Returns the configuration of the plain model and of the adapters."""
         check_not_suspended([self.geolora_adaptation])
+        self.geolora_adaptation.take_in_changes()
         if len(adapted_parts(self)) > 1:
             raise ValueError(
                 "A model is saved with the adapters of one `enable_geolora`. "
@@ -177,6 +191,7 @@ class AdaptedModel(RestsAsAWhole):
         """Saves also the values that rest while another adapter is active."""
         adaptation = self.geolora_adaptation
         check_not_suspended([adaptation])
+        adaptation.take_in_changes()
         self._build_optimizer()
         super().save_own_variables(store)
         said = json.dumps([adaptation.active, adaptation.signature()])
@@ -192,6 +207,7 @@ class AdaptedModel(RestsAsAWhole):
         """Loads what `save_own_variables` saved."""
         adaptation = self.geolora_adaptation
         check_not_suspended([adaptation])
+        adaptation.take_in_changes()
         arrays = {key: store[key] for key in store.keys()}
         ours = {k: arrays.pop(k) for k in list(arrays) if k.startswith(PREFIX)}
         if SIGNATURE not in ours:
@@ -219,6 +235,7 @@ class AdaptedModel(RestsAsAWhole):
         if active != adaptation.active:
             adaptation.activate(active)
             forget_traces(self)
+            self._renew_optimizer()
         adaptation.restore_values(
             {key.removeprefix(PREFIX): x for key, x in ours.items()}
         )
@@ -267,8 +284,22 @@ class AdaptedModel(RestsAsAWhole):
     def _build_optimizer(self):
         # Keras does not load into an optimizer that is not built.
         optimizer = getattr(self, "optimizer", None)
-        if find_geolora(optimizer) is not None and not optimizer.built:
+        if find_geolora(optimizer) is None or not trains_as_keras(self):
+            return
+        if not optimizer.built:
             optimizer.build(self.trainable_variables)
+
+    def _renew_optimizer(self):
+        """Builds the optimizer for an adapter whose state is loaded next."""
+        if fits(self):
+            return
+        optimizer = getattr(self, "optimizer", None)
+        if find_geolora(optimizer) is None or not trains_as_keras(self):
+            drop_unfit(self)
+            return
+        new = renewed(optimizer)
+        new.build(self.trainable_variables)
+        take_attributes(optimizer, new)
 
     def quantize(self, *args, **kwargs):
         """Refused: a model is quantized first and adapted then."""
@@ -282,16 +313,19 @@ class AdaptedModel(RestsAsAWhole):
     def fit(self, *args, **kwargs):
         """As `keras.Model.fit`; cuts at the end of epochs, shows the ranks."""
         check_not_suspended([self.geolora_adaptation])
-        optimizer = getattr(self, "optimizer", None)
-        check_optimizer(optimizer)
-        check_optimizer_is_new(optimizer, self.trainable_variables)
-        names = list(inspect.signature(super().fit).parameters)
+        self.geolora_adaptation.take_in_changes()
+        if self.compiled and trains_as_keras(self):
+            optimizer = getattr(self, "optimizer", None)
+            check_optimizer(optimizer)
+            check_optimizer_is_new(optimizer, self.trainable_variables)
+        parameters = inspect.signature(super().fit).parameters
         # KerasHub's tasks take other arguments by position.
+        names = list(parameters)
         by_position = dict(zip(names, args, strict=False))
         if "callbacks" in by_position:
             at = names.index("callbacks")
             args = (*args[:at], own_callbacks(args[at]), *args[at + 1 :])
-        else:
+        elif "callbacks" in names or takes_any(parameters):
             kwargs["callbacks"] = own_callbacks(kwargs.get("callbacks"))
         return super().fit(*args, **kwargs)
 
@@ -313,6 +347,34 @@ class AdaptedScope(RestsAsAWhole):
     def save_to_preset(self, *args, **kwargs):
         """Refused: adapters and their state belong to the task."""
         self.get_config()
+
+
+def argument(function, name, args, kwargs):
+    """Returns what a call gives to one argument, or `None`.
+
+    Args:
+        function: The function, which may be of a user's own.
+        name: String, the name of the argument.
+        args: Tuple, the arguments of the call by position.
+        kwargs: Dict, those by name.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:  # the call itself says best what is wrong
+        return None
+    return given.get(name)
+
+
+def takes_any(parameters):
+    """Says whether a function takes arguments by any name.
+
+    Args:
+        parameters: Mapping of `inspect.signature`.
+    """
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def unpickle(file):
@@ -421,7 +483,7 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
             make_adapted(model, adaptation)
         else:
             adaptation.repeat(others)
-        forget_traces(model)
+        after_a_change(model)
     except BaseException as error:
         for layer in layers.values():
             if name in getattr(layer, "adapter_names", []):
@@ -517,7 +579,10 @@ def adapted_parts(model):
 
 def adaptations_of(model):
     """Returns what was done to the model and to the models inside."""
-    return [part.geolora_adaptation for part in adapted_parts(model)]
+    adaptations = [part.geolora_adaptation for part in adapted_parts(model)]
+    for adaptation in adaptations:
+        adaptation.take_in_changes()
+    return adaptations
 
 
 def make_adapted(part, adaptation):
@@ -562,6 +627,16 @@ def swap_functions(model, functions):
     return {**before, "compiled": compiled}
 
 
+def after_a_change(model):
+    """Drops what was compiled for other layers or other variables.
+
+    Returns:
+        List of `CompiledState`s, what was taken off the model.
+    """
+    forget_traces(model)
+    return drop_unfit(model)
+
+
 def forget_traces(model):
     """Drops what was remembered of the layers as they were.
 
@@ -573,11 +648,14 @@ def forget_traces(model):
             part._track_variables()
         if isinstance(part, keras.Model):
             swap_functions(part, {})
-            part.geolora_disabled_traces = {}
-        state = getattr(part, "_compiled_trainable_state", None)
-        if state is not None:  # its keys keep layers alive
-            state.clear()
-            state.update({x: x.trainable for x in part._flatten_layers()})
+            vars(part).pop("geolora_disabled_traces", None)
+        if "_compiled_trainable_state" in vars(part):
+            # Its keys keep layers alive. Not changed in place, nor set as an
+            # attribute: TensorFlow would track it and refuse to save it.
+            del part._compiled_trainable_state
+            vars(part)["_compiled_trainable_state"] = {
+                x: x.trainable for x in part._flatten_layers()
+            }
 
 
 def resize_buffers(model, max_ranks, optimizer=None):
@@ -587,7 +665,7 @@ def resize_buffers(model, max_ranks, optimizer=None):
         model: `keras.Model`.
         max_ranks: Dict from the ids of `LowRankAdapter`s to widths. Columns
             in use that do not fit are lost.
-        optimizer: Optimizer that trains the model, that of `compile` if not
+        optimizer: Optimizer that trains the model, those of `compile` if not
             given.
     """
     changes = [
@@ -598,17 +676,23 @@ def resize_buffers(model, max_ranks, optimizer=None):
     ]
     if not changes:
         return
-    optimizer, new = optimizer or getattr(model, "optimizer", None), None
+    found = optimizers_of(model).values() if optimizer is None else [optimizer]
+    found = [x for x in found if find_geolora(x) is not None and x.built]
     in_training = getattr(model, "train_function", None) is not None
     with replicas.scope_of(model):
-        if find_geolora(optimizer) is not None and optimizer.built:
-            check_optimizer_is_new(optimizer, model.trainable_variables)
-            new = renewed(optimizer)
+        optimizers = [(x, renewed(x)) for x in found]
+        new_of = {}
         for layer, name, max_rank in changes:
+            old = layer.adapters_by_name()[name]
             layer.resize_adapter(name, max_rank)
+            new = layer.adapters_by_name()[name]
+            new_of.update(
+                (id(getattr(old, role)), getattr(new, role)) for role in "USV"
+            )
         forget_traces(model)
-        if new is not None:
-            rebuild(optimizer, new, model.trainable_variables)
+        for optimizer, new in optimizers:
+            known = optimizer._trainable_variables
+            rebuild(optimizer, new, [new_of.get(id(v), v) for v in known])
     if in_training:  # `fit` asks for the function before the first epoch only
         model.make_train_function(force=True)
 

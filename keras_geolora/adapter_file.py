@@ -14,12 +14,12 @@ from keras import ops
 from keras_geolora.adaptation import value_of
 from keras_geolora.adapted_model import (
     add_adapter,
+    after_a_change,
     check_adapted,
     check_can_adapt,
     check_model,
     check_name,
     check_not_suspended,
-    forget_traces,
     scope_of,
 )
 from keras_geolora.files import write_whole
@@ -238,7 +238,7 @@ def load_geolora(model, path, name=None, strict=True):
             factor.assign(padded(tensors[f"{layer_path}.{role}"], factor.shape))
     for variable, value in fit.weights:
         variable.assign(ops.cast(value, variable.dtype))
-    forget_traces(model)
+    after_a_change(model)
     return model
 
 

@@ -9,6 +9,7 @@ from keras_geolora.adapted_model import (
     adaptations_of,
     adapted_parts,
     add_adapter,
+    after_a_change,
     check_at_rest,
     check_can_adapt,
     check_model,
@@ -176,9 +177,9 @@ def merge_geolora(model, reversible=True):
 
     The model has its former class, layers and trainable weights again, no
     adapters, and the outputs of the adapted model up to rounding. Of several
-    adapters the active one is merged. Compile the model again before you
-    train it further, and compile other models that contain it before you use
-    them.
+    adapters the active one is merged. What `compile` gave the model was for
+    other variables and is taken off: compile it again before you evaluate or
+    train it, and compile other models that contain it before you use them.
 
     Also a method of every `keras.Model`: `model.merge_geolora()`.
 
@@ -226,7 +227,9 @@ def merge_geolora(model, reversible=True):
                 "Nothing was merged."
             )
     merged = Merged(model, reversible)
-    model.geolora_merged = merged if reversible else None
+    vars(model).pop("geolora_merged", None)
+    if reversible:
+        model.geolora_merged = merged
     return model
 
 
@@ -234,8 +237,8 @@ def unmerge_geolora(model):
     """Undoes `merge_geolora`: the kernels have their former bytes again.
 
     The adapters are back as they were, and so is what was frozen, also what
-    was frozen or made trainable by hand. Compile the model before you train it
-    further.
+    was frozen or made trainable by hand, and what `compile` had given the
+    model before it was merged: training can go on exactly.
 
     Also a method of every `keras.Model`: `model.unmerge_geolora()`.
 
@@ -281,8 +284,7 @@ def unmerge_geolora(model):
             f"`model.remove_geolora()` first. Received: model '{model.name}'"
         )
     merged.undo()
-    model.geolora_merged = None
-    forget_traces(model)
+    del model.geolora_merged
     return model
 
 
@@ -292,7 +294,8 @@ def remove_geolora(model):
     Kernels were never changed. What trained beside the adapters, such as
     biases, `modules_to_save` and the head of a KerasHub task, gets the values
     it had before `enable_geolora`. What was made trainable by hand since does
-    not, of which a warning tells.
+    not, of which a warning tells. Compile the model again before you evaluate
+    or train it.
 
     Also a method of every `keras.Model`: `model.remove_geolora()`.
 
@@ -327,7 +330,7 @@ def remove_geolora(model):
         adaptation.restore_companions()
         make_plain(part, adaptation)
         adaptation.frozen.thaw()
-    forget_traces(model)
+    after_a_change(model)
     return model
 
 
@@ -377,7 +380,8 @@ class Merged:
     """Merges the adapters of a model, and remembers how to undo it."""
 
     def __init__(self, model, reversible):
-        self.layers = []
+        self.model = model
+        self.layers, self.compiled = [], []
         self.parts = [
             (part, part.geolora_adaptation, part.geolora_adaptation.by_hand())
             for part in adapted_parts(model)
@@ -389,10 +393,9 @@ class Merged:
             for part, adaptation, _ in self.parts:
                 make_plain(part, adaptation)
                 adaptation.frozen.thaw()
-            forget_traces(model)
+            self.compiled = after_a_change(model)
         except BaseException:  # an interrupt as well
             self._put_back()
-            forget_traces(model)
             raise
 
     def undo(self):
@@ -415,6 +418,9 @@ class Merged:
             make_adapted(part, adaptation)
             adaptation.freeze()
             adaptation.repeat(by_hand)
+        for state in self.compiled:
+            state.put_back()
+        forget_traces(self.model)
 
 
 def digest(variable):

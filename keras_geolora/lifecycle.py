@@ -8,15 +8,17 @@ from keras_geolora import replicas
 from keras_geolora.adaptation import value_of
 from keras_geolora.adapted_model import (
     adaptations_of,
+    after_a_change,
     check_adapted,
     check_model,
     check_name,
     check_not_suspended,
-    forget_traces,
     swap_functions,
     warn_of_what_stays,
 )
 from keras_geolora.layers.adapter import check_rank
+from keras_geolora.substitution import is_traced
+from keras_geolora.targeting import carriers
 
 
 @contextlib.contextmanager
@@ -62,25 +64,49 @@ def geolora_disabled(model):
     awake = [a for a in adaptations if not a.suspended]
     # Between this function and its caller is the context manager.
     warn_of_what_stays(awake, stacklevel=4)
-    within = getattr(model, "geolora_is_disabled", False)
-    if not within:
-        others = getattr(model, "geolora_disabled_traces", {})
-        traced = swap_functions(model, others)
-        # JAX would take what is dropped for what is made next, if it lived.
-        del others
-        model.geolora_disabled_traces = {}
-    model.geolora_is_disabled = True
-    for adaptation in adaptations:
-        adaptation.suspend()
-    try:
-        yield model
-    finally:
+    with contextlib.ExitStack() as stack:
         for adaptation in adaptations:
-            adaptation.resume()
-        model.geolora_is_disabled = within
-        if not within:
-            disabled = swap_functions(model, traced)
-            model.geolora_disabled_traces = disabled
+            stack.enter_context(adaptation.suspension())
+        if not in_a_trace(model):
+            stack.enter_context(functions_of_the_pretrained(model))
+        yield model
+
+
+def in_a_trace(model):
+    """Says whether a function of a model is being traced at the moment."""
+    layer = next(iter(carriers(model).values()))
+    adapter = next(iter(layer.adapters_by_name().values()))
+    return is_traced(adapter.S)
+
+
+@contextlib.contextmanager
+def functions_of_the_pretrained(model):
+    """Exchanges compiled functions for those of the pretrained model."""
+    if getattr(model, "geolora_is_disabled", False):
+        yield
+        return
+    others = vars(model).pop("geolora_disabled_traces", None)
+    traced = swap_functions(model, others.functions if others else {})
+    # JAX would take what is dropped for what is made next, if it lived.
+    del others
+    model.geolora_is_disabled = True
+    try:
+        yield
+    finally:
+        del model.geolora_is_disabled
+        functions = swap_functions(model, traced)
+        model.geolora_disabled_traces = Traces(functions)
+
+
+class Traces:
+    """Holds compiled functions where no backend looks for them.
+
+    Args:
+        functions: Dict of `swap_functions`.
+    """
+
+    def __init__(self, functions):
+        self.functions = functions
 
 
 def geolora_adapters(model):
@@ -120,7 +146,8 @@ def activate_geolora(model, name):
 
     What trained beside the adapters, such as biases, `modules_to_save` and
     the head of a KerasHub task, belongs to each adapter and changes with it.
-    Compile the model anew before you train another adapter.
+    What `compile` gave the model for another adapter is taken off: compile it
+    anew before you evaluate or train.
 
     Also a method of every `keras.Model`: `model.activate_geolora(name)`.
 
@@ -153,7 +180,7 @@ def activate_geolora(model, name):
     check_not_suspended(adaptations)
     for adaptation in adaptations:
         adaptation.activate(name)
-    forget_traces(model)
+    after_a_change(model)
     return model
 
 
@@ -205,7 +232,7 @@ def delete_geolora(model, name):
             )
     for adaptation in adaptations:
         adaptation.delete(name)
-    forget_traces(model)
+    after_a_change(model)
     return model
 
 
@@ -270,7 +297,7 @@ def combine_geolora(model, name, weights, rank=None):
     with replicas.scope_of(model):
         for adaptation in adaptations[0]:
             combine(adaptation, name, weights, rank)
-    forget_traces(model)
+    after_a_change(model)
     return model
 
 

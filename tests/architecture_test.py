@@ -38,15 +38,19 @@ MAY_IMPORT = {
     ],
     "targeting": ["layers"],
     "distribution": ["layers.adapted", "layouts", "targeting"],
+    # What `compile` gave a model, and whether it fits what trains.
+    "compiled_state": ["layers.adapter", "optimizer", "targeting"],
     "callbacks": [
         "callbacks",
         "targeting",
         "optimizer",
+        "compiled_state",
         "rank_table",
         "heat_map",
         "report",
     ],
-    "adaptation": ["layers.adapter", "targeting"],
+    "substitution": [],  # variables in general
+    "adaptation": ["layers.adapter", "substitution", "targeting"],
     # It refuses to compile with an optimizer that is no GeoLoRA.
     "adapted_model": [
         "layers.adapter",
@@ -54,11 +58,19 @@ MAY_IMPORT = {
         "targeting",
         "adaptation",
         "optimizer",
+        "compiled_state",
         "replicas",
         "callbacks",
     ],
     "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
-    "lifecycle": ["layers.adapter", "adaptation", "adapted_model", "replicas"],
+    "lifecycle": [
+        "layers.adapter",
+        "targeting",
+        "substitution",
+        "adaptation",
+        "adapted_model",
+        "replicas",
+    ],
     "compaction": ["layers.adapter", "targeting", "adapted_model"],
     # It asks the optimizer what was dropped, and for the budget.
     "report": [

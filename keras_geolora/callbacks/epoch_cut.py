@@ -3,7 +3,7 @@
 import keras
 
 from keras_geolora.callbacks.reading import updates_of
-from keras_geolora.optimizer import find_geolora
+from keras_geolora.compiled_state import geolora_optimizers
 
 
 class EpochCut(keras.callbacks.Callback):
@@ -58,8 +58,7 @@ class EpochCut(keras.callbacks.Callback):
             return  # not in training, or just cut
         updates, before = updates_of(self.model), self._updates_before
         self._updates_before = None
-        optimizer = find_geolora(self.model.optimizer)
-        if optimizer is None or updates - before < optimizer.cut_interval:
-            return
-        if updates % optimizer.cut_interval:
-            optimizer.cut()
+        for optimizer in geolora_optimizers(self.model):
+            interval = optimizer.cut_interval
+            if updates - before >= interval and updates % interval:
+                optimizer.cut()

@@ -3,7 +3,7 @@
 import keras
 
 from keras_geolora.callbacks.reading import IntervalCallback
-from keras_geolora.optimizer import find_geolora
+from keras_geolora.compiled_state import geolora_optimizers
 from keras_geolora.targeting import adapted_layers
 
 
@@ -67,7 +67,9 @@ class RankLogger(IntervalCallback):
         if logs is None:
             return
         logs["mean_rank"] = self._mean_rank
-        optimizer = find_geolora(self.model.optimizer)
-        if optimizer is not None:
-            steps = keras.ops.convert_to_numpy(optimizer.skipped_steps)
-            logs["skipped_steps"] = int(steps)
+        optimizers = [o for o in geolora_optimizers(self.model) if o.built]
+        if optimizers:
+            logs["skipped_steps"] = sum(
+                int(keras.ops.convert_to_numpy(optimizer.skipped_steps))
+                for optimizer in optimizers
+            )

@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_geolora.compiled_state import geolora_optimizers
+
 
 class IntervalCallback(keras.callbacks.Callback):
     """Reads something now and then while `fit` runs.
@@ -69,7 +71,11 @@ def synchronize(model):
 def updates_of(model):
     """Returns how many updates the optimizer of a model has done."""
     synchronize(model)
-    return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+    optimizers = geolora_optimizers(model) or [model.optimizer]
+    return max(
+        int(keras.ops.convert_to_numpy(optimizer.iterations))
+        for optimizer in optimizers
+    )
 
 
 def check_interval(interval):

@@ -1,0 +1,147 @@
+"""What `compile` gave a model, and whether it fits after a change.
+
+Merging, removing, adding or choosing adapters changes what a model trains. An
+optimizer that was built for other variables would fail in the next step, or
+in the file of a model, so the model gives it up: it is then as before its
+first `compile`, and Keras asks to call that again.
+"""
+
+import keras
+
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.optimizer import find_geolora
+from keras_geolora.targeting import carriers, inside
+
+# What a model of Keras has before its first `compile`, by attribute ...
+BEFORE_COMPILE = {
+    "compiled": False,
+    "loss": None,
+    "steps_per_execution": 1,
+    "_run_eagerly": False,
+    "_jit_compile": None,
+    "_compile_loss": None,
+    "_compile_metrics": None,
+    "_loss_tracker": None,
+}
+# ... and what it only has afterwards.
+SINCE_COMPILE = (
+    "optimizer",
+    "_compile_config",
+    "_compiled_trainable_state",
+    "geolora_auto_compiled",
+)
+
+
+def optimizers_of(model):
+    """Returns the optimizers that a model holds, by the names of attributes.
+
+    A model with a `compile` of its own may hold several.
+    """
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer)
+    }
+
+
+def geolora_optimizers(model):
+    """Returns the list of the `GeoLoRA` optimizers that a model holds."""
+    found = map(find_geolora, optimizers_of(model).values())
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+def trains_as_keras(model):
+    """Says whether a model takes the steps that Keras takes.
+
+    A model with a `train_step` of its own may train with other optimizers
+    than `model.optimizer`, each on a part of the variables.
+    """
+    plain = getattr(model, "plain_class", type(model))
+    return all(
+        getattr(plain, name) is getattr(keras.Model, name)
+        for name in ("train_step", "train_on_batch")
+    )
+
+
+def fits(model):
+    """Says whether the optimizers of a model fit what the model trains."""
+    adapters = {
+        id(adapter): layer.adapter is adapter
+        for layer in carriers(model).values()
+        for adapter in layer.adapters_by_name().values()
+    }
+    for name, optimizer in optimizers_of(model).items():
+        is_geolora = find_geolora(optimizer) is not None
+        of_keras = name == "optimizer" and trains_as_keras(model)
+        if is_geolora and not adapters:
+            return False
+        if adapters and of_keras and not is_geolora:
+            return False
+        if optimizer.built and not knows_all(
+            optimizer, model, adapters, exactly=of_keras
+        ):
+            return False
+    return True
+
+
+def knows_all(optimizer, model, active, exactly):
+    """Says whether an optimizer was built on variables that a model trains.
+
+    Args:
+        optimizer: Built optimizer.
+        model: `keras.Model`.
+        active: Dict from the ids of adapters to whether they are active.
+        exactly: Bool, whether it must know all that trains.
+    """
+
+    def may_train(variable):
+        factor = variable.constraint
+        if isinstance(factor, Factor):
+            return active.get(id(factor.adapter), False)
+        return id(variable) in present
+
+    present = {id(v) for v in model.variables}
+    known = optimizer._trainable_variables
+    if not all(map(may_train, known)):
+        return False
+    return not exactly or {id(v) for v in model.trainable_variables} <= {
+        id(v) for v in known
+    }
+
+
+class CompiledState:
+    """What `compile` gave a model, taken off it.
+
+    Args:
+        model: `keras.Model`, which is as before its first `compile` then.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        own = [n for n in optimizers_of(model) if n != "optimizer"]
+        names = (*BEFORE_COMPILE, *SINCE_COMPILE, *own)
+        self.attributes = {n: vars(model)[n] for n in names if n in vars(model)}
+        # Deleted and not overwritten, which TensorFlow would not notice.
+        for name in self.attributes:
+            delattr(model, name)
+        vars(model).update(BEFORE_COMPILE, **dict.fromkeys(own))
+
+    def put_back(self):
+        """Gives the model what was taken off."""
+        for name, value in self.attributes.items():
+            if isinstance(value, keras.optimizers.Optimizer):
+                setattr(self.model, name, value)  # TensorFlow tracks these
+            else:
+                vars(self.model)[name] = value
+
+
+def drop_unfit(model):
+    """Takes off what was compiled for other variables.
+
+    Looks at the model and at the models inside.
+
+    Returns:
+        List of `CompiledState`s.
+    """
+    models = [x for x in (model, *inside(model)) if isinstance(x, keras.Model)]
+    return [CompiledState(x) for x in models if not fits(x)]

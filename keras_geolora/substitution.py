@@ -1,0 +1,122 @@
+"""Other values for variables, for the length of a `with` block."""
+
+import contextlib
+
+import keras
+import numpy as np
+from keras import ops
+
+
+@contextlib.contextmanager
+def exchanged_values(pairs):
+    """Gives variables other values for a block.
+
+    Where numbers can be read they are exchanged in the variables. In a
+    function that is traced there are none, so reading gives other tensors
+    instead. So it is on torch, whose backward pass needs the very tensors
+    that the forward pass has used.
+
+    Args:
+        pairs: List of pairs of a variable and an array.
+
+    Yields:
+        Dict from the ids of the variables to the values that they had.
+    """
+    if keras.backend.backend() == "torch":
+        exchange = other_tensors
+    elif any(is_traced(variable) for variable, _ in pairs):
+        exchange = other_readings
+    else:
+        exchange = other_numbers
+    with exchange(pairs) as before:
+        yield before
+
+
+def is_traced(variable):
+    """Says whether a variable has no value to read, inside a traced function.
+
+    Args:
+        variable: `keras.Variable`.
+    """
+    try:
+        ops.convert_to_numpy(variable)
+    except (NotImplementedError, TypeError):  # of TensorFlow, and of JAX
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def other_numbers(pairs):
+    """Assigns other values for a block."""
+    before = {id(variable): value_of(variable) for variable, _ in pairs}
+    try:
+        for variable, value in pairs:
+            variable.assign(value)
+        yield before
+    finally:
+        for variable, _ in pairs:
+            variable.assign(before[id(variable)])
+
+
+@contextlib.contextmanager
+def other_tensors(pairs):
+    """Lets variables hold other tensors for a block, on torch.
+
+    Assigning would write into tensors that a backward pass still needs.
+    """
+    before = {id(variable): variable._value for variable, _ in pairs}
+    try:
+        for variable, value in pairs:
+            variable._value = ops.convert_to_tensor(value, variable.dtype)
+        yield before
+    finally:
+        for variable, _ in pairs:
+            variable._value = before[id(variable)]
+
+
+@contextlib.contextmanager
+def other_readings(pairs):
+    """Lets variables be read as other tensors for a block, in a trace."""
+    before = {id(variable): variable.value for variable, _ in pairs}
+    with Substitution(pairs):
+        yield before
+
+
+class Substitution(keras.StatelessScope):
+    """Shows other values of some variables; the rest is as outside of it.
+
+    Args:
+        pairs: List of pairs of a variable and an array.
+    """
+
+    def __init__(self, pairs):
+        super().__init__(pairs, initialize_variables=False)
+        self._substituted = set(self.state_mapping)
+        self._updates = []
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            value = self.original_scope.get_current_value(variable)
+        return value
+
+    def add_update(self, update):
+        variable, _ = update
+        if id(variable) in self._substituted:
+            raise ValueError(
+                "Inside `with model.geolora_disabled()` a variable that "
+                "trains with an adapter shows its pretrained value and cannot "
+                f"be assigned. Received: variable '{variable.path}'"
+            )
+        self._updates.append(update)
+        super().add_update(update)
+
+    def __exit__(self, *args, **kwargs):
+        super().__exit__(*args, **kwargs)
+        for variable, value in self._updates:  # such as states of dropout
+            variable.assign(value)
+
+
+def value_of(variable):
+    """Returns a copy of the value of a variable, as an array."""
+    return np.array(ops.convert_to_numpy(variable))
