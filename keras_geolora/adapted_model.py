@@ -676,7 +676,11 @@ def resize_buffers(model, max_ranks, optimizer=None):
     ]
     if not changes:
         return
-    found = optimizers_of(model).values() if optimizer is None else [optimizer]
+    if optimizer is None:
+        found = optimizers_of(model).values()
+    else:
+        check_optimizer_is_new(optimizer, model.trainable_variables)
+        found = [optimizer]
     found = [x for x in found if find_geolora(x) is not None and x.built]
     in_training = getattr(model, "train_function", None) is not None
     with replicas.scope_of(model):

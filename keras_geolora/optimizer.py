@@ -452,7 +452,14 @@ class GeoLoRA(keras.optimizers.Optimizer):
         return None
 
     def get_config(self):
-        """Returns the configuration, the inner optimizer's included."""
+        """Returns the configuration, the inner optimizer's included.
+
+        Raises:
+            ValueError: If it was built for adapters that were merged, removed
+                or exchanged since: a file could not be loaded.
+        """
+        if self.built:
+            check_active(self._groups.content)
         inner_optimizer = keras.saving.serialize_keras_object(
             self.inner_optimizer
         )
@@ -487,6 +494,19 @@ class GeoLoRA(keras.optimizers.Optimizer):
         optimizer = cls(inner_optimizer, **config)
         optimizer._without_weight_decay = without_weight_decay
         return optimizer
+
+
+def check_active(groups):
+    """Refuses to save an optimizer whose adapters are no longer there."""
+    gone = [a.path for g in groups for a in g.adapters if not a.is_active]
+    if gone:
+        raise ValueError(
+            "The optimizer was built for adapters that were merged, removed "
+            "or exchanged since, so that what is saved with it could not be "
+            "loaded. Compile the model that holds it again, then save. "
+            f"Received: an optimizer for {len(gone)} adapters that no longer "
+            f"act, such as '{gone[0]}'"
+        )
 
 
 def find_geolora(optimizer):

@@ -271,6 +271,16 @@ class LowRankAdapter(keras.layers.Layer):
         return 0.0
 
     @property
+    def is_active(self):
+        """Bool, whether it is the one that acts on the layer it belongs to."""
+        layer = getattr(self.kernel_norm, "layer", None)
+        if layer is None:  # it was not made for another layer
+            return True
+        # Not by properties, which a layer that was merged does not have.
+        adapters = vars(layer).get("_adapters", {})
+        return adapters.get(vars(layer).get("_active_adapter")) is self
+
+    @property
     def rank(self):
         """Int, the number of columns in use."""
         basis = ops.convert_to_numpy(self.U)
