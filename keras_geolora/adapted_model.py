@@ -167,7 +167,9 @@ class AdaptedModel(RestsAsAWhole):
         return model
 
     def save(self, filepath, *args, **kwargs):
-        """As `keras.Model.save`; refuses whole models in HDF5.
+        """As `keras.Model.save`, but a refusal leaves an older file whole.
+
+        Whole models in HDF5 are refused.
 
         Keras asks no model for its own variables there, so adapters that rest
         and random states would be lost.
@@ -180,6 +182,8 @@ class AdaptedModel(RestsAsAWhole):
                 "`model.save_weights('model.weights.h5')` for the weights "
                 f"alone. Received: filepath='{filepath}'"
             )
+        # What cannot be saved is refused before Keras empties the file.
+        keras.saving.serialize_keras_object(self)
         super().save(filepath, *args, **kwargs)
 
     def __reduce__(self):
