@@ -203,9 +203,17 @@ class LowRankAdapter(keras.layers.Layer):
             ids = ops.reshape(inputs, (-1,))
             y = low_rank_rows(ids, U, S, V, self.scale, self.compute_dtype)
             return ops.reshape(y, (*shape, output_dim)) * kept
+        if is_sparse(inputs):
+            return self._sparse_call(inputs, U, S, V, training)
         x = ops.reshape(self.drop(inputs, training), (-1, input_dim))
         y = low_rank_product(x, U, S, V, self.scale)
         return ops.reshape(y, (*shape[:-1], output_dim))
+
+    def _sparse_call(self, x, U, S, V, training):
+        if self.dropout.rate and may_train(training):
+            x = ops.convert_to_tensor(x, sparse=False)
+            x = self.drop(x, training)
+        return sparse_product(x, U, S, V, self.scale)
 
     def drop(self, x, training):
         """Applies the dropout; `training` may be a traced bool."""
@@ -402,6 +410,33 @@ def low_rank_product(x, U, S, V, scale, xU=None):
         return low_rank_product(g, V, St, U, scale, xU=again), *grads
 
     return with_gradients(forward, backward, x, U, S, V)
+
+
+def sparse_product(x, U, S, V, scale):
+    """Computes what `low_rank_product` does, of a sparse `x`.
+
+    What is sparse cannot be the input of a custom gradient. Ordinary ones are
+    the geometric ones here, because each factor stands where `K`, `S` or `L`
+    would, with a difference of zero; that is two thin products more.
+
+    Args:
+        x: Sparse tensor of shape `(..., input_dim)`, or any tensor.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+    """
+    dK, dL = U - ops.stop_gradient(U), V - ops.stop_gradient(V)
+    dK, S, dL = (ops.cast(y * scale, x.dtype) for y in (dK, S, dL))
+    xU = times_basis(x, U)
+    z = ops.add(ops.matmul(xU, S), ops.matmul(x, dK))
+    V = ops.transpose(ops.stop_gradient(ops.cast(V, x.dtype)))
+    return ops.add(ops.matmul(z, V), ops.matmul(xU, ops.transpose(dL)))
+
+
+def is_sparse(x):
+    """Says whether a tensor is sparse, of TensorFlow or JAX."""
+    return keras.backend.backend() != "torch" and hasattr(x, "indices")
 
 
 def factor_gradients(x, g, U, V, scale, xU=None, gV=None):
