@@ -257,6 +257,8 @@ def truncated_rank(sigma, tolerance, min_rank, max_rank):
     """
     energy = ops.square(divide(sigma, sigma[..., :1]))
     tails = ops.sqrt(ops.flip(ops.cumsum(ops.flip(energy, -1), axis=-1), -1))
+    # A schedule has the dtype of `keras.config.floatx()`.
+    tolerance = ops.cast(tolerance, sigma.dtype)
     rank = count(tails > tolerance * tails[..., :1])
     return ops.minimum(ops.maximum(rank, min_rank), max_rank)
 

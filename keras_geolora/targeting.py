@@ -23,6 +23,8 @@ ADAPTED_CLASSES = {
     )
 }
 WORDS = ("all-linear", "attention", "all")
+# How Keras names the weights that merging changes.
+KERNELS = ("kernel", "embeddings", "reverse_embeddings")
 
 
 def walk(layer, path="", name_of=operator.attrgetter("name")):
@@ -155,6 +157,30 @@ def refusal(layer):
     return None
 
 
+def held_kernels(layers):
+    """Returns the dict from the id of a layer to a layer that has its kernel.
+
+    Such a layer holds the variable itself, as `SpectralNormalization` does to
+    change it: it would see nothing of an update.
+    """
+    holders = {}
+    for layer in layers:
+        for variable in own_variables(layer):
+            holders.setdefault(id(variable), []).append(layer)
+    return {
+        id(layer): next(other for other in holders[id(v)] if other is not layer)
+        for layer in layers
+        for v in own_variables(layer)
+        if v.name in KERNELS and len(holders[id(v)]) > 1
+    }
+
+
+def own_variables(layer):
+    """Returns the variables in the attributes of a layer itself."""
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    return list({id(v): v for v in own}.values())
+
+
 def matches(pattern, path, layer):
     """Says whether a layer itself is meant by one pattern."""
     if isinstance(pattern, str):
@@ -189,10 +215,11 @@ class Layers:
     def __init__(self, model):
         self.name = model.name
         self.paths = dict(walk(model))
+        self.holders = held_kernels([model, *self.paths.values()])
         self.candidates = {
             path: layer
             for path, layer in self.paths.items()
-            if refusal(layer) is None
+            if self._refusal(layer) is None
         }
 
     def named(self, patterns, argument):
@@ -297,9 +324,19 @@ class Layers:
             f"{', '.join(map(repr, WORDS))}."
         )
 
+    def _refusal(self, layer):
+        if id(layer) not in self.holders:
+            return refusal(layer)
+        holder = self.holders[id(layer)]
+        return (
+            f"{type(holder).__name__} '{holder.name}' holds its kernel as "
+            "well, and would go on without the update. (A layer that reads "
+            "`other.kernel` in its `call`, and does not keep it, is fine.)"
+        )
+
     def _refusals(self, target, meant):
         reasons = [
-            f"'{path}': {refusal(layer)}"
+            f"'{path}': {self._refusal(layer)}"
             for path, layer in meant.items()
             if layer.weights and is_leaf(layer)
         ]

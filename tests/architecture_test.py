@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "transport": ["integrator"],
     "layers.adapter": [],
     "layouts": [],  # distributions and variables
+    "keras_internals": [],  # what Keras has no public name for
     # A model loads and predicts without an optimizer.
-    "layers": ["layers", "layouts"],
+    "layers": ["layers", "layouts", "keras_internals"],
     "budget": ["integrator"],  # arrays only, too
     "groups": [
         "integrator",

@@ -356,6 +356,58 @@ def test_rows_are_counted_exactly():
     np.testing.assert_array_equal(ops.convert_to_numpy(y)[:, 0], [3, 5])
 
 
+def sparse(x):
+    """The same values as a sparse tensor, for Keras on this backend."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.sparse.from_dense(x)
+    from jax.experimental.sparse import BCOO
+
+    return BCOO.fromdense(x)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="Keras has none on torch"
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_sparse_inputs_train_as_dense_ones(policy, dropout):
+    x = random((16, 8)) * (random((16, 8), 1) > 0.5)
+    deltas = []
+    for is_sparse in (True, False):
+        keras.utils.set_random_seed(0)
+        layer = keras.layers.Dense(3, dtype=policy)
+        model = keras.Sequential([keras.Input((8,), sparse=is_sparse), layer])
+        model.enable_geolora(rank=2, seed=0, dropout=dropout)
+        model.compile(GeoLoRA(keras.optimizers.SGD(0.1)), loss="mse")
+        inputs = sparse(x) if is_sparse else x
+        for _ in range(4):
+            model.train_on_batch(inputs, x[:, :3])
+        deltas.append(ops.convert_to_numpy(layer.delta()))
+        before = ops.convert_to_numpy(ops.cast(model(inputs), "float32"))
+        model.merge_geolora()
+        after = ops.convert_to_numpy(ops.cast(model(inputs), "float32"))
+        np.testing.assert_allclose(after, before, atol=0.03)
+    assert np.abs(deltas[0]).max() > 0.01
+    tolerance = 1e-5 if policy == "float32" else 0.01
+    np.testing.assert_allclose(*deltas, atol=tolerance)
+
+
+def test_sparse_ids_look_up_rows():
+    if keras.backend.backend() == "torch":
+        pytest.skip("Keras has no sparse tensors on torch")
+    ids = np.array([[1, 0, 2], [0, 4, 0]], "int32")
+    layer = GeoLoRAEmbedding(5, 4, rank=2, seed=0)
+    layer.build()
+    move(layer)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer(sparse(ids))),
+        ops.convert_to_numpy(layer(ids)),
+        atol=1e-6,
+    )
+
+
 def not_built(**options):
     return GeoLoRADense(6, rank=2, **options)
 

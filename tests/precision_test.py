@@ -82,6 +82,33 @@ def test_factors_stay_float32_and_the_model_learns(policy):
     assert np.abs(predict(model) - outputs).max() < 0.03 * scale
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax",
+    reason="JAX has float64 only where the whole process asks for it",
+)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_float64_model_is_adapted_trained_and_merged(everywhere):
+    if everywhere:
+        keras.config.set_floatx("float64")
+    try:
+        model = create("float64")
+        before = predict(model)
+        model.enable_geolora(rank=4, seed=0)
+        np.testing.assert_array_equal(predict(model), before)
+        for layer in adapted_layers(model).values():
+            factors = layer.trainable_variables
+            assert {v.dtype for v in factors} == {"float32"}
+        assert model.layers[0].compute_dtype == "float64"
+        history = losses(model)
+        assert history[-1] < 0.7 * history[0]
+        model.optimizer.cut()
+        outputs = predict(model)
+        model.merge_geolora()
+        np.testing.assert_allclose(predict(model), outputs, atol=1e-5)
+    finally:
+        keras.config.set_floatx("float32")
+
+
 def test_a_small_step_moves_a_bfloat16_model():
     """A step of 1e-4 is lost in bfloat16 weights, not in our factors."""
     model = create("bfloat16")

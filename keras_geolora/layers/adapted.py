@@ -1,6 +1,7 @@
 """What every layer with an adapter shares."""
 
 import contextlib
+import contextvars
 import math
 import types
 
@@ -8,9 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_geolora.keras_internals import in_layer_call
 from keras_geolora.layers.adapter import (
     LowRankAdapter,
     check_rank,
+    is_sparse,
     may_train,
     merging_pays,
 )
@@ -28,6 +31,9 @@ OWN_ATTRIBUTES = (
     "adaptation",
     "train_bias",
 )
+
+# The layers that read their kernels themselves at the moment, in this thread.
+READERS = contextvars.ContextVar("keras_geolora_readers", default=())
 
 
 class KernelNorm:
@@ -218,8 +224,7 @@ class AdaptedLayer:
 
     def _give_up_adapter(self, name, active):
         """Forgets an adapter that was not finished."""
-        if name in self._adapters:
-            self._adapters.pop(name)
+        self._hold_adapters(without(self._adapters, name))
         if not self._adapters:
             self._trainable_before.restore()
         self.activate_adapter(active)
@@ -253,7 +258,7 @@ class AdaptedLayer:
         if not self._adapters:
             self._trainable_before = TrainableFlags(self.variables)
             self._freeze()
-        self._hold_adapters({name: adapter})
+        self._hold_adapters({**self._adapters, name: adapter})
         self.activate_adapter(name)
 
     def _freeze(self):
@@ -266,21 +271,20 @@ class AdaptedLayer:
             self._rest()
 
     def _hold_adapters(self, adapters):
-        # Keras locks a layer once it is built. A layer may unlock itself.
-        self._tracker.unlock()
-        try:
-            if not self._adapters:
-                self._adapters = {}
-            for name, adapter in adapters.items():
-                self._adapters[name] = adapter
-        finally:
-            self._tracker.lock()
-
-    def _exchange_adapters(self, adapters):
         """Holds adapters, in their order, instead of those that are held."""
-        for name in list(self._adapters):
-            self._adapters.pop(name)
-        self._hold_adapters(adapters)
+        for adapter in self._adapters.values():
+            self._tracker.untrack(adapter)
+        forget_attributes(self, ["_adapters"])
+        if adapters:
+            # Keras locks a layer once it is built. It may unlock itself.
+            self._tracker.unlock()
+            try:
+                # A new dict: TensorFlow saves none that was mutated.
+                self._adapters = dict(adapters)
+            finally:
+                self._tracker.lock()
+        if hasattr(self, "_torch_params"):  # torch's list of parameters
+            self._track_variables()
 
     # Keras saves what it finds in attributes by alphabet, each object once:
     # with the underscore it finds adapters by name, not the active one first.
@@ -349,14 +353,14 @@ class AdaptedLayer:
         if self.adaptation is None:  # the layer's own, and so its config's
             widths = {k: options[k] for k in ("rank", "max_rank", "min_rank")}
             self._adapter_options = {**self._adapter_options, **widths}
-        # Keras forgets only what is taken out.
-        self._exchange_adapters({**self._adapters, name: new})
+        self._hold_adapters({**self._adapters, name: new})
 
     def delete_adapter(self, name):
         """Forgets an adapter; without the last the Keras layer is left."""
-        self._adapters.pop(name)
-        if not self._adapters:
+        if self.adapter_names == [name]:
             self.detach_adapters()
+        else:
+            self._hold_adapters(without(self._adapters, name))
 
     def detach_adapters(self):
         """Takes off all adapters and turns back into the Keras layer.
@@ -379,15 +383,9 @@ class AdaptedLayer:
         return kept
 
     def _take_off_adapters(self):
-        for name in list(self._adapters):
-            self._adapters.pop(name)
+        self._hold_adapters({})
         self._trainable_before.restore()
-        for name in OWN_ATTRIBUTES:
-            if name in vars(self):
-                delattr(self, name)
-        # TensorFlow exports what dicts there were, by the names of attributes.
-        tracked = vars(self).get("_tracked", [])
-        tracked[:] = [name for name in tracked if name not in OWN_ATTRIBUTES]
+        forget_attributes(self, OWN_ATTRIBUTES)
         become_plain(self)
         if not self.trainable:
             keras.layers.Layer.trainable.fset(self, False)
@@ -400,7 +398,7 @@ class AdaptedLayer:
         adapters = kept.pop("_adapters")
         vars(layer).update(kept)
         layer._freeze()
-        layer._exchange_adapters(adapters)
+        layer._hold_adapters(adapters)
 
     def merge(self):
         """Adds the active update to the kernel, and detaches all adapters.
@@ -417,8 +415,7 @@ class AdaptedLayer:
     def merge_kernels(self, sign=1):
         """Adds the active update to the kernel, or with -1 subtracts it."""
         for kernel, update in zip(self.kernels(), self._updates(), strict=True):
-            wide = "float64" if kernel.dtype == "float64" else "float32"
-            merged = ops.cast(kernel, wide) + sign * ops.cast(update, wide)
+            merged = sum_of(kernel, update, sign)
             kernel.assign(ops.cast(merged, kernel.dtype))
 
     def check_mergeable(self):
@@ -460,7 +457,36 @@ class AdaptedLayer:
 
     def kernels(self):
         """List of the variables that merging changes."""
-        return [self.kernel]
+        with reading_itself(self):
+            return [getattr(self, name) for name in self.kernel_names]
+
+    @property
+    def kernel_names(self):
+        """Names of the attributes that hold the kernels."""
+        return ["kernel"]
+
+    def _shown(self, name, kernel):
+        """Returns a kernel as who reads it now is to see it.
+
+        Args:
+            name: String, one of `kernel_names`.
+            kernel: The variable, or what stands for it.
+
+        Returns:
+            Another layer that is being called gets the sum with the update,
+            a tensor. The layer itself gets the kernel, and so does who reads
+            outside of a call, and who reads what is quantized.
+        """
+        if (
+            self._acting_adapter is None
+            or id(self) in READERS.get()
+            or self.quantization_mode is not None
+            or not in_layer_call()
+        ):
+            return kernel
+        with reading_itself(self):
+            update = self._updates()[self.kernel_names.index(name)]
+            return ops.cast(sum_of(kernel, update), self.compute_dtype)
 
     @property
     def kernel_matrix_shape(self):
@@ -506,6 +532,15 @@ class AdaptedProduct(AdaptedLayer):
     `_kernel_product`, and that with the update in `_update_product`.
     """
 
+    @property
+    def kernel(self):
+        """The kernel variable, without the update.
+
+        To another layer that reads it in its own `call`, as a tied decoder
+        does, it is a tensor with the update, so that merging changes nothing.
+        """
+        return self._shown("kernel", super().kernel)
+
     # Whether the update is never added to the kernel, which others share.
     keeps_update_apart = False
 
@@ -518,7 +553,8 @@ class AdaptedProduct(AdaptedLayer):
         """Computes the layer, with one of the products below."""
         if self._acting_adapter is None:
             return super().call(inputs)
-        x = product(inputs)
+        with reading_itself(self):
+            x = product(inputs)
         if self.bias is not None:
             x = ops.add(x, self._shaped_bias())
         if self.activation is not None:
@@ -535,7 +571,8 @@ class AdaptedProduct(AdaptedLayer):
         anew = training is None and self._remat_mode is not None
         if not (anew or may_train(training)):
             return self._product_with_sum
-        if self.adapter.dropout.rate or self.kernel.trainable:
+        (kernel,) = self.kernels()
+        if self.adapter.dropout.rate or kernel.trainable or is_sparse(inputs):
             return self._product_apart
         rows = self._count_rows(inputs)
         if merging_pays(rows, *self.kernel_matrix_shape):
@@ -563,7 +600,7 @@ class AdaptedProduct(AdaptedLayer):
     def quantized_call(self, inputs, training=None):
         if self._acting_adapter is None:
             return super().quantized_call(inputs, training=training)
-        with set_aside(self, "activation") as activation:
+        with set_aside(self, "activation") as activation, reading_itself(self):
             x = super().quantized_call(inputs)
         x = ops.add(x, self._update_product(inputs))
         return x if activation is None else activation(x)
@@ -598,6 +635,38 @@ class AdaptedProduct(AdaptedLayer):
 def adapter_name(name):
     """Returns what the layer of a named adapter is called."""
     return "adapter" if name == DEFAULT else f"adapter_{name}"
+
+
+@contextlib.contextmanager
+def reading_itself(layer):
+    """Lets a layer read its kernels as they are, also while it is called."""
+    token = READERS.set((*READERS.get(), id(layer)))
+    try:
+        yield
+    finally:
+        READERS.reset(token)
+
+
+def sum_of(kernel, update, sign=1):
+    """Adds an update to a kernel, or with -1 subtracts it, without loss."""
+    wide = "float64" if kernel.dtype == "float64" else "float32"
+    return ops.cast(kernel, wide) + sign * ops.cast(update, wide)
+
+
+def without(adapters, name):
+    """Returns the dict of all adapters but one."""
+    return {other: x for other, x in adapters.items() if other != name}
+
+
+def forget_attributes(layer, names):
+    """Deletes attributes of a layer, also where a backend knows their names."""
+    for name in names:
+        if name in vars(layer):
+            delattr(layer, name)
+    # TensorFlow exports what dicts there were, by the names of attributes.
+    if "_tracked" in vars(layer):
+        tracked = vars(layer)["_tracked"]
+        tracked[:] = [name for name in tracked if name not in names]
 
 
 @contextlib.contextmanager

@@ -203,9 +203,17 @@ class LowRankAdapter(keras.layers.Layer):
             ids = ops.reshape(inputs, (-1,))
             y = low_rank_rows(ids, U, S, V, self.scale, self.compute_dtype)
             return ops.reshape(y, (*shape, output_dim)) * kept
+        if is_sparse(inputs):
+            return self._sparse_call(inputs, U, S, V, training)
         x = ops.reshape(self.drop(inputs, training), (-1, input_dim))
         y = low_rank_product(x, U, S, V, self.scale)
         return ops.reshape(y, (*shape[:-1], output_dim))
+
+    def _sparse_call(self, x, U, S, V, training):
+        if self.dropout.rate and may_train(training):
+            x = ops.convert_to_tensor(x, sparse=False)
+            x = self.drop(x, training)
+        return sparse_product(x, U, S, V, self.scale)
 
     def drop(self, x, training):
         """Applies the dropout; `training` may be a traced bool."""
@@ -320,7 +328,66 @@ def check_rank(name, value, smallest, largest):
         )
 
 
-def low_rank_product(x, U, S, V, scale):
+# On JAX, how often a product can be derived.
+ORDERS = 6
+
+
+def with_gradients(forward, backward, *inputs, order=1):
+    """Computes `forward(*inputs)` and says what its gradients are.
+
+    The gradients may be derived again, as in a loss of the derivatives of a
+    model: `backward` is made of functions that are right themselves. Where it
+    derives a second time, JAX derives the operations of the *forward* pass,
+    so that there the forward pass is such a function, too, up to `ORDERS`
+    times, after which there is an error.
+
+    Args:
+        forward: Function of the inputs that returns the output, and what of
+            its computation is worth keeping.
+        backward: Function `(g, kept, *inputs)` that returns the gradients for
+            the inputs; `g` is that for the output. What is kept may be
+            `None`, and is a constant on torch.
+        *inputs: Tensors, of which the last three are `U`, `S` and `V`.
+        order: Int, counts the derivatives.
+    """
+    nested = keras.backend.backend() == "jax"
+
+    @ops.custom_gradient
+    def function(*inputs):
+        def gradients(*args, upstream=None):
+            return backward(
+                args[0] if upstream is None else upstream, kept, *inputs
+            )
+
+        if nested and order < ORDERS:
+            again = with_gradients(forward, backward, *inputs, order=order + 1)
+            y, kept = again, None
+        elif nested:
+            *others, U, S, V = inputs
+            y, kept = forward(*others, *last_derivative(U, S, V))
+        else:
+            y, kept = forward(*inputs)
+        return y, gradients
+
+    return function(*inputs)
+
+
+@ops.custom_gradient
+def last_derivative(U, S, V):
+    """Returns the factors, which cannot be derived any more."""
+
+    def gradients(*args, upstream=None):
+        raise NotImplementedError(
+            "On JAX the factors of an adapter can be part of derivatives up "
+            f"to order {ORDERS} in training. Received: a derivative of order "
+            f"{ORDERS + 1}. Call the layer with `training=False`, which knows "
+            "no limit for the derivatives by its inputs"
+        )
+
+    return (U, S, V), gradients
+
+
+def low_rank_product(x, U, S, V, scale, xU=None):
     """Computes `scale * x @ U @ S @ V.T`, with the geometric gradients.
 
     Args:
@@ -329,36 +396,86 @@ def low_rank_product(x, U, S, V, scale):
         S: Tensor of shape `(max_rank, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
         scale: Float.
+        xU: Tensor `x @ U`, if it is known. Defaults to `None`.
 
     Returns:
         Tensor of shape `(batch, output_dim)` and of the dtype of `x`. Its
         gradients are exact for `x`, and those for `K = U S`, `S` and
-        `L = V S.T` in the places of `U`, `S` and `V`.
+        `L = V S.T` in the places of `U`, `S` and `V`, also where they are
+        derived again.
     """
+    dtype, known = x.dtype, xU
 
-    @ops.custom_gradient
-    def product(x, U, S, V):
-        dtype = x.dtype
-        U_x, V_x = ops.cast(U, dtype), ops.cast(V, dtype)
-        S_x = ops.cast(S * scale, dtype)
-        xU = ops.matmul(x, U_x)
+    def forward(x, U, S, V):
+        xU = times_basis(x, U) if known is None else known
+        xUS = ops.matmul(xU, ops.cast(S * scale, dtype))
+        return ops.matmul(xUS, ops.transpose(ops.cast(V, dtype))), xU
 
-        def gradients(*args, upstream=None):
-            g = args[0] if upstream is None else upstream
-            gV = ops.matmul(g, V_x)
-            grad_x = ops.matmul(
-                ops.matmul(gV, ops.transpose(S_x)), ops.transpose(U_x)
-            )
-            grad_K = ops.cast(tall_product(x, gV), U.dtype)
-            grad_L = ops.cast(tall_product(g, xU), U.dtype)
-            grad_K, grad_L = grad_K * scale, grad_L * scale
-            grad_S = ops.matmul(ops.transpose(U), grad_K)
-            return grad_x, grad_K, grad_S, grad_L
+    def backward(g, xU, x, U, S, V):
+        gV = times_basis(g, V)
+        grads = factor_gradients(x, g, U, V, scale, xU, gV)
+        # A function of JAX computes with its arguments only.
+        again = None if keras.backend.backend() == "jax" else gV
+        St = ops.transpose(S)
+        return low_rank_product(g, V, St, U, scale, xU=again), *grads
 
-        y = ops.matmul(ops.matmul(xU, S_x), ops.transpose(V_x))
-        return y, gradients
+    return with_gradients(forward, backward, x, U, S, V)
 
-    return product(x, U, S, V)
+
+def sparse_product(x, U, S, V, scale):
+    """Computes what `low_rank_product` does, of a sparse `x`.
+
+    What is sparse cannot be the input of a custom gradient. Ordinary ones are
+    the geometric ones here, because each factor stands where `K`, `S` or `L`
+    would, with a difference of zero; that is two thin products more.
+
+    Args:
+        x: Sparse tensor of shape `(..., input_dim)`, or any tensor.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+    """
+    dK, dL = U - ops.stop_gradient(U), V - ops.stop_gradient(V)
+    dK, S, dL = (ops.cast(y * scale, x.dtype) for y in (dK, S, dL))
+    xU = times_basis(x, U)
+    z = ops.add(ops.matmul(xU, S), ops.matmul(x, dK))
+    V = ops.transpose(ops.stop_gradient(ops.cast(V, x.dtype)))
+    return ops.add(ops.matmul(z, V), ops.matmul(xU, ops.transpose(dL)))
+
+
+def is_sparse(x):
+    """Says whether a tensor is sparse, of TensorFlow or JAX."""
+    return keras.backend.backend() != "torch" and hasattr(x, "indices")
+
+
+def factor_gradients(x, g, U, V, scale, xU=None, gV=None):
+    """Returns the gradients of `sum(g * (x @ delta))` for `K`, `S` and `L`.
+
+    The bases are constants in them, as coordinates of the tangent space.
+
+    Args:
+        x: Tensor of shape `(batch, input_dim)`.
+        g: Tensor of shape `(batch, output_dim)`.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+        xU: Tensor `x @ U`, if it is known. Defaults to `None`.
+        gV: Tensor `g @ V`, if it is known. Defaults to `None`.
+    """
+    grad_K = tall_product(x, times_basis(g, V) if gV is None else gV)
+    # Torch kept a constant; here it wants to derive.
+    if xU is None or getattr(grad_K, "requires_grad", False):
+        xU = times_basis(x, U)
+    grad_L = ops.cast(tall_product(g, xU), U.dtype) * scale
+    grad_K = ops.cast(grad_K, U.dtype) * scale
+    basis = ops.transpose(ops.stop_gradient(U))
+    return grad_K, ops.matmul(basis, grad_K), grad_L
+
+
+def times_basis(x, basis):
+    """Computes `x @ basis` in the dtype of `x`, the basis a constant."""
+    return ops.matmul(x, ops.stop_gradient(ops.cast(basis, x.dtype)))
 
 
 def tall_product(x, y):
@@ -368,42 +485,44 @@ def tall_product(x, y):
     return ops.matmul(ops.transpose(x), y)
 
 
-def merged_product(x, kernel, U, S, V, scale):
+def merged_product(x, kernel, U, S, V, scale, transpose=False):
     """Computes `x @ (kernel + scale * U @ S @ V.T)`, the kernel frozen.
 
     Args:
-        x: Tensor of shape `(batch, input_dim)`.
+        x: Tensor of shape `(batch, input_dim)`, transposed
+            `(batch, output_dim)`.
         kernel: Tensor of shape `(input_dim, output_dim)`, a constant.
         U: Tensor of shape `(input_dim, max_rank)`.
         S: Tensor of shape `(max_rank, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
         scale: Float.
+        transpose: Bool, whether to multiply with the transpose of the sum.
+            Defaults to `False`.
 
     Returns:
-        Tensor of shape `(batch, output_dim)`. Its gradients are those of
-        `low_rank_product` beside the product with the kernel.
+        Tensor of shape `(batch, output_dim)`, transposed
+        `(batch, input_dim)`. Its gradients are those of `low_rank_product`
+        beside the product with the kernel.
     """
 
-    @ops.custom_gradient
-    def product(x, kernel, U, S, V):
-        def merged():
-            return kernel + product_of_factors(U, S, V, scale)
+    def forward(x, kernel, U, S, V):
+        merged = kernel + product_of_factors(U, S, V, scale)
+        return ops.matmul(
+            x, ops.transpose(merged) if transpose else merged
+        ), None
 
-        def gradients(*args, upstream=None):
-            g = args[0] if upstream is None else upstream
-            # Formed anew: kept, all such sums would take as much memory as
-            # the model.
-            grad_x = ops.matmul(g, ops.transpose(merged()))
-            grad_K = tall_product(x, ops.matmul(g, V)) * scale
-            grad_L = tall_product(g, ops.matmul(x, U)) * scale
-            grad_S = ops.matmul(ops.transpose(U), grad_K)
-            # Compilers drop these zeros; torch, which has none, makes none.
-            none = ops.zeros_like(kernel) if upstream is None else None
-            return grad_x, none, grad_K, grad_S, grad_L
+    def backward(g, _, x, kernel, U, S, V):
+        # The sum is formed anew: kept, all such sums would take as much
+        # memory as the model.
+        grad_x = merged_product(g, kernel, U, S, V, scale, not transpose)
+        rows, columns = (g, x) if transpose else (x, g)
+        grads = factor_gradients(rows, columns, U, V, scale)
+        # Compilers drop these zeros; torch, which has none, makes none.
+        on_torch = keras.backend.backend() == "torch"
+        none = None if on_torch else ops.zeros_like(kernel)
+        return grad_x, none, *grads
 
-        return ops.matmul(x, merged()), gradients
-
-    return product(x, kernel, U, S, V)
+    return with_gradients(forward, backward, x, kernel, U, S, V)
 
 
 def is_known(training):
@@ -453,25 +572,29 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
 
     # JAX cannot close over the ids inside a branch of `cond`, and has no
     # gradient for integers: they travel as numbers, exact below 2**24.
-    @ops.custom_gradient
-    def rows(numbers, U, S, V):
+    def forward(numbers, U, S, V):
+        rows_of_U = rows_of(U, numbers)
+        y = ops.matmul(rows_of_U, ops.cast(S * scale, dtype))
+        return ops.matmul(y, ops.transpose(ops.cast(V, dtype))), rows_of_U
+
+    def backward(g, rows_of_U, numbers, U, S, V):
+        if rows_of_U is None:
+            rows_of_U = rows_of(U, numbers)
+        gV = ops.cast(times_basis(g, V), U.dtype)
         ids = ops.cast(numbers, "int32")
-        rows_of_U = ops.cast(ops.take(U, ids, axis=0), dtype)
-        V_x, S_x = ops.cast(V, dtype), ops.cast(S * scale, dtype)
+        grad_K = ops.segment_sum(gV, ids, num_segments=U.shape[0]) * scale
+        grad_L = ops.cast(tall_product(g, rows_of_U), U.dtype) * scale
+        basis = ops.transpose(ops.stop_gradient(U))
+        grad_S = ops.matmul(basis, grad_K)
+        return ops.zeros_like(numbers), grad_K, grad_S, grad_L
 
-        def gradients(*args, upstream=None):
-            g = args[0] if upstream is None else upstream
-            gV = ops.cast(ops.matmul(g, V_x), U.dtype)
-            grad_K = ops.segment_sum(gV, ids, num_segments=U.shape[0]) * scale
-            grad_L = tall_product(g, rows_of_U)
-            grad_L = ops.cast(grad_L, U.dtype) * scale
-            grad_S = ops.matmul(ops.transpose(U), grad_K)
-            return ops.zeros_like(numbers), grad_K, grad_S, grad_L
+    def rows_of(U, numbers):
+        ids = ops.cast(numbers, "int32")
+        rows = ops.take(ops.stop_gradient(U), ids, axis=0)
+        return ops.cast(rows, dtype)
 
-        y = ops.matmul(ops.matmul(rows_of_U, S_x), ops.transpose(V_x))
-        return y, gradients
-
-    return rows(ops.cast(ids, "float32"), U, S, V)
+    numbers = ops.cast(ids, "float32")
+    return with_gradients(forward, backward, numbers, U, S, V)
 
 
 def low_rank_matrix(U, S, V, scale):
@@ -488,17 +611,16 @@ def low_rank_matrix(U, S, V, scale):
         `K = U S`, `S` and `L = V S.T` in the places of `U`, `S` and `V`.
     """
 
-    @ops.custom_gradient
-    def matrix(U, S, V):
-        def gradients(*args, upstream=None):
-            G = args[0] if upstream is None else upstream
-            grad_K = ops.matmul(G, V) * scale
-            grad_L = ops.matmul(ops.transpose(G), U) * scale
-            return grad_K, ops.matmul(ops.transpose(U), grad_K), grad_L
+    def forward(U, S, V):
+        return product_of_factors(U, S, V, scale), None
 
-        return product_of_factors(U, S, V, scale), gradients
+    def backward(G, _, U, S, V):
+        grad_K = times_basis(G, V) * scale
+        grad_L = times_basis(ops.transpose(G), U) * scale
+        basis = ops.transpose(ops.stop_gradient(U))
+        return grad_K, ops.matmul(basis, grad_K), grad_L
 
-    return matrix(U, S, V)
+    return with_gradients(forward, backward, U, S, V)
 
 
 def product_of_factors(U, S, V, scale):

@@ -3,7 +3,11 @@
 import keras
 from keras import ops
 
-from keras_geolora.layers.adapted import AdaptedLayer, set_aside
+from keras_geolora.layers.adapted import (
+    AdaptedLayer,
+    reading_itself,
+    set_aside,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -46,8 +50,18 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
     def kernel_matrix_shape(self):
         return self.input_dim, self.output_dim
 
-    def kernels(self):
-        return [self.embeddings]
+    @property
+    def embeddings(self):
+        """The variable of all rows, without the update.
+
+        To another layer that reads it in its own `call`, as a tied head does,
+        it is a tensor with the update, so that merging changes nothing.
+        """
+        return self._shown("embeddings", super().embeddings)
+
+    @property
+    def kernel_names(self):
+        return ["embeddings"]
 
     def kernel_norm(self):
         if self.quantization_mode is None:
@@ -59,15 +73,21 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
         return ops.sqrt(self.input_dim * ops.mean(ops.sum(rows**2, axis=-1)))
 
     def call(self, inputs):
-        return self._add_rows(super().call(inputs), inputs)
+        with reading_itself(self):
+            x = super().call(inputs)
+        return self._add_rows(x, inputs)
 
     def quantized_call(self, inputs):
-        return self._add_rows(super().quantized_call(inputs), inputs)
+        with reading_itself(self):
+            x = super().quantized_call(inputs)
+        return self._add_rows(x, inputs)
 
     def _add_rows(self, x, inputs):
         if self._acting_adapter is None:
             return x
-        return ops.add(x, self.adapter(ops.cast(inputs, "int32")))
+        # What is missing in sparse ids is 0, to Keras as well.
+        ids = ops.convert_to_tensor(inputs, sparse=False)
+        return ops.add(x, self.adapter(ops.cast(ids, "int32")))
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -108,10 +128,28 @@ class GeoLoRAReversibleEmbedding(
             super().build(input_shape)
         self._add_adapter_of_options()
 
-    def kernels(self):
+    # The Keras class has an attribute of this name where nothing is tied.
+    @property
+    def reverse_embeddings(self):
+        """The variable of the reverse projection, shown as `embeddings` is."""
+        if "reverse_embeddings" not in vars(self):
+            raise AttributeError("reverse_embeddings")
+        kernel = vars(self)["reverse_embeddings"]
+        return self._shown("reverse_embeddings", kernel)
+
+    @reverse_embeddings.setter
+    def reverse_embeddings(self, variable):
+        vars(self)["reverse_embeddings"] = variable
+
+    @reverse_embeddings.deleter
+    def reverse_embeddings(self):
+        del vars(self)["reverse_embeddings"]
+
+    @property
+    def kernel_names(self):
         if self.tie_weights:
-            return super().kernels()
-        return [*super().kernels(), self.reverse_embeddings]
+            return super().kernel_names
+        return [*super().kernel_names, "reverse_embeddings"]
 
     def _updates(self):
         if self.tie_weights:
@@ -142,10 +180,10 @@ class GeoLoRAReversibleEmbedding(
     def _reverse(self, call, inputs):
         if self._acting_adapter is None:
             return call(inputs, reverse=True)
-        with set_aside(self, "logit_soft_cap") as soft_cap:
+        with set_aside(self, "logit_soft_cap") as cap, reading_itself(self):
             logits = call(inputs, reverse=True)
         update = self.adapter(inputs, transpose=True)
         logits = ops.add(logits, ops.cast(update, logits.dtype))
-        if soft_cap is None:
+        if cap is None:
             return logits
-        return ops.multiply(ops.tanh(ops.divide(logits, soft_cap)), soft_cap)
+        return ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
