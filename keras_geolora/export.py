@@ -23,6 +23,7 @@ from keras_geolora.adapted_model import (
 )
 from keras_geolora.files import write_whole
 from keras_geolora.lifecycle import activate_geolora, geolora_adapters
+from keras_geolora.manifold import check_layers
 from keras_geolora.signature import Signature, answers
 from keras_geolora.targeting import carriers, inside
 from keras_geolora.version import __version__
@@ -131,6 +132,7 @@ def export(
             f"first. Received: model '{model.name}', which is not built"
         )
     check_not_suspended(adaptations_of(model))
+    check_layers(carriers(model).values(), "Nothing was exported.")
     path = pathlib.Path(path)
     check_version(path, version)
     names = chosen_adapters(model, adapters)

@@ -155,6 +155,13 @@ def refusal(layer):
     return None
 
 
+def kernel_shape(layer):
+    """Returns the shape of a layer's kernel as a matrix, or `None`."""
+    if layer is None or refusal(layer) is not None:
+        return None
+    return tuple(adapted_class(layer).kernel_matrix_shape.fget(layer))
+
+
 def matches(pattern, path, layer):
     """Says whether a layer itself is meant by one pattern."""
     if isinstance(pattern, str):

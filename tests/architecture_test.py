@@ -14,10 +14,12 @@ PACKAGE = ROOT / "keras_geolora"
 MAY_IMPORT = {
     "integrator": [],  # sees arrays only: no layer, no variable
     "transport": ["integrator"],
-    "layers.adapter": [],
+    "manifold": [],  # factors and what is wrong with them
+    "low_rank_sum": [],  # arrays of NumPy
+    "layers.adapter": ["manifold"],
     "layouts": [],  # distributions and variables
     # A model loads and predicts without an optimizer.
-    "layers": ["layers", "layouts"],
+    "layers": ["layers", "layouts", "manifold"],
     "budget": ["integrator"],  # arrays only, too
     "groups": [
         "integrator",
@@ -56,9 +58,24 @@ MAY_IMPORT = {
         "optimizer",
         "replicas",
         "callbacks",
+        "manifold",
     ],
-    "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
-    "lifecycle": ["layers.adapter", "adaptation", "adapted_model", "replicas"],
+    "clipping": ["targeting"],
+    "conversion": [
+        "layers",
+        "targeting",
+        "adaptation",
+        "adapted_model",
+        "clipping",
+        "manifold",
+    ],
+    "lifecycle": [
+        "layers.adapter",
+        "adaptation",
+        "adapted_model",
+        "replicas",
+        "low_rank_sum",
+    ],
     "compaction": ["layers.adapter", "targeting", "adapted_model"],
     # It asks the optimizer what was dropped, and for the budget.
     "report": [
@@ -68,6 +85,8 @@ MAY_IMPORT = {
         "heat_map",
         "rank_table",
         "files",
+        "manifold",
+        "clipping",
     ],
     "heat_map": ["abbreviation"],
     "abbreviation": [],  # strings
@@ -81,6 +100,16 @@ MAY_IMPORT = {
         "adapted_model",
         "files",
         "version",
+        "manifold",
+    ],
+    "averaging": [
+        "layers.adapter",
+        "targeting",
+        "adaptation",
+        "adapted_model",
+        "adapter_file",
+        "low_rank_sum",
+        "manifold",
     ],
     "exchange": [
         "layers",
@@ -88,6 +117,8 @@ MAY_IMPORT = {
         "adapted_model",
         "adapter_file",
         "files",
+        "low_rank_sum",
+        "manifold",
     ],
     "signature": [],  # models in general, adapted or not
     # Where Keras runs on TensorFlow: loads, merges and writes.
@@ -106,6 +137,7 @@ MAY_IMPORT = {
         "signature",
         "saved_model",
         "version",
+        "manifold",
     ],
     "__main__": ["adapter_file", "exchange"],
     "": [""],  # the package itself gathers the public names
