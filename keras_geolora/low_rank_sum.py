@@ -14,8 +14,8 @@ def svd_of_sum(products, rank=None, min_rank=1):
         products: List of `(A, C, B)`, arrays of shapes `(input_dim, r)`,
             `(r, s)` and `(output_dim, s)`, finite.
         rank: Int, the largest number of singular values. Defaults to all.
-        min_rank: Int, how many are kept at least, if the sides of the sum
-            allow, also of value zero. Defaults to 1.
+        min_rank: Int, how many are kept at least, also of value zero, if
+            the products have so many columns. Defaults to 1.
 
     Returns:
         Float64 arrays of shapes `(input_dim, k)`, `(k,)`, descending, and
