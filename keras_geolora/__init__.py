@@ -8,6 +8,7 @@ from keras_geolora.adapter_file import (
     load_geolora,
     save_geolora,
 )
+from keras_geolora.averaging import average_geolora
 from keras_geolora.compaction import compact_geolora
 from keras_geolora.conversion import (
     enable_geolora,
@@ -58,6 +59,7 @@ __all__ = [
     "LowRankAdapter",
     "activate_geolora",
     "adapter_layouts",
+    "average_geolora",
     "callbacks",
     "combine_geolora",
     "compact_geolora",
@@ -91,6 +93,7 @@ for method in (
     activate_geolora,
     delete_geolora,
     combine_geolora,
+    average_geolora,
     compact_geolora,
     geolora_summary,
     save_geolora,

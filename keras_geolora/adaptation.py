@@ -153,6 +153,8 @@ class NamedAdapter:
             adapter is not active, otherwise `None`.
         by_hand: Dict from path to `trainable` of the adapter of a layer where
             somebody changed it, up to date while it is not active.
+        clipped: Dict from path to the ranks that were asked for and are
+            above the smaller side of the kernel.
     """
 
     def __init__(self, layers, saved_layers, train_bias, companions):
@@ -162,6 +164,7 @@ class NamedAdapter:
         self.companions = companions
         self.values = None
         self.by_hand = {}
+        self.clipped = {}
 
     def move(self, paths):
         """Notes where layers are, after the layers of the model changed.
@@ -387,6 +390,7 @@ class Adaptation:
                         path_of[id(x)] for x in adapter.saved_layers
                     ],
                     "train_bias": adapter.train_bias,
+                    "clipped": adapter.clipped,
                 }
                 for name, adapter in self.adapters.items()
             ],

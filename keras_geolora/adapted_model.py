@@ -20,6 +20,7 @@ from keras_geolora.compiled_state import (
 )
 from keras_geolora.layers.adapted import become_adapted, become_plain
 from keras_geolora.layers.adapter import Factor
+from keras_geolora.manifold import check_layers, check_values
 from keras_geolora.optimizer import (
     find_geolora,
     rebuild,
@@ -182,9 +183,15 @@ class AdaptedModel(RestsAsAWhole):
                 "`model.save_weights('model.weights.h5')` for the weights "
                 f"alone. Received: filepath='{filepath}'"
             )
+        check_layers(carriers(self).values(), f"'{filepath}' was not written.")
         # What cannot be saved is refused before Keras empties the file.
         keras.saving.serialize_keras_object(self)
         super().save(filepath, *args, **kwargs)
+
+    def save_weights(self, filepath, *args, **kwargs):
+        """As `keras.Model.save_weights`; refuses factors that are none."""
+        check_layers(carriers(self).values(), f"'{filepath}' was not written.")
+        super().save_weights(filepath, *args, **kwargs)
 
     def __reduce__(self):
         """As `keras.Model.__reduce__`, through a function that has a name."""
@@ -268,6 +275,7 @@ class AdaptedModel(RestsAsAWhole):
 
     def set_weights(self, weights):
         """As `keras.Model.set_weights`; buffers may have other widths."""
+        check_values(self.weights, weights)
         pairs = list(zip(self.weights, weights, strict=False))
         if len(pairs) == len(weights) == len(self.weights):
             resize_buffers(
@@ -536,6 +544,8 @@ def adapt_by_plan(model, plan):
             [paths[path] for path in adapter["modules_to_save"]],
             adapter["train_bias"],
         )
+        record = model.geolora_adaptation.adapters[adapter["name"]]
+        record.clipped = adapter.get("clipped", {})  # early files have none
     model.geolora_adaptation.activate(plan["active"])
     model.geolora_adaptation.repeat(plan["by_hand"])
 

@@ -24,7 +24,8 @@ from keras_geolora.adapted_model import (
 )
 from keras_geolora.files import write_whole
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.targeting import adapted_class, refusal, stable_paths
+from keras_geolora.manifold import AVERAGE, check_factors, check_layers
+from keras_geolora.targeting import kernel_shape, stable_paths
 from keras_geolora.version import __version__
 
 FORMAT = 1
@@ -79,7 +80,7 @@ def save_geolora(model, path, name=None):
     Raises:
         TypeError: If `model` is no `keras.Model`.
         ValueError: If the model has no such adapter, or the adapter has
-            numbers that are not finite.
+            numbers that are not finite, or bases that are not orthonormal.
         OSError: If the file cannot be written; an older one is unchanged.
 
     Example:
@@ -112,6 +113,7 @@ def save_geolora(model, path, name=None):
     adaptation = adaptation_to_save(model)
     name = chosen_adapter(adaptation, name)
     (plan,) = (a for a in adaptation.plan()["adapters"] if a["name"] == name)
+    plan.pop("clipped")  # the ranks of the file are those that were found
     paths = stable_paths(adaptation.scope)
     tensors = {}
     for layer_path, options in plan["layers"].items():
@@ -134,6 +136,11 @@ def save_geolora(model, path, name=None):
             f"anybody. Received: such numbers in {spoilt[:5]}. '{path}' was "
             "not written."
         )
+    check_layers(
+        (paths[layer_path] for layer_path in plan["layers"]),
+        f"'{path}' was not written.",
+        name,
+    )
     description = {
         "format": FORMAT,
         "keras_geolora": __version__,
@@ -249,11 +256,13 @@ class Fit:
         layers: Dict from path to layer, those with a fitting adapter.
         saved_layers: List of the layers in `modules_to_save`.
         weights: List of pairs of a variable and its new value.
-        differences: List of sentences about what does not fit.
+        differences: List of sentences about what does not fit. With
+            `any_rank` an adapter of the model needs no room for the rank.
     """
 
-    def __init__(self, model, name, description, tensors):
+    def __init__(self, model, name, description, tensors, any_rank=False):
         self.model = model
+        self.any_rank = any_rank
         self.plan = description["adapter"]
         self.tensors = tensors
         self.differences = []
@@ -282,7 +291,8 @@ class Fit:
                     self._note(f"the model's adapter is not on '{path}'")
                     continue
                 adapter = layer.adapters_by_name()[name]
-                room = adapter.max_rank
+                if not self.any_rank:
+                    room = adapter.max_rank
                 if adapter.scale != options["scale"]:
                     self._note(
                         f"scale of '{path}': {options['scale']} in the file, "
@@ -450,6 +460,16 @@ def read_adapter(path):
         raise AdapterFileError(
             f"'{path}' contradicts itself: {error!r}."
         ) from error
+    try:
+        check_factors(
+            {
+                layer_path: [tensors[f"{layer_path}.{role}"] for role in "USV"]
+                for layer_path in description["adapter"]["layers"]
+            },
+            f"'{path}' was not loaded. {AVERAGE}",
+        )
+    except ValueError as error:
+        raise AdapterFileError(str(error)) from None
     return description, tensors
 
 
@@ -566,13 +586,6 @@ def padded(factor, shape):
 def as_saved(value):
     """Returns an array in a type that safetensors has, without loss."""
     return value.astype(WIDER.get(str(value.dtype), value.dtype))
-
-
-def kernel_shape(layer):
-    """Returns the shape of a layer's kernel as a matrix, or `None`."""
-    if layer is None or refusal(layer) is not None:
-        return None
-    return tuple(adapted_class(layer).kernel_matrix_shape.fget(layer))
 
 
 def adaptation_to_save(model):

@@ -20,7 +20,9 @@ from keras_geolora.adapted_model import (
     scope_of,
     warn_of_what_stays,
 )
+from keras_geolora.clipping import clipped
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
+from keras_geolora.manifold import check_layers
 from keras_geolora.targeting import (
     Layers,
     adapted_layers,
@@ -63,10 +65,11 @@ def enable_geolora(
     Args:
         model: Built `keras.Model`.
         rank: Int, rank of every adapter at the start. Training changes it;
-            the result hardly depends on it. Defaults to 8.
+            the result hardly depends on it. No update of a kernel has a rank
+            above its smaller side, to which this and the ranks below are
+            clipped; `geolora_summary` tells where. Defaults to 8.
         max_rank: Int or `None`, the largest rank, which sizes the buffers.
-            Defaults to `2 * rank`, clipped to the smaller side of each
-            kernel.
+            Defaults to `2 * rank`.
         min_rank: Int, the smallest rank. Defaults to 1.
         targets: Patterns, or one of the words `"all-linear"` (the default:
             every `Dense` and `EinsumDense`), `"attention"` (those inside a
@@ -98,7 +101,8 @@ def enable_geolora(
         TypeError: If `model` is no `keras.Model`, a rank no integer, or
             another argument not of its kind.
         ValueError: If the model is not built, or has an adapter of this name,
-            a rank does not fit, or a pattern matches nothing.
+            a rank is below 1 or they contradict each other, or a pattern
+            matches nothing.
 
     Example:
 
@@ -155,8 +159,9 @@ def enable_geolora(
             )
         ranks.update((path, other) for path in found if path in chosen)
 
-    options = {
-        path: {
+    options, asked = {}, {}
+    for index, (path, layer) in enumerate(chosen.items()):
+        wanted = {
             "rank": ranks[path],
             "max_rank": max_rank,
             "min_rank": min_rank,
@@ -165,10 +170,15 @@ def enable_geolora(
             # Two seeds for the two bases of every layer.
             "seed": None if seed is None else seed + 2 * index,
         }
-        for index, path in enumerate(chosen)
-    }
+        options[path], asked[path] = clipped(wanted, layer)
     saved = list(saved.values())
     add_adapter(model, name, chosen, options, saved, train_bias)
+    adapter = model.geolora_adaptation.adapters[name]
+    adapter.clipped = {
+        place: asked[path]
+        for place, path in zip(adapter.layers, chosen, strict=True)
+        if asked[path]
+    }
     return model
 
 
@@ -226,6 +236,7 @@ def merge_geolora(model, reversible=True):
                 f"finite. Received: a non-finite update of layer '{path}'. "
                 "Nothing was merged."
             )
+    check_layers(carriers(model).values(), "Nothing was merged.")
     merged = Merged(model, reversible)
     vars(model).pop("geolora_merged", None)
     if reversible:

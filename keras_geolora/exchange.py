@@ -22,7 +22,6 @@ from keras_geolora.adapter_file import (
     AdapterFileError,
     adaptation_to_save,
     chosen_adapter,
-    kernel_shape,
     keyed_variables,
     padded,
     plain_class_name,
@@ -30,7 +29,13 @@ from keras_geolora.adapter_file import (
 )
 from keras_geolora.files import write_together
 from keras_geolora.layers.adapted import DEFAULT
-from keras_geolora.targeting import adapted_class, stable_paths
+from keras_geolora.low_rank_sum import svd_of_sum
+from keras_geolora.manifold import check_layers
+from keras_geolora.targeting import (
+    adapted_class,
+    kernel_shape,
+    stable_paths,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -178,8 +183,9 @@ def export_peft(
 
     Raises:
         TypeError: If `model` is no `keras.Model`.
-        ValueError: If there is no such adapter, or a layer has no name or no
-            counterpart in PEFT's LoRA.
+        ValueError: If there is no such adapter, its bases are not
+            orthonormal, or a layer has no name or no counterpart in PEFT's
+            LoRA.
         OSError: If a file cannot be written.
 
     Example:
@@ -205,6 +211,7 @@ def export_peft(
         for path, layer in stable_paths(adaptation.scope).items()
         if name in getattr(layer, "adapter_names", ())
     }
+    check_layers(layers.values(), f"'{folder}' was not written.", name)
     updates = {}
     for path, layer in layers.items():
         adapter = layer.adapters_by_name()[name]
@@ -488,7 +495,8 @@ def add_products(model, name, layers, products):
     """Adds an adapter whose updates are given as products of two matrices."""
     factors = {}
     for path in layers:
-        found = svd_of_product(*products[path])
+        left, right = products[path]
+        found = svd_of_sum([(left, np.eye(len(right)), right.T)])
         # A finite product may be too large for float32.
         factors[path] = tuple(x.astype("float32") for x in found)
         if not all(np.isfinite(x).all() for x in factors[path]):
@@ -519,19 +527,6 @@ def add_products(model, name, layers, products):
         for role, factor in zip("USV", (U, np.diag(sigma), V), strict=True):
             variable = getattr(adapter, role)
             variable.assign(padded(factor, variable.shape))
-
-
-def svd_of_product(left, right):
-    """Returns `U, sigma, V` with `U diag(sigma) V.T = left @ right`.
-
-    Two QR decompositions leave a small matrix; the product is not formed.
-    Singular values that are rounding noise are left out, but for one.
-    """
-    Q, R = np.linalg.qr(left.astype("float64"))
-    P, T = np.linalg.qr(right.T.astype("float64"))
-    U, sigma, Vt = np.linalg.svd(R @ T.T)
-    count = max(int((sigma > 1e-7 * sigma[0]).sum()), 1)
-    return Q @ U[:, :count], sigma[:count], P @ Vt[:count].T
 
 
 def module_names(family, layers, names, complete=True):

@@ -23,12 +23,12 @@ from keras_geolora.adapted_model import (
 )
 from keras_geolora.files import write_whole
 from keras_geolora.lifecycle import activate_geolora, geolora_adapters
-from keras_geolora.signature import Signature, answers
+from keras_geolora.manifold import check_layers
+from keras_geolora.signature import SENTENCES, Signature, answers, is_text
 from keras_geolora.targeting import carriers, inside
 from keras_geolora.version import __version__
 
 REPORT = "geolora_report.json"
-SENTENCES = ["A first sentence.", "And a second one, which is rather longer."]
 # How far answers may be apart, relative to the largest of them.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
 LOW_PRECISION = 2e-2
@@ -131,10 +131,13 @@ def export(
             f"first. Received: model '{model.name}', which is not built"
         )
     check_not_suspended(adaptations_of(model))
+    check_layers(carriers(model).values(), "Nothing was exported.")
     path = pathlib.Path(path)
     check_version(path, version)
     names = chosen_adapters(model, adapters)
-    text = preprocess or is_text(samples)
+    signature = Signature.of(model, input_signature)
+    check_strings(model, signature)
+    text = preprocess or needs_tokens(samples, signature)
     if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
             "Strings are for KerasHub tasks, whose preprocessor makes tokens "
@@ -147,7 +150,6 @@ def export(
             "A SavedModel is written by TensorFlow, also from other backends: "
             "`python -m pip install tensorflow`. Received: no such package"
         )
-    signature = Signature.of(model, input_signature)
     if tolerance is None:
         tolerance = TOLERANCES.get(model.compute_dtype, LOW_PRECISION)
     path.mkdir(parents=True, exist_ok=True)
@@ -229,7 +231,7 @@ def save_samples(model, folder, signature, samples, preprocess, names):
     arrays, asked = {}, []
     for i, batch in enumerate(batches):
         text = batch
-        if preprocess or is_text(batch):
+        if preprocess or needs_tokens(batch, signature):
             batch = model.preprocessor(batch)
         batch = signature.named(batch)
         asked.append(batch)
@@ -252,11 +254,21 @@ def save_samples(model, folder, signature, samples, preprocess, names):
     np.savez(folder / "samples.npz", **arrays)
 
 
-def is_text(samples):
-    """Says whether samples are strings."""
-    if samples is None or isinstance(samples, dict):
-        return False
-    return isinstance(next(iter(samples), None), str)
+def check_strings(model, signature):
+    """Refuses strings where Keras has none."""
+    if signature.takes_strings() and keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "Keras calls models on strings on TensorFlow only, and an export "
+            "is compared with what the model says. Save the model by "
+            "`model.save('model.keras')`, and load and export it where "
+            f"`KERAS_BACKEND=tensorflow`. Received: model '{model.name}', "
+            f"which takes strings, on {keras.backend.backend()}"
+        )
+
+
+def needs_tokens(samples, signature):
+    """Says whether samples are strings for a model that takes tokens."""
+    return is_text(samples) and not signature.takes_strings()
 
 
 @contextlib.contextmanager

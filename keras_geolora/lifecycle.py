@@ -17,6 +17,7 @@ from keras_geolora.adapted_model import (
     warn_of_what_stays,
 )
 from keras_geolora.layers.adapter import check_rank
+from keras_geolora.low_rank_sum import svd_of_sum
 from keras_geolora.substitution import is_traced
 from keras_geolora.targeting import carriers
 
@@ -359,45 +360,26 @@ def combined_value(adaptation, variable, known, weights):
 
 
 def weighted_sum(layer, weights, rank):
-    """Returns bases and singular values of a weighted sum of updates.
-
-    With stacked factors the sum is `[U1, U2] diag(w1 S1, w2 S2) [V1, V2].T`;
-    two QR decompositions leave a small matrix whose singular value
-    decomposition is that of the sum.
-    """
+    """Returns bases and singular values of a weighted sum of updates."""
     adapters = [
         (weight, layer.adapters_by_name()[other])
         for other, weight in weights.items()
         if other in layer.adapter_names
     ]
-    U, S, V = (
-        [value_of(factor).astype("float64") for factor in factors]
-        for factors in zip(*((a.U, a.S, a.V) for _, a in adapters), strict=True)
-    )
-    strengths = [w * a.scale for w, a in adapters]
-    blocks = [c * s for c, s in zip(strengths, S, strict=True)]
-    core = np.zeros((sum(map(len, blocks)),) * 2)
-    at = 0
-    for block in blocks:
-        core[at : at + len(block), at : at + len(block)] = block
-        at += len(block)
-    if not all(np.isfinite(x).all() for x in (*U, *blocks, *V)):
+    products = [
+        (value_of(a.U), value_of(a.S).astype("float64"), value_of(a.V))
+        for _, a in adapters
+    ]
+    products = [
+        (U, w * a.scale * S, V)
+        for (w, a), (U, S, V) in zip(adapters, products, strict=True)
+    ]
+    if not all(np.isfinite(x).all() for product in products for x in product):
         raise ValueError(
             "Only finite updates can be added up. Received: a non-finite "
             f"update of layer '{layer.path}'. Nothing was combined."
         )
-    Q_U, R_U = np.linalg.qr(np.hstack(U))
-    Q_V, R_V = np.linalg.qr(np.hstack(V))
-    P, sigma, Qt = np.linalg.svd(R_U @ core @ R_V.T)
-    most = min(layer.kernel_matrix_shape)
-    # Directions of rounding noise are no part of the sum.
-    count = max(int((sigma > 1e-7 * sigma[0]).sum()), 1)
-    count = min(count, most, most if rank is None else rank)
-    return (
-        Q_U @ P[:, :count],
-        sigma[:count],
-        Q_V @ Qt[:count].T,
-    )
+    return svd_of_sum(products, rank)
 
 
 def check_weights(weights):

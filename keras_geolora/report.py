@@ -1,17 +1,20 @@
 """What a person wants to see of an adapted model."""
 
 import io
+import math
 import pathlib
 
 import numpy as np
 from keras import ops
 
+from keras_geolora import manifold
 from keras_geolora.abbreviation import abbreviated
+from keras_geolora.clipping import asked_of
 from keras_geolora.files import write_whole
 from keras_geolora.heat_map import check_can_draw, heat_map
 from keras_geolora.optimizer import UNLIMITED, find_geolora
 from keras_geolora.rank_table import read_ranks
-from keras_geolora.targeting import adapted_layers
+from keras_geolora.targeting import adapted_layers, carriers
 
 BARS = "▁▂▃▄▅▆▇█"
 # Characters for a spectrum, and for a path.
@@ -41,6 +44,9 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
     should stay below 1e-5, and what LoRA would take on the same layers: with
     the mean rank (rounded) in every one, and with the largest rank that was
     found, which it would need to give every layer the rank that it has here.
+    Notes follow where there is something to say: ranks that `enable_geolora`
+    clipped to the smaller side of a kernel, and factors that are not what a
+    training leaves, as after averaging or another optimizer.
 
     Args:
         model: `keras.Model` with adapted layers.
@@ -57,7 +63,8 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
         (a list of floats, descending, `scale` included),
         `orthogonality_error`, `discarded_share` (`None` where no `GeoLoRA`
         trains the layer), `parameter_share` (of the parameters of all
-        adapters) and `budget_share` (`None` without a budget).
+        adapters), `budget_share` (`None` without a budget) and `asked_ranks`
+        (a dict of those that were clipped; empty where none was).
 
     Raises:
         ValueError: If no layer is adapted, or `style` is unknown.
@@ -92,7 +99,10 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
         )
     optimizer = find_geolora(optimizer or getattr(model, "optimizer", None))
     rows = [
-        describe(path, layer.adapter, optimizer)
+        {
+            **describe(path, layer.adapter, optimizer),
+            "asked_ranks": asked_of(layer),
+        }
         for path, layer in layers.items()
     ]
     budget, unit = None, "ranks"
@@ -102,14 +112,19 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
     if budget is not None:
         budget = int(ops.convert_to_numpy(budget))
         budget = budget if budget < UNLIMITED else None  # not yet
-    total = sum(row["parameters"] for row in rows)
+    total = sum(row["parameters"] for row in rows) or 1
     for row in rows:
         used = row["rank"] if unit == "ranks" else row["parameters"]
         row["parameter_share"] = row["parameters"] / total
         row["budget_share"] = used / budget if budget else None
     if print_fn is not None:
         write = as_text if style == "text" else as_markdown
-        for line in write(rows, model.name, totals(rows, budget, unit)):
+        sentences = [
+            *totals(rows, budget, unit),
+            *notes_on_ranks(rows),
+            *warnings_of(carriers(model).values()),
+        ]
+        for line in write(rows, model.name, sentences):
             print_fn(line)
     return rows
 
@@ -126,8 +141,7 @@ def describe(path, adapter, optimizer=None):
         "parameters": rank * adapter.parameters_per_rank,
         "singular_values": (abs(adapter.scale) * S.diagonal()).tolist(),
         "orthogonality_error": max(
-            float(np.abs(basis.T @ basis - np.eye(rank)).max())
-            for basis in (U, V)
+            manifold.basis_error(basis, rank) for basis in (U, V)
         ),
         "discarded_share": (
             None if optimizer is None else optimizer.discarded_share(adapter)
@@ -162,6 +176,35 @@ def totals(rows, budget, unit):
     return sentences
 
 
+def notes_on_ranks(rows):
+    """Yields a sentence on ranks that were clipped, if any were."""
+    clipped = [row for row in rows if row["asked_ranks"]]
+    if not clipped:
+        return
+    listed = [
+        f"{row['path']} ("
+        + ", ".join(f"{k} {n}" for k, n in row["asked_ranks"].items())
+        + f": now {min(row['kernel_shape'])})"
+        for row in clipped[:4]
+    ]
+    more = f", ... ({len(clipped)} in all)" if len(clipped) > 4 else ""
+    yield (
+        "Ranks that were clipped to the smaller side of the kernel: "
+        f"{', '.join(listed)}{more}."
+    )
+
+
+def warnings_of(layers):
+    """Yields a warning of factors that have left the manifold, if any have."""
+    far = manifold.far_off(manifold.factors_of(layers))
+    if far:
+        yield (
+            f"Warning: {manifold.described(far)}. {manifold.RULE} Such an "
+            f"adapter is neither saved nor merged. {manifold.MEND} "
+            f"{manifold.AVERAGE}"
+        )
+
+
 def lora_parameters(rows, rank):
     """Returns the parameters of LoRA with one rank on all layers."""
     return sum(
@@ -186,14 +229,14 @@ def cells(rows, paths):
     )
     texts = []
     for row, path in zip(rows, paths, strict=True):
-        sigma = row["singular_values"]
+        sigma = row["singular_values"] or [0.0]
         share = row["budget_share" if budget else "parameter_share"]
         texts.append(
             (
                 path,
                 "x".join(map(str, row["kernel_shape"])),
                 f"{row['rank']}/{row['max_rank']}",
-                spectrum(sigma, row["max_rank"]),
+                spectrum(row["singular_values"], row["max_rank"]),
                 two_digits(sigma[0]),
                 two_digits(sigma[-1]),
                 percent(row["discarded_share"]),
@@ -267,7 +310,8 @@ def spectrum(sigma, max_rank):
     several.
     """
     width = min(max_rank, BAR_WIDTH)
-    largest = sigma[0] or 1.0
+    sigma = [x if 0 < x < math.inf else 0.0 for x in sigma]
+    largest = max(sigma, default=0.0) or 1.0
     starts = [i * max_rank // width for i in range(width)]
     return "".join(
         BARS[min(int(sigma[i] / largest * len(BARS)), len(BARS) - 1)]

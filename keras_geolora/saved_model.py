@@ -161,7 +161,7 @@ class Endpoint:
             for adaptation in adaptations
             for variable, value in adaptation.companion_values()
         ]
-        self.tracked = [v.value for v in model.variables]
+        self.tracked = [*(v.value for v in model.variables), *tables(model)]
         signature = Signature(**job["signature"])
         specs = [
             tf.TensorSpec(x["shape"], x["dtype"], name=x["name"])
@@ -186,6 +186,13 @@ class Endpoint:
 
     def mapping(self):
         return [(variable, tensor.value()) for variable, tensor in self.values]
+
+
+def tables(model):
+    """Returns what of a model is neither a variable nor made of numbers."""
+    resource = tf.saved_model.experimental.TrackableResource
+    held = tf.train.TrackableView(model).descendants()
+    return [x for x in held if isinstance(x, resource)]
 
 
 def save(endpoints, path):

@@ -11,6 +11,8 @@ from keras import ops
 LENGTHS = (8, 13)
 SIZES = (64, 96)
 BATCHES = (2, 3)
+STRING = "string"
+SENTENCES = ["A first sentence.", "And a second one, which is rather longer."]
 
 
 class Signature:
@@ -86,12 +88,11 @@ class Signature:
     def named(self, inputs):
         """Returns the inputs of a call as a dict from name to array."""
         tensors = self.named_tensors(inputs)
-        return {
-            x["name"]: np.asarray(
-                ops.convert_to_numpy(tensors[x["name"]]), dtype=x["dtype"]
-            )
-            for x in self.specs
-        }
+        return {x["name"]: as_array(tensors[x["name"]], x) for x in self.specs}
+
+    def takes_strings(self):
+        """Says whether any input is made of strings."""
+        return any(x["dtype"] == STRING for x in self.specs)
 
     def named_tensors(self, inputs):
         """Returns the inputs of a call by name.
@@ -100,6 +101,8 @@ class Signature:
             ValueError: If they are others than those of the signature.
         """
         names = [x["name"] for x in self.specs]
+        if is_text(inputs):
+            inputs = [inputs]
         if isinstance(inputs, dict):
             given = {plain_name(name): x for name, x in inputs.items()}
         elif isinstance(inputs, (list, tuple)):
@@ -116,9 +119,9 @@ class Signature:
     def draw(self, vocabulary_size=None):
         """Returns random samples, of two sizes where axes are free.
 
-        Integers are tokens below `vocabulary_size` where that is known, and
-        otherwise 0 or 1, which stand for something in every vocabulary. A
-        mask leaves out the end of every second row.
+        Strings are sentences. Integers are tokens below `vocabulary_size`
+        where that is known, and otherwise 0 or 1, which stand for something
+        in every vocabulary. A mask leaves out the end of every second row.
 
         Args:
             vocabulary_size: Int or `None`.
@@ -134,6 +137,30 @@ class Signature:
             }
             for which, batch in enumerate(BATCHES)
         ]
+
+
+def is_text(inputs):
+    """Says whether inputs are a list, or an array, of strings."""
+    if not isinstance(inputs, (list, tuple, np.ndarray)):
+        return False
+    return isinstance(next(iter(inputs), None), (str, bytes))
+
+
+def as_array(tensor, spec):
+    """Returns an input as an array; strings as bytes, as files can hold them.
+
+    Args:
+        tensor: Tensor, array or nested list.
+        spec: Dict of a `Signature`.
+    """
+    if spec["dtype"] != STRING:
+        return np.asarray(ops.convert_to_numpy(tensor), dtype=spec["dtype"])
+    array = np.asarray(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
+    texts = [x.encode() if isinstance(x, str) else x for x in array.ravel()]
+    array = np.array(texts, "bytes").reshape(array.shape)
+    # A column may be given as a list.
+    one_less = array.ndim + 1 == len(spec["shape"]) and spec["shape"][-1] == 1
+    return array[..., np.newaxis] if one_less else array
 
 
 def spec(tensor, name):
@@ -164,6 +191,8 @@ def draw(spec, batch, which, vocabulary_size, rng):
     """Returns a random array for one input."""
     lengths = SIZES if len(spec["shape"]) > 3 else LENGTHS
     shape = [batch, *(n or lengths[which] for n in spec["shape"][1:])]
+    if spec["dtype"] == STRING:
+        return as_array(rng.choice(SENTENCES, shape), spec)
     if spec["dtype"].startswith(("float", "bfloat")):
         return rng.normal(size=shape).astype(spec["dtype"])
     if "mask" in spec["name"] or spec["dtype"] == "bool":

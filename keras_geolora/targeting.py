@@ -181,6 +181,13 @@ def own_variables(layer):
     return list({id(v): v for v in own}.values())
 
 
+def kernel_shape(layer):
+    """Returns the shape of a layer's kernel as a matrix, or `None`."""
+    if layer is None or refusal(layer) is not None:
+        return None
+    return tuple(adapted_class(layer).kernel_matrix_shape.fget(layer))
+
+
 def matches(pattern, path, layer):
     """Says whether a layer itself is meant by one pattern."""
     if isinstance(pattern, str):

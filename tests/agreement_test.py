@@ -38,11 +38,7 @@ def train(optimizer, factors, x, y):
         max_rank=MAX_RANK,
     )
     model = keras.Sequential([keras.Input((INPUT_DIM,)), layer])
-    U, S, V = factors
-    missing = MAX_RANK - len(S)
-    layer.adapter.U.assign(np.pad(U, ((0, 0), (0, missing))))
-    layer.adapter.S.assign(np.pad(S, (0, missing)))
-    layer.adapter.V.assign(np.pad(V, ((0, 0), (0, missing))))
+    reference.put_factors(layer.adapter, *factors)
     model.compile(optimizer=optimizer, loss=half_squared_error)
     for x_batch, y_batch in zip(x, y, strict=True):
         model.train_on_batch(

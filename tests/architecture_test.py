@@ -14,11 +14,13 @@ PACKAGE = ROOT / "keras_geolora"
 MAY_IMPORT = {
     "integrator": [],  # sees arrays only: no layer, no variable
     "transport": ["integrator"],
-    "layers.adapter": [],
+    "manifold": [],  # factors and what is wrong with them
+    "low_rank_sum": [],  # arrays of NumPy
+    "layers.adapter": ["manifold"],
     "layouts": [],  # distributions and variables
     "keras_internals": [],  # what Keras has no public name for
     # A model loads and predicts without an optimizer.
-    "layers": ["layers", "layouts", "keras_internals"],
+    "layers": ["layers", "layouts", "keras_internals", "manifold"],
     "budget": ["integrator"],  # arrays only, too
     "groups": [
         "integrator",
@@ -62,8 +64,17 @@ MAY_IMPORT = {
         "compiled_state",
         "replicas",
         "callbacks",
+        "manifold",
     ],
-    "conversion": ["layers", "targeting", "adaptation", "adapted_model"],
+    "clipping": ["targeting"],
+    "conversion": [
+        "layers",
+        "targeting",
+        "adaptation",
+        "adapted_model",
+        "clipping",
+        "manifold",
+    ],
     "lifecycle": [
         "layers.adapter",
         "targeting",
@@ -71,6 +82,7 @@ MAY_IMPORT = {
         "adaptation",
         "adapted_model",
         "replicas",
+        "low_rank_sum",
     ],
     "compaction": ["layers.adapter", "targeting", "adapted_model"],
     # It asks the optimizer what was dropped, and for the budget.
@@ -81,6 +93,8 @@ MAY_IMPORT = {
         "heat_map",
         "rank_table",
         "files",
+        "manifold",
+        "clipping",
     ],
     "heat_map": ["abbreviation"],
     "abbreviation": [],  # strings
@@ -94,6 +108,16 @@ MAY_IMPORT = {
         "adapted_model",
         "files",
         "version",
+        "manifold",
+    ],
+    "averaging": [
+        "layers.adapter",
+        "targeting",
+        "adaptation",
+        "adapted_model",
+        "adapter_file",
+        "low_rank_sum",
+        "manifold",
     ],
     "exchange": [
         "layers",
@@ -101,6 +125,8 @@ MAY_IMPORT = {
         "adapted_model",
         "adapter_file",
         "files",
+        "low_rank_sum",
+        "manifold",
     ],
     "signature": [],  # models in general, adapted or not
     # Where Keras runs on TensorFlow: loads, merges and writes.
@@ -119,6 +145,7 @@ MAY_IMPORT = {
         "signature",
         "saved_model",
         "version",
+        "manifold",
     ],
     "__main__": ["adapter_file", "exchange"],
     "": [""],  # the package itself gathers the public names

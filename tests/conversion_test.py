@@ -260,14 +260,49 @@ def test_options_of_another_kind_are_refused(options, received):
     assert not adapted_layers(model)
 
 
-def test_a_rank_above_a_kernel_names_the_layer():
-    with pytest.raises(ValueError, match="layer 'head'.*rank_pattern"):
-        functional().enable_geolora(rank=4)
+def test_ranks_above_a_kernel_are_clipped_and_told(tmp_path):
+    model = functional()
+    model.enable_geolora(
+        rank=4, max_rank=10, min_rank=4, rank_pattern={"mix": 6}
+    )
+    adapters = {p: x.adapter for p, x in adapted_layers(model).items()}
+    assert {
+        path: (a.min_rank, a.rank, a.max_rank) for path, a in adapters.items()
+    } == {"hidden": (4, 4, 8), "mix": (4, 6, 10), "head": (3, 3, 3)}
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for found in (model, loaded):
+        lines = []
+        rows = found.geolora_summary(print_fn=lines.append)
+        assert [row["asked_ranks"] for row in rows] == [
+            {"max_rank": 10},
+            {},
+            {"min_rank": 4, "rank": 4, "max_rank": 10},
+        ]
+        assert lines[-1].endswith(
+            "hidden (max_rank 10: now 8), "
+            "head (min_rank 4, rank 4, max_rank 10: now 3)."
+        )
+    train(loaded)
+
+
+def test_a_rank_by_default_has_room_in_a_layer_of_two_outputs():
+    model = keras.Sequential(
+        [keras.Input((32,)), keras.layers.Dense(16), keras.layers.Dense(2)]
+    )
+    model.enable_geolora(rank_pattern={"dense_?.*": 20})
+    assert [layer.rank for layer in model.layers] == [16, 2]
+    (first, _) = model.geolora_summary(print_fn=None)
+    assert first["asked_ranks"] == {"rank": 20}
+
+
+def test_ranks_that_contradict_each_other_name_the_layer():
+    with pytest.raises(ValueError, match="max_rank=4.*'hidden'.*rank_pattern"):
+        functional().enable_geolora(rank=5, max_rank=4)
 
 
 @pytest.mark.parametrize(
-    "rank, error",
-    [(0, ValueError), (-2, ValueError), (4, ValueError), (1.5, TypeError)],
+    "rank, error", [(0, ValueError), (-2, ValueError), (1.5, TypeError)]
 )
 def test_a_wrong_rank_is_refused_and_nothing_changes(rank, error):
     model, x = functional(), random((5, 8))

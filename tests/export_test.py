@@ -298,6 +298,54 @@ def test_arguments_are_checked_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def reader_of_strings():
+    vectorize = keras.layers.TextVectorization(20, output_sequence_length=4)
+    vectorize.adapt(["good film", "bad film"])
+    model = keras.Sequential(
+        [
+            keras.Input((1,), dtype="string"),
+            vectorize,
+            keras.layers.Embedding(20, 8),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(3, name="score"),
+        ]
+    )
+    model.enable_geolora(rank=2, targets="all", seed=0)
+    model.get_layer("score").adapter.S.assign(np.diag([2.0, 1.0, 0.0]))
+    return model
+
+
+@pytest.mark.parametrize("samples", [None, ["good film", "bad"]])
+def test_a_model_that_takes_strings(tmp_path, samples):
+    model = reader_of_strings()
+    if not ON_TENSORFLOW:
+        match = "on strings on TensorFlow only.*takes strings, on"
+        with pytest.raises(ValueError, match=match):
+            keras_geolora.export(model, tmp_path, samples=samples)
+        assert not list(tmp_path.iterdir())
+        return
+    report = keras_geolora.export(
+        model, tmp_path, samples=samples, verbose=False
+    )
+    assert report["same_operations"]
+    served = serving.load(tmp_path / "1")
+    (name,) = report["signatures"]["serving_default"]["inputs"]
+    x = np.array([["a good film"], ["bad"], ["gööd"]])
+    found = served({name: np.char.encode(x, "utf-8")})["score"]
+    expected = keras.ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-4
+
+
+def test_samples_of_strings_have_the_shape_of_the_input():
+    signature = Signature.of(reader_of_strings())
+    (found,) = signature.named(["ä", "bad film"]).values()
+    assert found.shape == (2, 1) and found[0, 0] == "ä".encode()
+    for drawn, rows in zip(signature.draw(), (2, 3), strict=True):
+        (array,) = drawn.values()
+        assert array.shape == (rows, 1) and array.dtype.kind == "S"
+
+
 def test_a_missing_tensorflow_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

@@ -59,6 +59,14 @@ def random_factors(rng, input_dim, output_dim, sigma):
     return U, np.diag(np.asarray(sigma, "float64")), V
 
 
+def put_factors(adapter, U, S, V):
+    """Gives an adapter factors, filled up with zeros."""
+    missing = adapter.max_rank - len(S)
+    adapter.U.assign(np.pad(U, ((0, 0), (0, missing))))
+    adapter.S.assign(np.pad(S, (0, missing)))
+    adapter.V.assign(np.pad(V, ((0, 0), (0, missing))))
+
+
 class Adam:
     """Adam on the manifold: moments that follow the bases, by the book.
 

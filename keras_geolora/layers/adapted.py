@@ -18,6 +18,7 @@ from keras_geolora.layers.adapter import (
     merging_pays,
 )
 from keras_geolora.layouts import apart_from_map, factor_layouts, settle
+from keras_geolora.manifold import check_values
 
 # The name of the adapter where nobody gave it one.
 DEFAULT = "default"
@@ -314,6 +315,11 @@ class AdaptedLayer:
         config = self._adapters[name].get_config()
         options = "rank", "max_rank", "min_rank", "scale", "dropout", "seed"
         return {option: config[option] for option in options}
+
+    def set_weights(self, weights):
+        """As the Keras layer; refuses factors that are not on the manifold."""
+        check_values(self.weights, weights)
+        super().set_weights(weights)
 
     def activate_adapter(self, name):
         """Makes one adapter the one that acts, and trains if the layer does.

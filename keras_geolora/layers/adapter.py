@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_geolora import manifold
+
 
 class Factor:
     """Marks a variable as one factor of an adapter.
@@ -111,6 +113,9 @@ class LowRankAdapter(keras.layers.Layer):
     References:
         Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
     """
+
+    # What was wrong with the factors of the last file.
+    _refused = None
 
     def __init__(
         self,
@@ -268,6 +273,38 @@ class LowRankAdapter(keras.layers.Layer):
             np.array(ops.convert_to_numpy(x)) for x in (self.U, self.S, self.V)
         )
         return U[:, :rank], S[:rank, :rank], V[:, :rank]
+
+    def save_own_variables(self, store):
+        """As the Keras layer; refuses factors that have left the manifold."""
+        manifold.check_factors(
+            {manifold.name_of(self.U): (self.U, self.S, self.V)},
+            f"They were not saved. {manifold.MEND} {manifold.AVERAGE}",
+        )
+        super().save_own_variables(store)
+
+    def load_own_variables(self, store):
+        """As the Keras layer; refuses factors that are not on the manifold."""
+        given = [store[key] for key in sorted(store.keys())]
+        if not given and self._refused is not None:
+            # Keras tries again elsewhere in the file, and tells the last error.
+            raise ValueError(self._refused)
+        self._refused = None
+        try:
+            if len(given) == 3 and manifold.have_shapes(*given):
+                manifold.check_factors(
+                    {manifold.name_of(self.U): given},
+                    "This adapter was left as it was; other weights of the "
+                    f"file may be in the model already. {manifold.AVERAGE}",
+                )
+        except ValueError as error:
+            self._refused = str(error)
+            raise
+        super().load_own_variables(store)
+
+    def set_weights(self, weights):
+        """As the Keras layer; refuses factors that are not on the manifold."""
+        manifold.check_values(self.weights, weights)
+        super().set_weights(weights)
 
     @property
     def parameters_per_rank(self):

@@ -1,0 +1,294 @@
+"""The mean of what several clients learned, for federated training."""
+
+import os
+
+import keras
+import numpy as np
+
+from keras_geolora import manifold
+from keras_geolora.adaptation import value_of
+from keras_geolora.adapted_model import (
+    check_model,
+    check_not_suspended,
+)
+from keras_geolora.adapter_file import (
+    AdapterFileError,
+    Fit,
+    adaptation_to_save,
+    padded,
+    read_adapter,
+)
+from keras_geolora.layers.adapter import Factor, check_rank
+from keras_geolora.low_rank_sum import svd_of_sum
+from keras_geolora.targeting import inside, is_carrier, is_leaf
+
+
+def average_geolora(model, clients, weights=None, rank=None):
+    """Gives the active adapter the weighted mean of what clients learned.
+
+    The mean of factors is the factor of nothing. This takes the mean of the
+    updates `U S V.T`, truncated to the best approximation of a rank, without
+    forming it. Biases, `modules_to_save`, heads and what else trained become
+    plain means.
+
+    Compile the model anew before you train it further: what an optimizer
+    remembers belongs to other bases. Also a method of every `keras.Model`:
+    `model.average_geolora(clients)`.
+
+    Args:
+        model: `keras.Model` on which `enable_geolora` was called.
+        clients: List with an entry for every client: the path of a file of
+            `save_geolora`, or the list of arrays that `get_weights` returns
+            of a model that was adapted in the same way. Ranks and the widths
+            of buffers may differ.
+        weights: List of a number for every client, at least 0, such as the
+            number of its examples. Only their proportions matter. Defaults
+            to equal ones.
+        rank: Int, to which means are truncated, as far as buffers go.
+            Defaults to `None`: what the buffers hold, `max_rank`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`, or `rank` no integer.
+        ValueError: If a client does not fit the model, its factors are not
+            those of an adapter, or a weight is below 0. The model is
+            unchanged then.
+        OSError: If there is no such file.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_geolora
+
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    start, clients, updates = model.get_weights(), [], []
+    for part in (slice(0, 32), slice(32, 64)):
+        model.set_weights(start)
+        model.compile(keras_geolora.GeoLoRA("adam"), loss="mse")
+        model.fit(x[part], x[part, :4], verbose=0)
+        clients.append(model.get_weights())
+        updates.append(keras.ops.convert_to_numpy(model.layers[0].delta()))
+    model.average_geolora(clients, weights=[1, 3])
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(model.layers[0].delta()),
+        0.25 * updates[0] + 0.75 * updates[1],
+        atol=1e-6,
+    )
+    ```
+    """
+    check_model(model)
+    adaptation = adaptation_to_save(model)
+    check_not_suspended([adaptation])
+    shares = shares_of(clients, weights)
+    if rank is not None:
+        check_rank("rank", rank, 1, float("inf"))
+    read = [read_client(model, i, client) for i, client in enumerate(clients)]
+    adapters = {
+        path: layer.adapters_by_name()[adaptation.active]
+        for path, layer in adaptation.adapters[adaptation.active].layers.items()
+    }
+    # All that can fail comes first.
+    factors = {
+        path: mean_factors(
+            adapter, [client.factors[path] for client in read], shares, rank
+        )
+        for path, adapter in adapters.items()
+    }
+    values = mean_values([client.values for client in read], shares)
+
+    for path, adapter in adapters.items():
+        for role, factor in zip("USV", factors[path], strict=True):
+            variable = getattr(adapter, role)
+            variable.assign(padded(factor, variable.shape))
+    for variable, value in values:
+        variable.assign(value)
+    return model
+
+
+class Client:
+    """What a client learned.
+
+    Attributes:
+        factors: Dict from the path of a layer to `U`, `S` and `V`.
+        values: List of pairs of a variable that is no factor and its value.
+    """
+
+    def __init__(self, factors, values, name):
+        self.factors = factors
+        self.values = values
+        for three in factors.values():
+            if not manifold.have_shapes(*three):
+                raise ValueError(
+                    f"The factors of a client must fit each other. {name}"
+                )
+        manifold.check_factors(factors, f"{name} Nothing was averaged.")
+
+
+def read_client(model, index, client):
+    """Returns the `Client` of a path or of a list of arrays."""
+    if isinstance(client, (str, os.PathLike)):
+        return client_of_file(model, client)
+    return client_of_weights(model, index, client)
+
+
+def client_of_file(model, path):
+    """Reads a client from a file of `save_geolora`."""
+    description, tensors = read_adapter(path)
+    name = model.geolora_adaptation.active
+    fit = Fit(model, name, description, tensors, any_rank=True)
+    if fit.differences:
+        listed = "\n".join(f"- {line}" for line in fit.differences)
+        raise AdapterFileError(
+            f"'{path}' does not fit adapter '{name}' of model '{model.name}':\n"
+            f"{listed}\nNothing was averaged."
+        )
+    factors = {
+        layer_path: [tensors[f"{layer_path}.{role}"] for role in "USV"]
+        for layer_path in fit.layers
+    }
+    return Client(factors, fit.weights, f"They are those of '{path}'.")
+
+
+def client_of_weights(model, index, arrays):
+    """Reads a client from what `get_weights` returned."""
+    adaptation = model.geolora_adaptation
+    variables = model.weights
+    if not isinstance(arrays, (list, tuple)) or len(arrays) != len(variables):
+        raise ValueError(
+            "A client is the path of a file of `save_geolora`, or the list of "
+            f"the {len(variables)} arrays that `get_weights` returns of a "
+            "model adapted like this one. Received: "
+            + (
+                f"{len(arrays)} arrays"
+                if isinstance(arrays, (list, tuple))
+                else f"{arrays!r} (of type {type(arrays).__name__})"
+            )
+            + f" as client {index}"
+        )
+    arrays = [np.asarray(x) for x in arrays]
+    place = {id(v): i for i, v in enumerate(variables)}
+    factors = {}
+    for path, layer in adaptation.adapters[adaptation.active].layers.items():
+        adapter = layer.adapters_by_name()[adaptation.active]
+        factors[path] = [
+            arrays[place[id(v)]] for v in (adapter.U, adapter.S, adapter.V)
+        ]
+    learned = what_learns(model)
+    values = []
+    for variable, value in zip(variables, arrays, strict=True):
+        if isinstance(variable.constraint, Factor):
+            continue
+        if value.shape != tuple(variable.shape):
+            raise ValueError(
+                "The weights of a client must have the shapes of the model's. "
+                f"Received: {value.shape} for '{variable.path}' of shape "
+                f"{tuple(variable.shape)}, from client {index}"
+            )
+        if id(variable) in learned:
+            values.append((variable, value))
+        elif not np.array_equal(value, value_of(variable)):
+            raise ValueError(
+                "Updates can be averaged that belong to the same frozen "
+                f"weights. Received: other values of '{variable.path}' from "
+                f"client {index}"
+            )
+    return Client(factors, values, f"They are those of client {index}.")
+
+
+def what_learns(model):
+    """Returns the ids of the variables, but factors, that training changes."""
+    adaptation = model.geolora_adaptation
+    learned = {id(v) for v in model.trainable_variables}
+    learned |= {
+        id(v) for v in adaptation.adapters[adaptation.active].companions
+    }
+    for layer in inside(model):
+        # Statistics of a layer that somebody made trainable by hand.
+        if is_leaf(layer) and layer.trainable and not is_carrier(layer):
+            learned |= {id(v) for v in layer.weights}
+    return learned
+
+
+def mean_factors(adapter, factors, shares, rank):
+    """Returns `U`, `S` and `V` of the weighted mean of updates.
+
+    Args:
+        adapter: `LowRankAdapter` that is to hold them.
+        factors: List of `(U, S, V)` of the clients.
+        shares: List of floats whose sum is 1.
+        rank: Int or `None`.
+    """
+    shape = adapter.input_dim, adapter.output_dim
+    for U, _, V in factors:
+        if (len(U), len(V)) != shape:
+            raise ValueError(
+                "The updates of a client must have the shapes of the model's. "
+                f"Received: {(len(U), len(V))} for '{adapter.U.path}', where "
+                f"the model has {shape}"
+            )
+    largest = adapter.max_rank if rank is None else min(rank, adapter.max_rank)
+    U, sigma, V = svd_of_sum(
+        [
+            (U, share * np.asarray(S, "float64"), V)
+            for share, (U, S, V) in zip(shares, factors, strict=True)
+        ],
+        largest,
+        adapter.min_rank,
+    )
+    return U, np.diag(sigma), V
+
+
+def mean_values(clients, shares):
+    """Returns pairs of a variable and the weighted mean of its values.
+
+    Args:
+        clients: List of lists of such pairs.
+        shares: List of floats whose sum is 1.
+    """
+    sums, variables = {}, {}
+    for share, pairs in zip(shares, clients, strict=True):
+        for variable, value in pairs:
+            variables[id(variable)] = variable
+            part = share * np.asarray(value, "float64")
+            sums[id(variable)] = sums.get(id(variable), 0.0) + part
+    return [
+        (v, sums[key] if is_float(v) else np.rint(sums[key]))
+        for key, v in variables.items()
+    ]
+
+
+def is_float(variable):
+    """Says whether a variable holds real numbers."""
+    return keras.backend.is_float_dtype(variable.dtype)
+
+
+def shares_of(clients, weights):
+    """Returns the shares of the clients in a mean."""
+    if not isinstance(clients, (list, tuple)) or not clients:
+        raise ValueError(
+            "`clients` is a list with the path of a file of `save_geolora`, or "
+            "the list of `get_weights`, for every client. Received: "
+            f"clients={clients!r}"
+        )
+    if weights is None:
+        weights = [1.0] * len(clients)
+    numbers = np.asarray(weights)
+    if (
+        numbers.shape != (len(clients),)
+        or numbers.dtype.kind not in "iuf"
+        or not np.isfinite(numbers).all()
+        or numbers.min() < 0
+        or not numbers.any()
+    ):
+        raise ValueError(
+            "`weights` gives a number of at least 0 to each client, not all "
+            f"of them 0. Received: weights={weights!r} for {len(clients)} "
+            "clients"
+        )
+    return (numbers / numbers.sum()).tolist()

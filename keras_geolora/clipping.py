@@ -1,0 +1,51 @@
+"""Ranks that no update of a kernel can have, and what they become."""
+
+import operator
+
+from keras_geolora.targeting import kernel_shape
+
+
+def clipped(options, layer):
+    """Brings ranks down to the smaller side of a kernel.
+
+    Ranks that contradict each other are left for `LowRankAdapter` to refuse.
+
+    Args:
+        options: Dict of the arguments of `LowRankAdapter`.
+        layer: Layer that can carry an adapter.
+
+    Returns:
+        The options to take, and a dict of those ranks that were larger.
+    """
+    largest = min(kernel_shape(layer))
+    ranks = {
+        name: operator.index(options[name])
+        for name in ("min_rank", "rank", "max_rank")
+        if is_count(options[name])
+    }
+    if len(ranks) < 2 or list(ranks.values()) != sorted(ranks.values()):
+        return options, {}
+    too_large = {name: n for name, n in ranks.items() if n > largest}
+    return {**options, **dict.fromkeys(too_large, largest)}, too_large
+
+
+def is_count(value):
+    """Says whether a value is an integer."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def asked_of(layer):
+    """Returns the ranks that `enable_geolora` clipped, as they were asked for.
+
+    Args:
+        layer: Adapted layer.
+
+    Returns:
+        Dict of the larger ones of `rank`, `max_rank` and `min_rank`; empty
+        where nothing was clipped.
+    """
+    if layer.adaptation is None:
+        return {}
+    adapter = layer.adaptation.adapters[layer.adaptation.active]
+    found = (path for path, x in adapter.layers.items() if x is layer)
+    return adapter.clipped.get(next(found, None), {})

@@ -1,0 +1,46 @@
+"""The factors of a sum of products, without the sum."""
+
+import numpy as np
+
+
+def svd_of_sum(products, rank=None, min_rank=1):
+    """Returns `U, sigma, V` with `U diag(sigma) V.T = sum of A @ C @ B.T`.
+
+    With stacked factors the sum is `[A1, A2] diag(C1, C2) [B1, B2].T`; two QR
+    decompositions leave a small matrix, whose singular value decomposition is
+    that of the sum. Singular values that are rounding noise are left out.
+
+    Args:
+        products: List of `(A, C, B)`, arrays of shapes `(input_dim, r)`,
+            `(r, s)` and `(output_dim, s)`, finite.
+        rank: Int, the largest number of singular values. Defaults to all.
+        min_rank: Int, how many are kept at least, also of value zero, if
+            the products have so many columns. Defaults to 1.
+
+    Returns:
+        Float64 arrays of shapes `(input_dim, k)`, `(k,)`, descending, and
+        `(output_dim, k)`. `U` and `V` have orthonormal columns.
+    """
+    A, C, B = (
+        [np.asarray(x, "float64") for x in factors]
+        for factors in zip(*products, strict=True)
+    )
+    Q_A, R_A = np.linalg.qr(np.hstack(A))
+    Q_B, R_B = np.linalg.qr(np.hstack(B))
+    P, sigma, Qt = np.linalg.svd(R_A @ block_diagonal(C) @ R_B.T)
+    count = max(int((sigma > 1e-7 * sigma[0]).sum()), min_rank)
+    count = min(count, len(sigma), len(sigma) if rank is None else rank)
+    return Q_A @ P[:, :count], sigma[:count], Q_B @ Qt[:count].T
+
+
+def block_diagonal(blocks):
+    """Returns the matrix with blocks along its diagonal, and zeros beside."""
+    rows, columns = np.sum([block.shape for block in blocks], axis=0)
+    matrix = np.zeros((rows, columns))
+    row = column = 0
+    for block in blocks:
+        matrix[row : row + block.shape[0], column : column + block.shape[1]] = (
+            block
+        )
+        row, column = row + block.shape[0], column + block.shape[1]
+    return matrix
