@@ -41,16 +41,33 @@ def fit(model, x=X, y=Y, epochs=3):
     return model
 
 
+def moved(seed=0, **options):
+    """A model with values as some training might leave them."""
+    model, rng = adapted(**options), np.random.default_rng(seed)
+    for name in ("hidden", "head"):
+        layer = model.get_layer(name)
+        adapter = getattr(layer, "adapter", None)
+        if adapter is not None:
+            shape = adapter.input_dim, adapter.output_dim
+            factors = reference.random_factors(rng, *shape, [0.5, 0.2])
+            reference.put_factors(adapter, *factors)
+        layer.bias.assign(rng.normal(size=layer.bias.shape))
+    for variable in model.get_layer("norm").weights:
+        variable.assign(rng.uniform(1, 2, size=variable.shape))
+    return model
+
+
 def spoil(adapter, size=1e-2):
     """Moves the factors as an ordinary optimizer does."""
     rng = np.random.default_rng(1)
     for factor in (adapter.U, adapter.S, adapter.V):
+        value = ops.convert_to_numpy(factor)
         noise = size * rng.normal(size=factor.shape)
-        factor.assign(ops.convert_to_numpy(factor) + noise)
+        factor.assign(value + noise * (value != 0))
 
 
 def spoiled():
-    model = fit(adapted())
+    model = moved()
     spoil(model.get_layer("hidden").adapter)
     return model
 
@@ -138,7 +155,7 @@ def test_nothing_is_written_of_factors_that_are_none(tmp_path, way):
 
 @pytest.mark.parametrize("way", ["save", "save_weights", "save_geolora"])
 def test_an_older_file_stays_whole(tmp_path, way):
-    model = fit(adapted())
+    model = moved()
     WAYS_OUT[way](model, tmp_path / "file")
     (file,) = tmp_path.iterdir()
     before = file.read_bytes()
@@ -206,9 +223,9 @@ def test_the_summary_shows_what_is_broken(value):
 
 
 def mean_of_clients():
-    """A model at its start, and the mean of the weights of two trainings."""
+    """A model at its start, and the mean of the weights of two others."""
     model = adapted()
-    clients = [fit(adapted(), X[i:], Y[i:]).get_weights() for i in (0, 16)]
+    clients = [moved(seed).get_weights() for seed in (1, 2)]
     return model, [np.mean(w, axis=0) for w in zip(*clients, strict=True)]
 
 
@@ -257,11 +274,6 @@ def test_files_of_factors_that_are_none_are_refused(tmp_path, monkeypatch):
 # Means of updates.
 
 
-def clients_of(parts=(slice(0, 16), slice(8, 32)), **options):
-    """Trains copies on parts of the data; returns their models."""
-    return [fit(adapted(**options), X[p], Y[p]) for p in parts]
-
-
 def best(matrix, rank):
     P, sigma, Qt = np.linalg.svd(matrix, full_matrices=False)
     return (P[:, :rank] * sigma[:rank]) @ Qt[:rank]
@@ -270,7 +282,7 @@ def best(matrix, rank):
 @pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("source", ["arrays", "files"])
 def test_the_mean_of_updates_is_what_it_says(tmp_path, source, rank):
-    clients = clients_of(scale=0.5)
+    clients = [moved(seed, scale=0.5) for seed in (1, 2)]
     given = [client.get_weights() for client in clients]
     if source == "files":
         given = [tmp_path / "0.safetensors", str(tmp_path / "1.safetensors")]
@@ -294,7 +306,6 @@ def test_the_mean_of_updates_is_what_it_says(tmp_path, source, rank):
         np.testing.assert_allclose(
             ops.convert_to_numpy(get(model)), 0.25 * one + 0.75 * other, 1e-5
         )
-    fit(model, epochs=1)
     model.save(tmp_path / "model.keras")
 
 
@@ -312,17 +323,14 @@ def test_rounds_of_averaging_learn():
 
 
 def test_clients_may_have_other_buffers():
-    one, other = clients_of()
-    given = [other.get_weights()]
-    expected = delta(other.get_layer("hidden"))
+    one, other = moved(1), moved(2)
     one.compact_geolora(multiple=1)
-    other.compact_geolora(multiple=1)
-    given.append(other.get_weights())
     model = adapted(max_rank=3)
-    model.average_geolora(given)
-    np.testing.assert_allclose(
-        delta(model.get_layer("hidden")), best(expected, 3), atol=1e-6
+    model.average_geolora([one.get_weights(), other.get_weights()])
+    one, other, mean = (
+        delta(m.get_layer("hidden")) for m in (one, other, model)
     )
+    np.testing.assert_allclose(mean, best((one + other) / 2, 3), atol=1e-6)
 
 
 def test_a_mean_of_nothing_keeps_the_least_rank():
@@ -333,15 +341,12 @@ def test_a_mean_of_nothing_keeps_the_least_rank():
 
 
 def test_what_was_made_trainable_by_hand_is_averaged():
-    def thawed():
-        model = adapted(exclude="head")
-        model.get_layer("head").trainable = True
-        return fit(model)
-
-    one, other = thawed(), thawed()
-    head = other.get_layer("head")
-    head.kernel.assign(3 * head.kernel)
-    model = thawed()
+    models = [adapted(exclude="head") for _ in range(3)]
+    for size, model in enumerate(models):
+        head = model.get_layer("head")
+        head.trainable = True
+        head.kernel.assign((2 * size + 1) * head.kernel)
+    one, other, model = models
     model.average_geolora([one.get_weights(), other.get_weights()])
     np.testing.assert_allclose(
         ops.convert_to_numpy(model.get_layer("head").kernel),
@@ -352,7 +357,7 @@ def test_what_was_made_trainable_by_hand_is_averaged():
 
 def unlike(change):
     """Weights of a client, of which one entry is another."""
-    weights = fit(adapted()).get_weights()
+    weights = moved().get_weights()
     model = adapted()
     # Without the name of the model, which Keras counts up.
     paths = [v.path.partition("/")[2] for v in model.weights]
