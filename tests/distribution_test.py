@@ -54,7 +54,7 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, forked):
     """Runs a training in processes of its own, once for equal options."""
     found = {}
     environment = {

@@ -61,6 +61,7 @@ def folder_of(tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("block, need", list(blocks()))
 def test_documented_code_runs(block, need, folder_of, monkeypatch):
     folder = folder_of(block.path)

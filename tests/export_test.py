@@ -21,6 +21,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The functions of the module, which the public function hides.
 export_module = sys.modules["keras_geolora.export"]
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+PYTHON = sys.executable  # no fork: what it imports is looked at
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 def tokens(rows, length, seed=0):
@@ -340,7 +343,7 @@ def test_importing_the_library_does_not_import_tensorflow():
     if ON_TENSORFLOW:
         pytest.skip("Keras itself imports TensorFlow there")
     subprocess.run(
-        [sys.executable, "-c", code],
+        [PYTHON, "-c", code],
         check=True,
         env=dict(os.environ, PYTHONPATH=str(ROOT)),
     )

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 
 @pytest.fixture(scope="module")
-def served(data, tmp_path_factory):  # noqa: F811  the fixture
+def served(data, tmp_path_factory, forked):  # noqa: F811  the fixture
     """A folder with two versions: tokens in, strings in; and answers."""
     preset, texts, liked = data
     keras.utils.set_random_seed(0)
