@@ -295,6 +295,7 @@ def run_fresh(folder, backend, imports, load=LOAD):
     )
 
 
+@pytest.mark.slow("takes a process of its own")
 @pytest.mark.parametrize(
     "imports, load",
     [
@@ -303,9 +304,7 @@ def run_fresh(folder, backend, imports, load=LOAD):
     ],
     ids=["keras", "pickle"],
 )
-def test_a_fresh_process_continues_bit_for_bit(
-    tmp_path, forked, imports, load
-):
+def test_a_fresh_process_continues_bit_for_bit(tmp_path, forked, imports, load):
     model = adapted()
     fit(model, 2)
     model.save(tmp_path / "run.keras")
@@ -320,6 +319,7 @@ def test_a_fresh_process_continues_bit_for_bit(
         )
 
 
+@pytest.mark.slow("takes a process of another backend")
 @pytest.mark.parametrize("backend", OTHERS)
 def test_another_backend_takes_over(tmp_path, forked, backend):
     if importlib.util.find_spec(backend) is None:
