@@ -172,6 +172,11 @@ def run_python(session, backend, *command):
         # A limit of JAX has it look at all files for each that it writes.
         "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
     }
+    if "pytest" in command:
+        # Most programs of the tests run a few times only: compiled as a whole,
+        # a small BERT takes a third of the time without optimizations. Some
+        # tests turn them on again, see `optimized` in `tests/conftest.py`.
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if backend == "jax":
         shrink(JAX_CACHE, JAX_CACHE_SIZE)
     session.run(str(FRAMEWORKS / "bin" / "python"), *command, env=env)

@@ -116,3 +116,23 @@ def forked(forking_python):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", forking_python)
         yield
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Has JAX optimize what it compiles, as it does for users.
+
+    `nox -s tests` turns that off, since most programs run a few times only and
+    take longer to compile. Long and real trainings run as users see them.
+    """
+    import keras  # not in the process that only hands out tests
+
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

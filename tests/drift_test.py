@@ -9,6 +9,8 @@ from keras_geolora import GeoLoRA, GeoLoRADense
 
 STEPS = 10_000
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def random_gradients(size):
     """A loss whose gradient is random and of a given size."""

@@ -10,6 +10,8 @@ from keras_geolora import GeoLoRA, GeoLoRADense
 INPUT_DIM, OUTPUT_DIM, TRUE_RANK = 96, 64, 6
 STEPS, BATCH = 400, 64
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def regression():

@@ -14,6 +14,8 @@ from keras_geolora import GeoLoRA
 
 SENTENCES = 96
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def data():
