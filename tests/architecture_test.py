@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.backend_independent("it reads source code")
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_geolora"
 

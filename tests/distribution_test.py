@@ -24,6 +24,7 @@ PARTS = [pair for pair in ENGINES if pair[0] == "model_parallel"]
 WHOLE = [pair for pair in ENGINES if pair not in PARTS]
 SCALED = ("--accumulate", "2", "--loss-scale")
 LIMIT = 240  # seconds
+slow = pytest.mark.slow("trains in processes of its own")
 
 
 class Training:
@@ -54,7 +55,7 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, forked):
     """Runs a training in processes of its own, once for equal options."""
     found = {}
     environment = {
@@ -106,6 +107,7 @@ def assert_replicas_agree(training, count):
     assert all(found == ranks[0] for found in ranks)
 
 
+@pytest.mark.backend_independent("it watches processes of any kind")
 def test_no_process_waits_for_one_that_failed():
     spec = importlib.util.spec_from_file_location("distributed", SCRIPT)
     script = importlib.util.module_from_spec(spec)
@@ -121,6 +123,7 @@ def test_no_process_waits_for_one_that_failed():
             process.wait()
 
 
+@slow
 @EVERY_ENGINE
 @pytest.mark.parametrize("options", [(), SCALED], ids=["plain", "scaled"])
 def test_several_replicas_train_as_one(run, engine, replicas, options):
@@ -129,6 +132,7 @@ def test_several_replicas_train_as_one(run, engine, replicas, options):
     assert_replicas_agree(spread, replicas)
 
 
+@slow
 @EVERY_ENGINE
 def test_replicas_stay_bit_identical(run, engine, replicas):
     options = ("--steps", "200", "--budget", "12")
@@ -137,6 +141,7 @@ def test_replicas_stay_bit_identical(run, engine, replicas):
     assert sum(training.processes[0]["ranks"]) <= 12
 
 
+@slow
 @EVERY_ENGINE
 def test_all_replicas_skip_what_one_cannot_take(run, engine, replicas):
     # Where a direction joins, rounding is magnified for a few steps: compare
@@ -162,6 +167,7 @@ def saved(run, tmp_path_factory):
 REST = ("--steps", "25", "--first-step", "25", "--load")
 
 
+@slow
 @EVERY_ENGINE
 def test_training_resumes_on_one_replica(
     run, engine, replicas, saved, tmp_path
@@ -172,6 +178,7 @@ def test_training_resumes_on_one_replica(
     assert_same(run("single", 1, *REST, saved), resumed)
 
 
+@slow
 @EVERY_ENGINE
 def test_training_of_one_resumes_on_several(run, engine, replicas, saved):
     resumed = run(engine, replicas, *REST, saved)
@@ -179,6 +186,7 @@ def test_training_of_one_resumes_on_several(run, engine, replicas, saved):
     assert_same(run("single", 1, *REST, saved), resumed)
 
 
+@slow
 @pytest.mark.parametrize("engine, replicas", WHOLE)
 def test_replicas_exchange_gradients_of_factors_only(run, engine, replicas):
     training = run(engine, replicas, "--steps", "2", "--count")
@@ -190,6 +198,7 @@ def test_replicas_exchange_gradients_of_factors_only(run, engine, replicas):
     assert sum(sizes) <= 1.01 * (factors + cores + plain) + 64
 
 
+@slow
 @pytest.mark.parametrize("batch", [16, 32])  # without and with merged kernels
 @pytest.mark.parametrize("engine, replicas", PARTS)
 def test_parts_of_a_model_exchange_no_kernel(run, engine, replicas, batch):

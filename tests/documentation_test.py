@@ -61,6 +61,7 @@ def folder_of(tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("block, need", list(blocks()))
 def test_documented_code_runs(block, need, folder_of, monkeypatch):
     folder = folder_of(block.path)
@@ -79,6 +80,7 @@ def test_documented_code_runs(block, need, folder_of, monkeypatch):
     block.evaluate()
 
 
+@pytest.mark.backend_independent("it reads pages")
 @pytest.mark.parametrize("path", PAGES + MODULES, ids=name)
 def test_no_python_block_hides_behind_another_name(path):
     languages = set(FENCE.findall(path.read_text("utf-8")))

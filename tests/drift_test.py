@@ -2,11 +2,14 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from keras_geolora import GeoLoRA, GeoLoRADense
 
 STEPS = 10_000
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def random_gradients(size):
@@ -18,6 +21,7 @@ def random_gradients(size):
     return loss
 
 
+@pytest.mark.slow("ten thousand steps, one after the other")
 def test_bases_stay_orthonormal_for_10000_random_steps():
     rng = np.random.default_rng(3)
     sizes = (1e-12, 1.0, 1e12, 0.0)

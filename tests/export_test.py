@@ -21,6 +21,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The functions of the module, which the public function hides.
 export_module = sys.modules["keras_geolora.export"]
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+PYTHON = sys.executable  # no fork: what it imports is looked at
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 def tokens(rows, length, seed=0):
@@ -231,6 +234,7 @@ def test_a_class_that_is_not_registered_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.backend_independent("it looks at folders")
 def test_versions_count_up_and_are_never_overwritten(tmp_path):
     (tmp_path / "7").mkdir()
     assert export_module.next_version(tmp_path) == 8
@@ -243,6 +247,7 @@ def test_versions_count_up_and_are_never_overwritten(tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["7"]
 
 
+@pytest.mark.backend_independent("it looks at folders")
 def test_somebody_elses_version_is_not_lost(tmp_path):
     written = tmp_path / ".export-mine"
     written.mkdir()
@@ -353,6 +358,10 @@ def test_a_missing_tensorflow_is_named(tmp_path, monkeypatch):
         keras_geolora.export(model, tmp_path)
 
 
+# The process in which TensorFlow writes runs the same way for all backends.
+of_the_writer = pytest.mark.backend_independent("it watches the writer")
+
+
 @pytest.fixture
 def job(tmp_path):
     (tmp_path / "job.json").write_text(
@@ -367,16 +376,19 @@ def job(tmp_path):
     return tmp_path
 
 
+@of_the_writer
 def test_the_last_words_of_a_failed_process_are_shown(job):
     with pytest.raises(keras_geolora.ExportError, match="'baseline'"):
         export_module.run_writer(job, lambda line: None, timeout=300)
 
 
+@of_the_writer
 def test_a_process_that_takes_too_long_is_ended(job):
     with pytest.raises(keras_geolora.ExportError, match=r"timeout=0\.1"):
         export_module.run_writer(job, lambda line: None, timeout=0.1)
 
 
+@of_the_writer
 def test_classes_of_a_script_are_refused_by_name(job):
     (job / "job.json").write_text(json.dumps({"modules": ["__main__"]}))
     with pytest.raises(keras_geolora.ExportError, match="'__main__'"):
@@ -388,7 +400,7 @@ def test_importing_the_library_does_not_import_tensorflow():
     if ON_TENSORFLOW:
         pytest.skip("Keras itself imports TensorFlow there")
     subprocess.run(
-        [sys.executable, "-c", code],
+        [PYTHON, "-c", code],
         check=True,
         env=dict(os.environ, PYTHONPATH=str(ROOT)),
     )

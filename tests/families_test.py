@@ -109,9 +109,13 @@ def examine(name, targets="all"):
 
 
 def names():
-    if keras.backend.backend() == "torch":
-        return families.names()
-    return CHOICE
+    if keras.backend.backend() != "torch":
+        return CHOICE
+    rare = pytest.mark.slow("its kinds of layers are those of others, too")
+    return [
+        pytest.param(name, marks=() if name in CHOICE else rare)
+        for name in families.names()
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")  # those of KerasHub's own code

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 
+@pytest.mark.slow("hundreds of tests of Keras")
 @pytest.mark.parametrize("what, least", [("optimizers", 45), ("layers", 290)])
-def test_the_tests_of_keras_pass(what, least):
+def test_the_tests_of_keras_pass(forked, what, least):
     script = pathlib.Path(__file__).with_name("keras_own_tests.py")
     run = subprocess.run(
         [sys.executable, str(script), what], capture_output=True, text=True

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(forked):
     script = pathlib.Path(mirrored.__file__)
     done = subprocess.run(
         [sys.executable, script],

@@ -298,6 +298,7 @@ def run_fresh(folder, backend, imports, load=LOAD):
     )
 
 
+@pytest.mark.slow("takes a process of its own")
 @pytest.mark.parametrize(
     "imports, load",
     [
@@ -306,7 +307,7 @@ def run_fresh(folder, backend, imports, load=LOAD):
     ],
     ids=["keras", "pickle"],
 )
-def test_a_fresh_process_continues_bit_for_bit(tmp_path, imports, load):
+def test_a_fresh_process_continues_bit_for_bit(tmp_path, forked, imports, load):
     model = adapted()
     fit(model, 2)
     model.save(tmp_path / "run.keras")
@@ -321,8 +322,9 @@ def test_a_fresh_process_continues_bit_for_bit(tmp_path, imports, load):
         )
 
 
+@pytest.mark.slow("takes a process of another backend")
 @pytest.mark.parametrize("backend", OTHERS)
-def test_another_backend_takes_over(tmp_path, backend):
+def test_another_backend_takes_over(tmp_path, forked, backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     model = adapted()
@@ -337,7 +339,7 @@ def test_another_backend_takes_over(tmp_path, backend):
     assert not np.array_equal(arrays["arr_3"], core)
 
 
-def test_without_the_library_the_error_names_the_import(tmp_path):
+def test_without_the_library_the_error_names_the_import(tmp_path, forked):
     adapted().save(tmp_path / "run.keras")
     run = run_fresh(tmp_path, keras.backend.backend(), "")
     assert run.returncode != 0

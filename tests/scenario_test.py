@@ -14,6 +14,8 @@ from keras_geolora import GeoLoRA
 
 SENTENCES = 96
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def data():
@@ -88,6 +90,7 @@ def test_adapt_train_look_and_merge_a_pretrained_classifier(data):
     assert type(classifier) is keras_hub.models.BertTextClassifier
 
 
+@pytest.mark.slow("trains, saves and loads the real model")
 # PEFT asks transformers by an old name.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_save_share_and_resume_a_pretrained_classifier(data, tmp_path):

@@ -18,9 +18,16 @@ from keras_geolora import GeoLoRA
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
+pytestmark = pytest.mark.slow("trains and exports the real model")
+# Whatever Keras runs on, a process with TensorFlow writes the SavedModel. The
+# tests of its answers compare it with the model of every backend.
+written_by_tensorflow = pytest.mark.backend_independent(
+    "another runtime reads what TensorFlow has written"
+)
+
 
 @pytest.fixture(scope="module")
-def served(data, tmp_path_factory):  # noqa: F811  the fixture
+def served(data, tmp_path_factory, forked):  # noqa: F811  the fixture
     """A folder with two versions: tokens in, strings in; and answers."""
     preset, texts, liked = data
     keras.utils.set_random_seed(0)
@@ -64,6 +71,7 @@ def test_strings_are_answered_as_by_the_task(served, data):  # noqa: F811
     np.testing.assert_allclose(found, logits, atol=1e-5)
 
 
+@written_by_tensorflow
 def test_the_cpp_runtime_answers_without_python(served, tmp_path):
     folder, _, _, inputs, logits = served
     compiler = shutil.which("g++") or shutil.which("c++")
@@ -99,6 +107,7 @@ def test_the_cpp_runtime_answers_without_python(served, tmp_path):
     np.testing.assert_allclose(found, logits[0], atol=1e-5)
 
 
+@written_by_tensorflow
 def test_200_requests_at_once_are_answered_over_grpc(served, data):  # noqa: F811
     import grpc
     import savedmodel_server

@@ -116,6 +116,7 @@ def test_a_task_that_rested_trains_what_it_trained(create, tmp_path):
         assert [v.path for v in each.trainable_variables] == before
 
 
+@pytest.mark.slow("sixty epochs, and generation in six states")
 @pytest.mark.parametrize("name", ["GPT2", "Gemma"])
 def test_generation_goes_on_from_adapters_to_merged_kernels(name):
     keras.utils.set_random_seed(0)

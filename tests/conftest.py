@@ -1,0 +1,138 @@
+"""What all tests share: their order, what is left out, and forks.
+
+    pytest                            # every test, on one backend
+    pytest --quick                    # without those marked `slow`
+    pytest --needs-this-backend       # without `backend_independent` ones
+
+`nox -s tests` gives the last one to all backends but the first, so that what
+does not depend on the backend runs once. Each mark says why.
+"""
+
+import collections
+import sys
+
+import forks
+import pytest
+
+# Tests of a file share models, compiled functions and what fixtures make, so
+# one process runs them all. Those of these files share nothing that is dear.
+APART = {"families_test", "keras_own_test", "drift_test", "scenario_test"}
+# What takes longest comes first, so that both processes end at the same time.
+FIRST = (
+    "drift_test",
+    "keras_own_test",
+    "optimizer_test",
+    "distribution_test",
+    "resume_test",
+    "groups_test",
+    "serving_test",
+    "mirrored_test",
+    "training_test",
+    "tasks_test",
+    "layouts_test",
+    "export_test",
+    "precision_test",
+    "seeing_test",
+    "documentation_test",
+    "oracle_test",
+    "adapter_file_test",
+    "lifecycle_test",
+    "compaction_test",
+    "exchange_test",
+)
+LEFT_OUT_BY = {
+    "slow": "--quick",
+    "backend_independent": "--needs-this-backend",
+}
+left_out = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    for mark, option in LEFT_OUT_BY.items():
+        parser.addoption(
+            option, action="store_true", help=f"leave out tests marked {mark}"
+        )
+
+
+def pytest_configure(config):
+    config.stash[left_out] = collections.Counter()
+    for mark, option in LEFT_OUT_BY.items():
+        config.addinivalue_line(
+            "markers", f"{mark}(reason): left out by `{option}`"
+        )
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    kept, others = [], []
+    for item in items:
+        reason = reason_to_leave_out(item)
+        config.stash[left_out][reason] += 1
+        (others if reason else kept).append(item)
+    del config.stash[left_out][None]
+    config.hook.pytest_deselected(items=others)
+    items[:] = sorted(kept, key=lambda item: place(item.path.stem))
+    for item in items:
+        if item.path.stem not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = dict(config.stash[left_out])
+
+
+def reason_to_leave_out(item):
+    """Returns the option that leaves a test out and why, or None."""
+    for mark, option in LEFT_OUT_BY.items():
+        found = item.get_closest_marker(mark)
+        if found and item.config.getoption(option):
+            (reason,) = found.args
+            return f"{option}: {reason}"
+    return None
+
+
+def place(file):
+    return FIRST.index(file) if file in FIRST else len(FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_testnodedown(node):
+    # Every process has collected all tests, so one of them is enough.
+    found = getattr(node, "workeroutput", {}).get("left_out", {})
+    node.config.stash[left_out] |= collections.Counter(found)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for reason, count in sorted(config.stash[left_out].items()):
+        terminalreporter.write_line(f"LEFT OUT [{count}] {reason}")
+
+
+@pytest.fixture(scope="session")
+def forking_python(tmp_path_factory):
+    return forks.python(tmp_path_factory.mktemp("forks"))
+
+
+@pytest.fixture(scope="module")
+def forked(forking_python):
+    """Whoever starts Python by `sys.executable` gets a fork, see `forks`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", forking_python)
+        yield
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Has JAX optimize what it compiles, as it does for users.
+
+    `nox -s tests` turns that off, since most programs run a few times only and
+    take longer to compile. Long and real trainings run as users see them.
+    """
+    import keras  # not in the process that only hands out tests
+
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
