@@ -16,12 +16,20 @@ import pytest
 
 # Tests of a file share models, compiled functions and what fixtures make, so
 # one process runs them all. Those of these files share nothing that is dear.
-APART = {"families_test", "keras_own_test", "drift_test", "scenario_test"}
+APART = {
+    "families_test",
+    "keras_own_test",
+    "drift_test",
+    "scenario_test",
+    "lives_test",
+}
 # What takes longest comes first, so that both processes end at the same time.
 FIRST = (
     "drift_test",
     "keras_own_test",
+    "lives_test",
     "optimizer_test",
+    "changes_test",
     "distribution_test",
     "resume_test",
     "groups_test",
