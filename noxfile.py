@@ -173,6 +173,9 @@ def run_python(session, backend, *command):
         "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
     }
     if "pytest" in command:
+        # There is a process for each core. With threads of their own they
+        # would wait for each other, and could not be forked.
+        env["OMP_NUM_THREADS"] = env["OPENBLAS_NUM_THREADS"] = "1"
         # Most programs of the tests run a few times only: compiled as a whole,
         # a small BERT takes a third of the time without optimizations. Some
         # tests turn them on again, see `optimized` in `tests/conftest.py`.

@@ -173,11 +173,14 @@ class NamedAdapter:
             paths: Dict from the ids of the layers that there are to paths.
         """
         places = self.layers.items()
-        self.by_hand = {
-            paths[id(layer)]: self.by_hand[path]
-            for path, layer in places
-            if path in self.by_hand and id(layer) in paths
-        }
+        self.by_hand, self.clipped = (
+            {
+                paths[id(layer)]: known[path]
+                for path, layer in places
+                if path in known and id(layer) in paths
+            }
+            for known in (self.by_hand, self.clipped)
+        )
         self.layers = {
             paths[id(layer)]: layer for _, layer in places if id(layer) in paths
         }

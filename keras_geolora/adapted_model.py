@@ -460,7 +460,9 @@ def scope_of(model):
     return backbone
 
 
-def add_adapter(model, name, layers, options, saved_layers, train_bias):
+def add_adapter(
+    model, name, layers, options, saved_layers, train_bias, asked=None
+):
     """Adds a named adapter to a model, in place, and activates it.
 
     Args:
@@ -470,6 +472,8 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
         options: Dict from path to a dict of the arguments of `LowRankAdapter`.
         saved_layers: List of layers that train as they are.
         train_bias: Bool, whether the biases of the layers train.
+        asked: Dict from path to the ranks that were asked for and are larger
+            than those in `options`, or `None`.
 
     Raises:
         ValueError: If an option does not fit a layer, or the model is frozen
@@ -491,6 +495,12 @@ def add_adapter(model, name, layers, options, saved_layers, train_bias):
                     layer, name, train_bias=train_bias, **options[path]
                 )
         adaptation.add(name, list(layers.values()), saved_layers, train_bias)
+        adapter = adaptation.adapters[name]
+        adapter.clipped = {
+            place: asked[path]
+            for place, path in zip(adapter.layers, layers, strict=True)
+            if asked and asked.get(path)
+        }
         if first:
             make_adapted(model, adaptation)
         else:
@@ -543,9 +553,8 @@ def adapt_by_plan(model, plan):
             options,
             [paths[path] for path in adapter["modules_to_save"]],
             adapter["train_bias"],
+            adapter.get("clipped"),  # early files have none
         )
-        record = model.geolora_adaptation.adapters[adapter["name"]]
-        record.clipped = adapter.get("clipped", {})  # early files have none
     model.geolora_adaptation.activate(plan["active"])
     model.geolora_adaptation.repeat(plan["by_hand"])
 

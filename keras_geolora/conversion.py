@@ -172,13 +172,7 @@ def enable_geolora(
         }
         options[path], asked[path] = clipped(wanted, layer)
     saved = list(saved.values())
-    add_adapter(model, name, chosen, options, saved, train_bias)
-    adapter = model.geolora_adaptation.adapters[name]
-    adapter.clipped = {
-        place: asked[path]
-        for place, path in zip(adapter.layers, chosen, strict=True)
-        if asked[path]
-    }
+    add_adapter(model, name, chosen, options, saved, train_bias, asked)
     return model
 
 

@@ -95,7 +95,8 @@ def connect(folder, owner):
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(address)
             listener.listen(16)
-            environment = {**os.environ}
+            # Those of OpenBLAS would begin with the import of NumPy.
+            environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
             environment.pop("PYTHONPATH", None)
             with open(f"{address}.log", "w") as log:
                 subprocess.Popen(
