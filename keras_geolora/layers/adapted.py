@@ -497,7 +497,7 @@ class AdaptedLayer:
     @property
     def kernel_matrix_shape(self):
         """`(input_dim, output_dim)` of the kernel as a matrix."""
-        return tuple(self.kernel.shape)
+        return tuple(self.kernels()[0].shape)
 
     @property
     def kernel_matrix_axes(self):
