@@ -1,7 +1,10 @@
 """Random lives of small models: changed, saved and trained in any order.
 
     KERAS_BACKEND=jax python tests/lives.py --lives 200
+    KERAS_BACKEND=jax python tests/lives.py --lives 200 --eager
     KERAS_BACKEND=jax python tests/lives.py --kind conv --seed 17 --lives 1
+
+With `--eager` nothing is compiled, which takes most of the time.
 
 After every step of a life it is checked what always holds: predictions are as
 promised, factors are on their manifold, the optimizer fits or there is none,
@@ -130,7 +133,8 @@ class Life:
         steps: List of the names of the steps that were taken.
     """
 
-    def __init__(self, kind, seed, folder):
+    def __init__(self, kind, seed, folder, eager=False):
+        self.eager = eager
         self.kind = kind
         self.rng = np.random.default_rng([seed, list(KINDS).index(kind)])
         self.folder = pathlib.Path(folder)
@@ -151,6 +155,8 @@ class Life:
         """
         model = model or self.model
         outputs = as_array(model(self.x, training=False))
+        if self.eager:
+            return outputs
         compiled = model.predict(self.x, verbose=0)
         np.testing.assert_allclose(compiled, outputs, rtol=1e-5, atol=1e-6)
         return outputs
@@ -196,7 +202,7 @@ class Life:
             self.model.compile(
                 GeoLoRA(str(inner), tolerance=0.2, cut_interval=3),
                 loss="mse",
-                run_eagerly=bool(self.rng.random() < 0.5),
+                run_eagerly=bool(self.rng.random() < 0.5) or self.eager,
             )
         self.fit(self.model)
         self.outputs[self.names[0]] = self.predict()
@@ -216,7 +222,7 @@ class Life:
             )
 
     def train_plain(self):
-        self.model.compile("sgd", loss="mse")
+        self.model.compile("sgd", loss="mse", run_eagerly=self.eager)
         self.fit(self.model)
         self.base, self.merged = self.predict(), None
         self.is_pretrained = False
@@ -447,7 +453,7 @@ STEPS = {
 }
 
 
-def live(kind, seed, steps):
+def live(kind, seed, steps, eager=False):
     """Leads one life.
 
     Raises:
@@ -455,7 +461,7 @@ def live(kind, seed, steps):
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        life = Life(kind, seed, folder)
+        life = Life(kind, seed, folder, eager)
         try:
             for _ in range(steps):
                 life.step()
@@ -471,12 +477,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--eager", action="store_true")
     args = parser.parse_args()
     failed, begin = 0, time.time()
     for seed in range(args.seed, args.seed + args.lives):
         kind = args.kind or list(KINDS)[seed % len(KINDS)]
         try:
-            live(kind, seed, args.steps)
+            live(kind, seed, args.steps, args.eager)
         except AssertionError as error:
             failed += 1
             print(f"FAILED {str(error)[:600]}", flush=True)
