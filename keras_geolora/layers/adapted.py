@@ -497,7 +497,7 @@ class AdaptedLayer:
     @property
     def kernel_matrix_shape(self):
         """`(input_dim, output_dim)` of the kernel as a matrix."""
-        return tuple(self.kernels()[0].shape)
+        return shape_of_kernel(self)
 
     @property
     def kernel_matrix_axes(self):
@@ -651,6 +651,12 @@ def reading_itself(layer):
         yield
     finally:
         READERS.reset(token)
+
+
+def shape_of_kernel(layer):
+    """Returns the shape of a kernel, also of a layer without adapters."""
+    with reading_itself(layer):
+        return tuple(layer.kernel.shape)
 
 
 def sum_of(kernel, update, sign=1):

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_geolora.layers.adapted import AdaptedProduct
+from keras_geolora.layers.adapted import AdaptedProduct, shape_of_kernel
 
 
 class AdaptedConv(AdaptedProduct):
@@ -35,16 +35,16 @@ class AdaptedConv(AdaptedProduct):
 
     @property
     def kernel_matrix_shape(self):
-        *rows, columns = self.kernels()[0].shape
+        *rows, columns = shape_of_kernel(self)
         return math.prod(rows), columns
 
     @property
     def kernel_matrix_axes(self):
-        *rows, columns = range(len(self.kernels()[0].shape))
+        *rows, columns = range(len(shape_of_kernel(self)))
         return rows, [columns]
 
     def matrix_to_kernel(self, matrix):
-        return ops.reshape(matrix, self.kernels()[0].shape)
+        return ops.reshape(matrix, shape_of_kernel(self))
 
     def call(self, inputs):
         apart = self.is_adapted and (
