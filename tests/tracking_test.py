@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_geolora
 from keras_geolora import GeoLoRA, GeoLoRADense
+from keras_geolora.layers import adapted
 from keras_geolora.targeting import adapted_class
 
 BACKEND = keras.backend.backend()
@@ -132,6 +133,21 @@ def test_reading_trains_the_factors():
     assert np.abs(ops.convert_to_numpy(encoder.delta())).max() > 1e-3
     model.merge_geolora()
     np.testing.assert_allclose(predict(model, X), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_layer_does_not_show_its_kernel_to_itself(name, monkeypatch):
+    """The sum would be formed for nothing, or the update added twice."""
+    create, x, _ = TIED[name]
+    layer = create()
+    layer(x)
+    adapted_class(layer).adapt(layer, rank=2)
+    called = []
+    monkeypatch.setattr(adapted, "in_layer_call", lambda: called.append(1))
+    for training in (True, False):
+        layer(x, training=training)
+    layer.delta(), layer.kernel_norm()
+    assert not called
 
 
 def test_outside_of_a_call_a_kernel_is_the_variable():

@@ -67,8 +67,11 @@ class LowRankAdapter(keras.layers.Layer):
     respect to `delta`, backpropagation delivers `G @ V` for `U`, `U.T @ G @ V`
     for `S` and `G.T @ U` for `V`: the gradients for `K = U S`, `S` and
     `L = V S.T`. They are exact also where `S` is zero, and `G` is never
-    formed. Train the factors with `keras_geolora.GeoLoRA`; another optimizer
-    is refused.
+    formed; so they are where the loss contains derivatives of the output by
+    the input, of any order. (On JAX a training call takes reverse mode, up to
+    order 6; `training=False` takes `jax.jvp` and `jax.hessian` as well, and
+    costs the full gradient of the kernel.) Train the factors with
+    `keras_geolora.GeoLoRA`; another optimizer is refused.
 
     Args:
         input_dim: Int, rows of the kernel.

@@ -35,16 +35,16 @@ class AdaptedConv(AdaptedProduct):
 
     @property
     def kernel_matrix_shape(self):
-        *rows, columns = self.kernel.shape
+        *rows, columns = self.kernels()[0].shape
         return math.prod(rows), columns
 
     @property
     def kernel_matrix_axes(self):
-        *rows, columns = range(len(self.kernel.shape))
+        *rows, columns = range(len(self.kernels()[0].shape))
         return rows, [columns]
 
     def matrix_to_kernel(self, matrix):
-        return ops.reshape(matrix, self.kernel.shape)
+        return ops.reshape(matrix, self.kernels()[0].shape)
 
     def call(self, inputs):
         apart = self.is_adapted and (

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_geolora.layers.adapted import AdaptedProduct
+from keras_geolora.layers.adapted import AdaptedProduct, reading_itself
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -94,7 +94,8 @@ def matrix_view(layer):
     """Returns the `MatrixView` of a built `EinsumDense`."""
     # A quantized kernel has another shape.
     shape = getattr(layer, "original_kernel_shape", None)
-    return MatrixView(layer.equation, shape or layer.kernel.shape)
+    with reading_itself(layer):
+        return MatrixView(layer.equation, shape or layer.kernel.shape)
 
 
 class MatrixView:
