@@ -273,17 +273,23 @@ class AdaptedLayer:
 
     def _hold_adapters(self, adapters):
         """Holds adapters, in their order, instead of those that are held."""
-        for adapter in self._adapters.values():
-            self._tracker.untrack(adapter)
-        forget_attributes(self, ["_adapters"])
-        if adapters:
-            # Keras locks a layer once it is built. It may unlock itself.
-            self._tracker.unlock()
-            try:
-                # A new dict: TensorFlow saves none that was mutated.
+        touched = [*self._adapters.values(), *adapters.values()]
+        unlist_attributes(self, ["_adapters"])
+        # Keras locks a layer once it is built. It may unlock itself.
+        self._tracker.unlock()
+        try:
+            # A new dict, since TensorFlow saves none that was mutated; and
+            # first of all, for the sake of an interrupt.
+            if adapters:
                 self._adapters = dict(adapters)
-            finally:
-                self._tracker.lock()
+            for adapter in touched:
+                self._tracker.untrack(adapter)
+            for adapter in adapters.values():
+                self._tracker.track(adapter)
+        finally:
+            self._tracker.lock()
+        if not adapters:
+            forget_attributes(self, ["_adapters"])
         if hasattr(self, "_torch_params"):  # torch's list of parameters
             self._track_variables()
 
@@ -675,7 +681,11 @@ def forget_attributes(layer, names):
     for name in names:
         if name in vars(layer):
             delattr(layer, name)
-    # TensorFlow exports what dicts there were, by the names of attributes.
+    unlist_attributes(layer, names)
+
+
+def unlist_attributes(layer, names):
+    """Takes names off the list of the dicts that TensorFlow exports."""
     if "_tracked" in vars(layer):
         tracked = vars(layer)["_tracked"]
         tracked[:] = [name for name in tracked if name not in names]
