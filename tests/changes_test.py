@@ -252,6 +252,12 @@ def with_reference(**options):
     return compile_(model.enable_geolora(rank=2, seed=0, **options))
 
 
+def learned(model):
+    """The updates of a model, and what trained beside them."""
+    updates = [x.delta() for x in model.layers if getattr(x, "adapter", None)]
+    return as_arrays([*updates, *model.layers[-1].weights[:2]])
+
+
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, {"exclude": None, "modules_to_save": None}]
@@ -263,10 +269,9 @@ def test_the_pretrained_model_is_a_reference_inside_a_loss(eagerly, options):
         run.run_eagerly = eagerly
         run.fit(X, Y, 8, epochs=4, shuffle=False, verbose=0)
         assert np.abs(predict(run) - predict(plain())).max() > 0.01
-    for one, other in zip(model.weights, twin.weights, strict=True):
-        np.testing.assert_allclose(
-            *as_arrays([one, other]), rtol=1e-4, atol=1e-6
-        )
+    # Not of the factors, of which rounding may change the signs.
+    for one, other in zip(learned(model), learned(twin), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     with model.geolora_disabled():
         np.testing.assert_array_equal(predict(model), predict(plain()))
     model.evaluate(X, Y, verbose=0)
