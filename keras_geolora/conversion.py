@@ -127,7 +127,7 @@ def enable_geolora(
     check_model(model)
     check_name(name)
     check_can_adapt(model, name)
-    layers = Layers(scope_of(model))
+    layers = Layers(scope_of(model), model)
     saved = {}
     if modules_to_save is not None:
         saved = layers.named(modules_to_save, "modules_to_save")

@@ -217,12 +217,15 @@ class Layers:
 
     Args:
         model: `keras.Model` or layer.
+        whole: The model that it is a part of, whose other layers may hold
+            kernels. Defaults to `model`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, whole=None):
         self.name = model.name
         self.paths = dict(walk(model))
-        self.holders = held_kernels([model, *self.paths.values()])
+        whole = model if whole is None else whole
+        self.holders = held_kernels([whole, *inside(whole)])
         self.candidates = {
             path: layer
             for path, layer in self.paths.items()

@@ -251,3 +251,36 @@ def test_a_model_that_was_adapted_is_exported_and_checkpointed(leave, tmp_path):
     model.export(str(tmp_path / "model"), verbose=False)
     served = tf.saved_model.load(str(tmp_path / "model"))
     np.testing.assert_allclose(served.serve(X), expected, atol=1e-5)
+
+
+class HoldsKernel(keras.layers.Layer):
+    def __init__(self, other):
+        super().__init__()
+        self.held = other.kernel
+        self.built = True
+
+    def call(self, x):
+        return ops.matmul(x, ops.transpose(self.held))
+
+
+class Task(keras.Model):
+    """A backbone and a head, as a task of KerasHub."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [keras.layers.Dense(8, name=name) for name in ("one", "two")]
+        self.backbone = keras.Sequential([keras.Input((6,)), *layers])
+        self.head = HoldsKernel(layers[0])
+
+    def call(self, x):
+        return self.head(self.backbone(x))
+
+
+def test_a_head_that_holds_a_kernel_of_the_backbone_is_noticed():
+    task = Task()
+    task(np.ones((2, 6)))
+    with pytest.raises(ValueError, match="HoldsKernel(.*)holds its kernel"):
+        task.enable_geolora(rank=2, targets="one")
+    task.enable_geolora(rank=2)
+    adapted_ones = [hasattr(x, "adapter") for x in task.backbone.layers]
+    assert adapted_ones == [False, True]
