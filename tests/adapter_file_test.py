@@ -16,13 +16,12 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-import reference
 import safetensors.numpy
 from keras import ops
+from moving import move
 
 import keras_geolora
 from keras_geolora import AdapterFileError, GeoLoRA, adapter_file, files
-from keras_geolora.layers.adapter import Factor
 from keras_geolora.targeting import adapted_layers
 
 RNG = np.random.default_rng(0)
@@ -164,22 +163,6 @@ def test_training_goes_on(path):
     before = fresh.evaluate(X, Y, verbose=0)
     fresh.fit(X, Y, epochs=5, verbose=0)
     assert fresh.evaluate(X, Y, verbose=0) < before
-
-
-def move(model):
-    rng = np.random.default_rng(1)
-    for variable in model.trainable_variables:
-        if isinstance(variable.constraint, Factor):
-            continue
-        value = ops.convert_to_numpy(variable)
-        noise = rng.normal(size=value.shape).astype("float32") * 0.1
-        variable.assign(np.where(value != 0, value, noise))
-    for layer in adapted_layers(model).values():
-        adapter = layer.adapter
-        sigma = 0.3 / np.arange(1, adapter.max_rank + 1)
-        shape = adapter.input_dim, adapter.output_dim
-        factors = reference.random_factors(rng, *shape, sigma)
-        reference.put_factors(adapter, *factors)
 
 
 def classifier(classes=2):

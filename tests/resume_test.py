@@ -13,13 +13,11 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-import reference
 from inner_optimizers import INNER
 from keras import ops
+from moving import move
 
 from keras_geolora import GeoLoRA, GeoLoRADense
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.targeting import adapted_layers
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 8)).astype("float32")
@@ -356,23 +354,6 @@ def predict(model, inputs):
 def reload(model, folder):
     model.save(folder / "model.keras")
     return keras.saving.load_model(folder / "model.keras")
-
-
-def move(model):
-    """Gives every adapter and what trains beside it other values."""
-    rng = np.random.default_rng(1)
-    for variable in model.trainable_variables:
-        if isinstance(variable.constraint, Factor):
-            continue
-        value = ops.convert_to_numpy(variable)
-        noise = rng.normal(size=value.shape).astype("float32") * 0.1
-        variable.assign(np.where(value != 0, value, noise))
-    for layer in adapted_layers(model).values():
-        adapter = layer.adapter
-        sigma = 0.3 / np.arange(1, adapter.max_rank + 1)
-        shape = adapter.input_dim, adapter.output_dim
-        factors = reference.random_factors(rng, *shape, sigma)
-        reference.put_factors(adapter, *factors)
 
 
 def bert():
