@@ -67,7 +67,7 @@ def tests(session):
     # Two processes: one test keeps little more than one core busy, and each
     # process fills some gigabytes of memory. `tests/conftest.py` says which
     # tests stay together and what comes first.
-    options = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    options = ["-n", "2", "--no-loadscope-reorder"]
     options += ["--durations", "10", "--durations-min", "1", *rest]
     chosen = [backend] if backend else BACKENDS
     if "--quick" in rest:

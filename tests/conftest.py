@@ -9,6 +9,7 @@ does not depend on the backend runs once. Each mark says why.
 """
 
 import collections
+import pathlib
 import sys
 
 import forks
@@ -70,7 +71,6 @@ def pytest_configure(config):
         )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     kept, others = [], []
     for item in items:
@@ -80,9 +80,6 @@ def pytest_collection_modifyitems(config, items):
     del config.stash[left_out][None]
     config.hook.pytest_deselected(items=others)
     items[:] = sorted(kept, key=lambda item: place(item.path.stem))
-    for item in items:
-        if item.path.stem not in APART:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = dict(config.stash[left_out])
 
@@ -99,6 +96,20 @@ def reason_to_leave_out(item):
 
 def place(file):
     return FIRST.index(file) if file in FIRST else len(FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        """Divides the files of `APART`, too, in the order of the tests."""
+
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return nodeid if pathlib.Path(file).stem in APART else file
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)  # of xdist
