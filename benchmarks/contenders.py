@@ -77,7 +77,7 @@ def enable_keras_lora(model, rank):
     Returns:
         Dict from path to layer.
     """
-    from keras_geolora.targeting import Layers
+    from keras_geolora.model.targeting import Layers
 
     layers = Layers(model.backbone).to_adapt("all-linear")
     for layer in model.backbone._flatten_layers(include_self=False):
@@ -179,7 +179,7 @@ class GeoLoRA(OnKeras):
         from keras import ops
 
         import keras_geolora
-        from keras_geolora.targeting import adapted_layers
+        from keras_geolora.model.targeting import adapted_layers
 
         self.start_rank = max(1, self.rank // 2)
         self.model.enable_geolora(

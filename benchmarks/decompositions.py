@@ -92,7 +92,7 @@ def by_gram(U, K):
     """An orthonormal basis of `[U, K]` as the library finds it."""
     from keras import ops
 
-    from keras_geolora import integrator
+    from keras_geolora.geometry import integrator
 
     active = ops.ones((U.shape[0], U.shape[-1]), dtype="bool")
     known = ops.ones((U.shape[0], 1, 1))

@@ -206,7 +206,7 @@ def write(engine, model, args, sizes):
     """Writes the variables of every replica, and what else came out."""
     import keras
 
-    from keras_geolora.optimizer import find_geolora
+    from keras_geolora.optimizer.geolora import find_geolora
 
     variables = {v.path: v for v in model.variables}
     for i, variable in enumerate(model.optimizer.variables):

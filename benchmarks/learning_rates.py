@@ -140,7 +140,7 @@ def measure(args):
 
 def build(method, task):
     """Returns a MiniLM classifier of tokens, and its adapted layers."""
-    from keras_geolora.targeting import adapted_layers
+    from keras_geolora.model.targeting import adapted_layers
 
     model = task.keras_model()
     if method == "lora":
@@ -166,7 +166,7 @@ def size_of_adapters(layers):
 
 def use_untouched_slots():
     """Leaves the slots of the inner optimizer where they are, to compare."""
-    from keras_geolora import transport
+    from keras_geolora.geometry import transport
 
     for kind in transport._MOVES:
         transport._MOVES[kind] = lambda slots, move: slots
@@ -174,14 +174,14 @@ def use_untouched_slots():
 
 def use_rotated_moments():
     """Rotates first moments with the bases, to compare."""
-    from keras_geolora import transport
+    from keras_geolora.geometry import transport
 
     transport._MOVES["linear"] = rotate
 
 
 def rotate(moments, move):
     """Expresses moments in the new bases, as far as these overlap the old."""
-    from keras_geolora.integrator import T, Unknowns
+    from keras_geolora.geometry.integrator import T, Unknowns
 
     m_K, m_S, m_L = moments
     A, B = move.A, move.B

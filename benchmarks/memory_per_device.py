@@ -81,7 +81,7 @@ def build(sizes):
 
 def divided(model, optimizer, layout_map):
     """Returns among how many devices variables are divided, by their ids."""
-    from keras_geolora.layouts import kernel_sharding
+    from keras_geolora.distribution.layouts import kernel_sharding
 
     def devices(layout):
         in_parts = layout is not None and "model" in layout.axes

@@ -6,10 +6,10 @@ import math
 import keras
 from keras import ops
 
-from keras_geolora.adaptation import Frozen
 from keras_geolora.layers.adapted import set_aside
 from keras_geolora.layers.einsum_dense import matrix_view
-from keras_geolora.targeting import Layers
+from keras_geolora.model.adaptation import Frozen
+from keras_geolora.model.targeting import Layers
 
 
 def enable_plain_lora(model, rank):

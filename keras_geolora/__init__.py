@@ -3,26 +3,17 @@
 import keras
 
 from keras_geolora import callbacks
-from keras_geolora.adapter_file import (
+from keras_geolora.files.adapter_file import (
     AdapterFileError,
     load_geolora,
     save_geolora,
 )
-from keras_geolora.averaging import average_geolora
-from keras_geolora.compaction import compact_geolora
-from keras_geolora.conversion import (
-    enable_geolora,
-    merge_geolora,
-    remove_geolora,
-    unmerge_geolora,
-)
-from keras_geolora.distribution import adapter_layouts
-from keras_geolora.exchange import (
+from keras_geolora.files.peft import (
     export_peft,
     import_keras_lora,
     import_peft,
 )
-from keras_geolora.export import ExportError, export
+from keras_geolora.geometry.transport import register_slot_rules
 from keras_geolora.layers import (
     GeoLoRAConv1D,
     GeoLoRAConv2D,
@@ -33,17 +24,26 @@ from keras_geolora.layers import (
     GeoLoRAReversibleEmbedding,
     LowRankAdapter,
 )
-from keras_geolora.lifecycle import (
+from keras_geolora.model.adapter_layouts import adapter_layouts
+from keras_geolora.model.averaging import average_geolora
+from keras_geolora.model.compaction import compact_geolora
+from keras_geolora.model.enabling import (
+    enable_geolora,
+    merge_geolora,
+    remove_geolora,
+    unmerge_geolora,
+)
+from keras_geolora.model.switching import (
     activate_geolora,
     combine_geolora,
     delete_geolora,
     geolora_adapters,
     geolora_disabled,
 )
-from keras_geolora.optimizer import GeoLoRA
-from keras_geolora.report import geolora_summary, plot_ranks
-from keras_geolora.transport import register_slot_rules
+from keras_geolora.optimizer.geolora import GeoLoRA
+from keras_geolora.serving.export import ExportError, export
 from keras_geolora.version import __version__
+from keras_geolora.viewing.summary import geolora_summary, plot_ranks
 
 __all__ = [
     "AdapterFileError",

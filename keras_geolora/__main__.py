@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 
-from keras_geolora.adapter_file import read_adapter
-from keras_geolora.exchange import FAMILIES, write_peft
+from keras_geolora.files.adapter_file import read_adapter
+from keras_geolora.files.peft import FAMILIES, write_peft
 
 
 def main(arguments=None):

@@ -21,8 +21,10 @@ from keras import ops
 from moving import move
 
 import keras_geolora
-from keras_geolora import AdapterFileError, GeoLoRA, adapter_file, files
-from keras_geolora.targeting import adapted_layers
+from keras_geolora import AdapterFileError, GeoLoRA
+from keras_geolora import whole_files as files
+from keras_geolora.files import adapter_file
+from keras_geolora.model.targeting import adapted_layers
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 8)).astype("float32")

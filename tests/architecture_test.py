@@ -13,142 +13,172 @@ PACKAGE = ROOT / "keras_geolora"
 # Each module and what it may import of the package; a folder stands for all
 # that is in it. Imports point one way, from the bottom of this table up.
 MAY_IMPORT = {
-    "integrator": [],  # sees arrays only: no layer, no variable
-    "transport": ["integrator"],
-    "manifold": [],  # factors and what is wrong with them
-    "low_rank_sum": [],  # arrays of NumPy
-    "layers.adapter": ["manifold"],
-    "layouts": [],  # distributions and variables
+    "geometry": [],
+    "distribution": [],
+    "optimizer": [],
+    "viewing": [],
+    "model": [],
+    "files": [],
+    "serving": [],
+    "geometry.integrator": [],  # sees arrays only: no layer, no variable
+    "geometry.transport": ["geometry.integrator"],
+    "geometry.manifold": [],  # factors and what is wrong with them
+    "geometry.low_rank_sum": [],  # arrays of NumPy
+    "layers.adapter": ["geometry.manifold"],
+    "distribution.layouts": [],  # distributions and variables
     "keras_internals": [],  # what Keras has no public name for
     # A model loads and predicts without an optimizer.
-    "layers": ["layers", "layouts", "keras_internals", "manifold"],
-    "budget": ["integrator"],  # arrays only, too
-    "groups": [
-        "integrator",
-        "transport",
-        "budget",
+    "layers": [
+        "layers",
+        "distribution.layouts",
+        "keras_internals",
+        "geometry.manifold",
+    ],
+    "geometry.budget": ["geometry.integrator"],  # arrays only, too
+    "optimizer.groups": [
+        "geometry.integrator",
+        "geometry.transport",
+        "geometry.budget",
         "layers.adapter",
-        "layouts",
+        "distribution.layouts",
     ],
-    "replicas": ["transport"],
-    "virtual_devices": [],  # distributions and the environment
-    "optimizer": [
-        "transport",
-        "budget",
-        "groups",
-        "layouts",
-        "replicas",
-        "virtual_devices",
+    "distribution.tf_replicas": ["geometry.transport"],
+    "distribution.virtual_devices": [],  # distributions and the environment
+    "optimizer.geolora": [
+        "geometry.transport",
+        "geometry.budget",
+        "optimizer.groups",
+        "distribution.layouts",
+        "distribution.tf_replicas",
+        "distribution.virtual_devices",
     ],
-    "targeting": ["layers"],
-    "distribution": ["layers.adapted", "layouts", "targeting"],
+    "model.targeting": ["layers"],
+    "model.adapter_layouts": [
+        "layers.adapted",
+        "distribution.layouts",
+        "model.targeting",
+    ],
     # What `compile` gave a model, and whether it fits what trains.
-    "compiled_state": ["layers.adapter", "optimizer", "targeting"],
+    "model.compiled_state": [
+        "layers.adapter",
+        "optimizer.geolora",
+        "model.targeting",
+    ],
     "callbacks": [
         "callbacks",
-        "targeting",
-        "optimizer",
-        "compiled_state",
-        "rank_table",
-        "heat_map",
-        "report",
+        "model.targeting",
+        "optimizer.geolora",
+        "model.compiled_state",
+        "viewing.rank_table",
+        "viewing.heat_map",
+        "viewing.summary",
     ],
-    "substitution": [],  # variables in general
-    "adaptation": ["layers.adapter", "substitution", "targeting"],
+    "model.substitution": [],  # variables in general
+    "model.adaptation": [
+        "layers.adapter",
+        "model.substitution",
+        "model.targeting",
+    ],
     # It refuses to compile with an optimizer that is no GeoLoRA.
-    "adapted_model": [
+    "adapted_model": [],  # what pickles name
+    "model.adapted_model": [
+        "adapted_model",
         "layers.adapter",
         "layers.adapted",
-        "targeting",
-        "adaptation",
-        "optimizer",
-        "compiled_state",
-        "replicas",
+        "model.targeting",
+        "model.adaptation",
+        "optimizer.geolora",
+        "model.compiled_state",
+        "distribution.tf_replicas",
         "callbacks",
-        "manifold",
+        "geometry.manifold",
     ],
-    "clipping": ["targeting"],
-    "conversion": [
+    "model.clipping": ["model.targeting"],
+    "model.enabling": [
         "layers",
-        "targeting",
-        "adaptation",
-        "adapted_model",
-        "clipping",
-        "manifold",
+        "model.targeting",
+        "model.adaptation",
+        "model.adapted_model",
+        "model.clipping",
+        "geometry.manifold",
     ],
-    "lifecycle": [
+    "model.switching": [
         "layers.adapter",
-        "targeting",
-        "substitution",
-        "adaptation",
-        "adapted_model",
-        "replicas",
-        "low_rank_sum",
+        "model.targeting",
+        "model.substitution",
+        "model.adaptation",
+        "model.adapted_model",
+        "distribution.tf_replicas",
+        "geometry.low_rank_sum",
     ],
-    "compaction": ["layers.adapter", "targeting", "adapted_model"],
+    "model.compaction": [
+        "layers.adapter",
+        "model.targeting",
+        "model.adapted_model",
+    ],
     # It asks the optimizer what was dropped, and for the budget.
-    "report": [
-        "targeting",
-        "optimizer",
-        "abbreviation",
-        "heat_map",
-        "rank_table",
-        "files",
-        "manifold",
-        "clipping",
+    "viewing.summary": [
+        "model.targeting",
+        "optimizer.geolora",
+        "viewing.abbreviation",
+        "viewing.heat_map",
+        "viewing.rank_table",
+        "whole_files",
+        "geometry.manifold",
+        "model.clipping",
     ],
-    "heat_map": ["abbreviation"],
-    "abbreviation": [],  # strings
-    "rank_table": ["files"],
-    "files": [],  # bytes and paths
+    "viewing.heat_map": ["viewing.abbreviation"],
+    "viewing.abbreviation": [],  # strings
+    "viewing.rank_table": ["whole_files"],
+    "whole_files": [],  # bytes and paths
     "version": [],
-    "adapter_file": [
+    "files.adapter_file": [
         "layers",
-        "targeting",
-        "adaptation",
-        "adapted_model",
-        "files",
+        "model.targeting",
+        "model.adaptation",
+        "model.adapted_model",
+        "whole_files",
         "version",
-        "manifold",
+        "geometry.manifold",
     ],
-    "averaging": [
+    "model.averaging": [
         "layers.adapter",
-        "targeting",
-        "adaptation",
-        "adapted_model",
-        "adapter_file",
-        "low_rank_sum",
-        "manifold",
+        "model.targeting",
+        "model.adaptation",
+        "model.adapted_model",
+        "files.adapter_file",
+        "geometry.low_rank_sum",
+        "geometry.manifold",
     ],
-    "exchange": [
+    "files.peft": [
         "layers",
-        "targeting",
-        "adapted_model",
-        "adapter_file",
-        "files",
-        "low_rank_sum",
-        "manifold",
+        "model.targeting",
+        "model.adapted_model",
+        "files.adapter_file",
+        "whole_files",
+        "geometry.low_rank_sum",
+        "geometry.manifold",
     ],
-    "signature": [],  # models in general, adapted or not
+    "serving.signature": [],  # models in general, adapted or not
     # Where Keras runs on TensorFlow: loads, merges and writes.
-    "saved_model": [
-        "targeting",
-        "adapted_model",
-        "conversion",
-        "lifecycle",
-        "signature",
+    "serving.saved_model": [
+        "model.targeting",
+        "model.adapted_model",
+        "model.enabling",
+        "model.switching",
+        "serving.signature",
     ],
-    "export": [
-        "targeting",
-        "adapted_model",
-        "lifecycle",
-        "files",
-        "signature",
-        "saved_model",
+    "serving.export": [
+        "model.targeting",
+        "model.adapted_model",
+        "model.switching",
+        "whole_files",
+        "serving.signature",
+        "serving.saved_model",
         "version",
-        "manifold",
+        "geometry.manifold",
     ],
-    "__main__": ["adapter_file", "exchange"],
+    "__main__": ["files.adapter_file", "files.peft"],
     "": [""],  # the package itself gathers the public names
 }
 
@@ -156,11 +186,11 @@ MAY_IMPORT = {
 EXTERNAL = {"keras", "numpy", "safetensors"}
 # What one module may import beyond that: its reason to exist.
 EXTERNAL_OF = {
-    "heat_map": {"matplotlib"},
+    "viewing.heat_map": {"matplotlib"},
     "callbacks.rank_tensor_board": {"tensorboardX"},
-    "exchange": {"h5py"},
-    "saved_model": {"tensorflow"},
-    "replicas": {"tensorflow"},
+    "files.peft": {"h5py"},
+    "serving.saved_model": {"tensorflow"},
+    "distribution.tf_replicas": {"tensorflow"},
 }
 
 
@@ -233,7 +263,7 @@ def test_only_public_and_backend_neutral_packages_are_imported(name):
 
 
 def test_the_integrator_is_made_of_keras_operations_only():
-    for imported in imports(MODULES["integrator"]):
+    for imported in imports(MODULES["geometry.integrator"]):
         top = imported.split(".")[0]
         public = within(imported, ["keras.ops"])
         assert public or top in sys.stdlib_module_names, imported

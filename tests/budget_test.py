@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 from keras_geolora import GeoLoRA
-from keras_geolora.budget import Claim, spend
-from keras_geolora.targeting import adapted_layers
+from keras_geolora.geometry.budget import Claim, spend
+from keras_geolora.model.targeting import adapted_layers
 
 pytestmark = [
     # Some of these tests step once, or with a part of the gradients.

@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_geolora  # noqa: F401
 from keras_geolora import GeoLoRA, GeoLoRADense
-from keras_geolora.substitution import Substitution
+from keras_geolora.model.substitution import Substitution
 
 X = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(8, 3)).astype("float32")

@@ -15,11 +15,11 @@ import serving
 import keras_geolora
 from keras_geolora import GeoLoRA
 from keras_geolora import export as public_export
-from keras_geolora.signature import Signature
+from keras_geolora.serving.signature import Signature
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The functions of the module, which the public function hides.
-export_module = sys.modules["keras_geolora.export"]
+export_module = sys.modules["keras_geolora.serving.export"]
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 PYTHON = sys.executable  # no fork: what it imports is looked at
 

@@ -11,7 +11,7 @@ from keras import ops
 import keras_geolora  # noqa: F401  adds the methods to `keras.Model`
 from keras_geolora import GeoLoRA
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.targeting import adapted_layers, refusal, walk
+from keras_geolora.model.targeting import adapted_layers, refusal, walk
 
 # A choice of kinds; the whole sweep of a compiling backend takes half an hour.
 CHOICE = [

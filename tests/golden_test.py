@@ -47,8 +47,9 @@ def test_every_backend_has_written():
     assert backends == {"tensorflow", "jax", "torch"}
 
 
-# A file from JAX says `jit_compile=True`, and torch imports its compiler.
+# A file from JAX says `jit_compile=True`, and the compiler of torch warns.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method")
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")
 @pytest.mark.parametrize("kind", write.KINDS)
 def test_a_keras_file_loads_and_trains_on(folder, expected, kind):
     model = keras.saving.load_model(folder / f"{kind}.keras")

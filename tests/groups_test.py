@@ -16,7 +16,8 @@ from optimizer_test import (
     to_numpy,
 )
 
-from keras_geolora import GeoLoRA, LowRankAdapter, groups
+from keras_geolora import GeoLoRA, LowRankAdapter
+from keras_geolora.optimizer import groups
 
 ELEMENTWISE = sorted(
     set(INNER) - {"Adafactor", "Lamb", "Muon", "RMSprop-centered"}

@@ -5,8 +5,8 @@ import pytest
 import reference
 from keras import ops
 
-from keras_geolora import integrator
-from keras_geolora.integrator import Point, Unknowns
+from keras_geolora.geometry import integrator
+from keras_geolora.geometry.integrator import Point, Unknowns
 
 INPUT_DIM, OUTPUT_DIM = 24, 17
 SIGMA = (3.0, 1.0, 0.3, 0.01)

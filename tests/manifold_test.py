@@ -7,8 +7,9 @@ import reference
 from keras import ops
 
 import keras_geolora
-from keras_geolora import GeoLoRA, GeoLoRADense, manifold
-from keras_geolora.low_rank_sum import svd_of_sum
+from keras_geolora import GeoLoRA, GeoLoRADense
+from keras_geolora.geometry import manifold
+from keras_geolora.geometry.low_rank_sum import svd_of_sum
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 8)).astype("float32")

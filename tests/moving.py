@@ -5,7 +5,7 @@ import reference
 from keras import ops
 
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.targeting import adapted_layers
+from keras_geolora.model.targeting import adapted_layers
 
 
 def move(model):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from keras_geolora import GeoLoRA, plot_ranks
-from keras_geolora.abbreviation import abbreviated
 from keras_geolora.callbacks import (
     EpochCompaction,
     RankHistory,
@@ -17,9 +16,10 @@ from keras_geolora.callbacks import (
     RankTensorBoard,
 )
 from keras_geolora.callbacks.reading import IntervalCallback
-from keras_geolora.heat_map import heat_map
-from keras_geolora.report import as_text, totals
-from keras_geolora.targeting import adapted_layers
+from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.viewing.abbreviation import abbreviated
+from keras_geolora.viewing.heat_map import heat_map
+from keras_geolora.viewing.summary import as_text, totals
 
 pytestmark = pytest.mark.filterwarnings("ignore:The last layer")
 

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_geolora import GeoLoRA
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.targeting import adapted_layers
+from keras_geolora.model.targeting import adapted_layers
 
 models = keras_hub.models
 RNG = np.random.default_rng(0)

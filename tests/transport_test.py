@@ -7,14 +7,14 @@ import reference
 from keras import ops
 
 from keras_geolora import LowRankAdapter
-from keras_geolora.integrator import (
+from keras_geolora.geometry.integrator import (
     Move,
     Point,
     T,
     Unknowns,
     active_columns,
 )
-from keras_geolora.transport import (
+from keras_geolora.geometry.transport import (
     find_slots,
     mean_of_active,
     register_slot_rules,

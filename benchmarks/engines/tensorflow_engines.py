@@ -8,7 +8,7 @@ from unittest import mock
 import tensorflow as tf
 
 from engines.single import Single
-from keras_geolora.optimizer import find_geolora
+from keras_geolora.optimizer.geolora import find_geolora
 
 
 class Mirrored(Single):

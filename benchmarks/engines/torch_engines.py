@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 
 from engines.single import Single
-from keras_geolora.optimizer import find_geolora
+from keras_geolora.optimizer.geolora import find_geolora
 
 
 class DDP(Single):

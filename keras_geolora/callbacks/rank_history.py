@@ -4,10 +4,10 @@ import os
 import pathlib
 
 from keras_geolora.callbacks.reading import IntervalCallback
-from keras_geolora.heat_map import check_can_draw
-from keras_geolora.rank_table import read_ranks, write_ranks
-from keras_geolora.report import plot_ranks
-from keras_geolora.targeting import adapted_layers
+from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.viewing.heat_map import check_can_draw
+from keras_geolora.viewing.rank_table import read_ranks, write_ranks
+from keras_geolora.viewing.summary import plot_ranks
 
 
 class RankHistory(IntervalCallback):

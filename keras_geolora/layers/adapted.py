@@ -9,6 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_geolora.distribution.layouts import (
+    apart_from_map,
+    factor_layouts,
+    settle,
+)
+from keras_geolora.geometry.manifold import check_values
 from keras_geolora.keras_internals import in_layer_call
 from keras_geolora.layers.adapter import (
     LowRankAdapter,
@@ -17,8 +23,6 @@ from keras_geolora.layers.adapter import (
     may_train,
     merging_pays,
 )
-from keras_geolora.layouts import apart_from_map, factor_layouts, settle
-from keras_geolora.manifold import check_values
 
 # The name of the adapter where nobody gave it one.
 DEFAULT = "default"

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora import manifold
+from keras_geolora.geometry import manifold
 
 
 class Factor:

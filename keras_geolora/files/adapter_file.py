@@ -11,8 +11,10 @@ import safetensors
 import safetensors.numpy
 from keras import ops
 
-from keras_geolora.adaptation import value_of
-from keras_geolora.adapted_model import (
+from keras_geolora.geometry.manifold import AVERAGE, check_factors, check_layers
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.model.adaptation import value_of
+from keras_geolora.model.adapted_model import (
     add_adapter,
     after_a_change,
     check_adapted,
@@ -22,11 +24,9 @@ from keras_geolora.adapted_model import (
     check_not_suspended,
     scope_of,
 )
-from keras_geolora.files import write_whole
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.manifold import AVERAGE, check_factors, check_layers
-from keras_geolora.targeting import kernel_shape, stable_paths
+from keras_geolora.model.targeting import kernel_shape, stable_paths
 from keras_geolora.version import __version__
+from keras_geolora.whole_files import write_whole
 
 FORMAT = 1
 # The entry of a safetensors header in which the description of a file is.

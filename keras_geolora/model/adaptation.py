@@ -8,8 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.substitution import exchanged_values, value_of
-from keras_geolora.targeting import (
+from keras_geolora.model.substitution import exchanged_values, value_of
+from keras_geolora.model.targeting import (
     inside,
     is_carrier,
     is_leaf,

@@ -5,22 +5,22 @@ import os
 import keras
 import numpy as np
 
-from keras_geolora import manifold
-from keras_geolora.adaptation import value_of
-from keras_geolora.adapted_model import (
-    check_model,
-    check_not_suspended,
-)
-from keras_geolora.adapter_file import (
+from keras_geolora.files.adapter_file import (
     AdapterFileError,
     Fit,
     adaptation_to_save,
     padded,
     read_adapter,
 )
+from keras_geolora.geometry import manifold
+from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import Factor, check_rank
-from keras_geolora.low_rank_sum import svd_of_sum
-from keras_geolora.targeting import inside, is_carrier, is_leaf
+from keras_geolora.model.adaptation import value_of
+from keras_geolora.model.adapted_model import (
+    check_model,
+    check_not_suspended,
+)
+from keras_geolora.model.targeting import inside, is_carrier, is_leaf
 
 
 def average_geolora(model, clients, weights=None, rank=None):

@@ -7,18 +7,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora import replicas
-from keras_geolora.budget import spend
-from keras_geolora.groups import (
+from keras_geolora.distribution import tf_replicas as replicas
+from keras_geolora.distribution.layouts import apart_from_map
+from keras_geolora.distribution.virtual_devices import warn_of_virtual_devices
+from keras_geolora.geometry.budget import spend
+from keras_geolora.geometry.transport import slot_rules
+from keras_geolora.optimizer.groups import (
     GroupStep,
     build_inner,
     carry_groups,
     find_adapters,
     plain_variables,
 )
-from keras_geolora.layouts import apart_from_map
-from keras_geolora.transport import slot_rules
-from keras_geolora.virtual_devices import warn_of_virtual_devices
 
 # A budget of so much, the largest float32 that is an int32, is none.
 UNLIMITED = 2**31 - 128

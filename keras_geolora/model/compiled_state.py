@@ -9,8 +9,8 @@ first `compile`, and Keras asks to call that again.
 import keras
 
 from keras_geolora.layers.adapter import Factor
-from keras_geolora.optimizer import find_geolora
-from keras_geolora.targeting import carriers, inside
+from keras_geolora.model.targeting import carriers, inside
+from keras_geolora.optimizer.geolora import find_geolora
 
 # What a model of Keras has before its first `compile`, by attribute ...
 BEFORE_COMPILE = {

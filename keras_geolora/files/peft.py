@@ -10,14 +10,7 @@ import numpy as np
 import safetensors.numpy
 from keras import ops
 
-from keras_geolora.adapted_model import (
-    add_adapter,
-    check_can_adapt,
-    check_model,
-    check_name,
-    scope_of,
-)
-from keras_geolora.adapter_file import (
+from keras_geolora.files.adapter_file import (
     CONTRADICTIONS,
     AdapterFileError,
     adaptation_to_save,
@@ -27,15 +20,22 @@ from keras_geolora.adapter_file import (
     plain_class_name,
     some,
 )
-from keras_geolora.files import write_together
+from keras_geolora.geometry.low_rank_sum import svd_of_sum
+from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.layers.adapted import DEFAULT
-from keras_geolora.low_rank_sum import svd_of_sum
-from keras_geolora.manifold import check_layers
-from keras_geolora.targeting import (
+from keras_geolora.model.adapted_model import (
+    add_adapter,
+    check_can_adapt,
+    check_model,
+    check_name,
+    scope_of,
+)
+from keras_geolora.model.targeting import (
     adapted_class,
     kernel_shape,
     stable_paths,
 )
+from keras_geolora.whole_files import write_together
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

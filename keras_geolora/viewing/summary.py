@@ -7,14 +7,14 @@ import pathlib
 import numpy as np
 from keras import ops
 
-from keras_geolora import manifold
-from keras_geolora.abbreviation import abbreviated
-from keras_geolora.clipping import asked_of
-from keras_geolora.files import write_whole
-from keras_geolora.heat_map import check_can_draw, heat_map
-from keras_geolora.optimizer import UNLIMITED, find_geolora
-from keras_geolora.rank_table import read_ranks
-from keras_geolora.targeting import adapted_layers, carriers
+from keras_geolora.geometry import manifold
+from keras_geolora.model.clipping import asked_of
+from keras_geolora.model.targeting import adapted_layers, carriers
+from keras_geolora.optimizer.geolora import UNLIMITED, find_geolora
+from keras_geolora.viewing.abbreviation import abbreviated
+from keras_geolora.viewing.heat_map import check_can_draw, heat_map
+from keras_geolora.viewing.rank_table import read_ranks
+from keras_geolora.whole_files import write_whole
 
 BARS = "▁▂▃▄▅▆▇█"
 # Characters for a spectrum, and for a path.

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from keras_geolora.abbreviation import abbreviated
+from keras_geolora.viewing.abbreviation import abbreviated
 
 # Characters for the path of a layer.
 LABEL_WIDTH = 44

@@ -10,7 +10,7 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_geolora.transport import gradient_accumulators
+from keras_geolora.geometry.transport import gradient_accumulators
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf

@@ -4,7 +4,7 @@ import csv
 import io
 import pathlib
 
-from keras_geolora.files import write_whole
+from keras_geolora.whole_files import write_whole
 
 
 def write_ranks(filename, steps, ranks):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_geolora.integrator import count
+from keras_geolora.geometry.integrator import count
 
 
 class Claim(NamedTuple):

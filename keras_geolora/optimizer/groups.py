@@ -11,12 +11,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora import integrator
-from keras_geolora.budget import Claim
-from keras_geolora.integrator import Point, Unknowns, choose
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.layouts import layout_of, stacked_layout
-from keras_geolora.transport import (
+from keras_geolora.distribution.layouts import layout_of, stacked_layout
+from keras_geolora.geometry import integrator
+from keras_geolora.geometry.budget import Claim
+from keras_geolora.geometry.integrator import Point, Unknowns, choose
+from keras_geolora.geometry.transport import (
     find_slots,
     gradient_accumulators,
     has_factored_moments,
@@ -24,6 +23,7 @@ from keras_geolora.transport import (
     slot_rules,
     transport,
 )
+from keras_geolora.layers.adapter import Factor
 
 
 class Store:

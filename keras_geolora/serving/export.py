@@ -16,17 +16,22 @@ import threading
 import keras
 import numpy as np
 
-from keras_geolora.adapted_model import (
+from keras_geolora.geometry.manifold import check_layers
+from keras_geolora.model.adapted_model import (
     adaptations_of,
     check_model,
     check_not_suspended,
 )
-from keras_geolora.files import write_whole
-from keras_geolora.lifecycle import activate_geolora, geolora_adapters
-from keras_geolora.manifold import check_layers
-from keras_geolora.signature import SENTENCES, Signature, answers, is_text
-from keras_geolora.targeting import carriers, inside
+from keras_geolora.model.switching import activate_geolora, geolora_adapters
+from keras_geolora.model.targeting import carriers, inside
+from keras_geolora.serving.signature import (
+    SENTENCES,
+    Signature,
+    answers,
+    is_text,
+)
 from keras_geolora.version import __version__
+from keras_geolora.whole_files import write_whole
 
 REPORT = "geolora_report.json"
 # How far answers may be apart, relative to the largest of them.
@@ -291,7 +296,7 @@ def custom_modules(model):
 
 def write_here(folder, progress):
     """Writes the SavedModel in this process."""
-    from keras_geolora import saved_model
+    from keras_geolora.serving import saved_model
 
     try:
         saved_model.write(folder, progress)
@@ -321,7 +326,12 @@ def run_writer(folder, progress, timeout):
     log = folder / "log.txt"
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "keras_geolora.saved_model", str(folder)],
+            [
+                sys.executable,
+                "-m",
+                "keras_geolora.serving.saved_model",
+                str(folder),
+            ],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -4,8 +4,10 @@ import hashlib
 
 from keras import ops
 
-from keras_geolora.adaptation import value_of
-from keras_geolora.adapted_model import (
+from keras_geolora.geometry.manifold import check_layers
+from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
+from keras_geolora.model.adaptation import value_of
+from keras_geolora.model.adapted_model import (
     adaptations_of,
     adapted_parts,
     add_adapter,
@@ -20,10 +22,8 @@ from keras_geolora.adapted_model import (
     scope_of,
     warn_of_what_stays,
 )
-from keras_geolora.clipping import clipped
-from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
-from keras_geolora.manifold import check_layers
-from keras_geolora.targeting import (
+from keras_geolora.model.clipping import clipped
+from keras_geolora.model.targeting import (
     Layers,
     adapted_layers,
     carriers,

@@ -24,7 +24,7 @@ energy for new directions and make their steps too large.
 import keras
 from keras import ops
 
-from keras_geolora.integrator import T, Unknowns, divide, norm
+from keras_geolora.geometry.integrator import T, Unknowns, divide, norm
 
 _RULES = {}  # class -> rules, and whether it is elementwise
 _REFUSALS = {}

@@ -2,9 +2,9 @@
 
 import keras
 
+from keras_geolora.distribution.layouts import model_parallel
 from keras_geolora.layers.adapted import DEFAULT, become_adapted, become_plain
-from keras_geolora.layouts import model_parallel
-from keras_geolora.targeting import adapted_class, refusal
+from keras_geolora.model.targeting import adapted_class, refusal
 
 
 def adapter_layouts(layer, name=DEFAULT):

@@ -4,9 +4,11 @@ import contextlib
 
 import numpy as np
 
-from keras_geolora import replicas
-from keras_geolora.adaptation import value_of
-from keras_geolora.adapted_model import (
+from keras_geolora.distribution import tf_replicas as replicas
+from keras_geolora.geometry.low_rank_sum import svd_of_sum
+from keras_geolora.layers.adapter import check_rank
+from keras_geolora.model.adaptation import value_of
+from keras_geolora.model.adapted_model import (
     adaptations_of,
     after_a_change,
     check_adapted,
@@ -16,10 +18,8 @@ from keras_geolora.adapted_model import (
     swap_functions,
     warn_of_what_stays,
 )
-from keras_geolora.layers.adapter import check_rank
-from keras_geolora.low_rank_sum import svd_of_sum
-from keras_geolora.substitution import is_traced
-from keras_geolora.targeting import carriers
+from keras_geolora.model.substitution import is_traced
+from keras_geolora.model.targeting import carriers
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Several devices: layouts on JAX, replicas on TensorFlow."""

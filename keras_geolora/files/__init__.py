@@ -1,0 +1,1 @@
+"""Adapters in files: the format of this library, and those of others."""

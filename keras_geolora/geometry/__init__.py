@@ -1,0 +1,1 @@
+"""Arrays only: the integrator, ranks, and how slots follow moving bases."""

@@ -1,0 +1,1 @@
+"""An adapted model: what is adapted, what trains, and what may change."""

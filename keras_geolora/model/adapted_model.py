@@ -1,0 +1,836 @@
+"""What an adapted model is: its class, its parts, and what it refuses."""
+
+import contextlib
+import functools
+import inspect
+import json
+import warnings
+
+import keras
+import numpy as np
+
+from keras_geolora.adapted_model import unpickle
+from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
+from keras_geolora.distribution import tf_replicas as replicas
+from keras_geolora.geometry.manifold import check_layers, check_values
+from keras_geolora.layers.adapted import become_adapted, become_plain
+from keras_geolora.layers.adapter import Factor
+from keras_geolora.model.adaptation import Adaptation
+from keras_geolora.model.compiled_state import (
+    drop_unfit,
+    fits,
+    optimizers_of,
+    trains_as_keras,
+)
+from keras_geolora.model.targeting import (
+    adapted_class,
+    carriers,
+    inside,
+    stable_paths,
+)
+from keras_geolora.optimizer.geolora import (
+    find_geolora,
+    rebuild,
+    renewed,
+    take_attributes,
+)
+
+# Attributes in which Keras and KerasHub keep compiled functions.
+FUNCTIONS = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+)
+# Keys in files of weights, beside the numbers that Keras uses.
+PREFIX = "geolora_"
+SIGNATURE = "geolora_signature"
+BUFFERS = "geolora_buffers"
+RANDOM = "geolora_random_"
+# What Keras prints when it cannot find the class of a file.
+TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
+BELONGS = "The adapters of this backbone belong to the task that was adapted."
+
+
+class WeightsRefused(BaseException):
+    """Stops `load_weights`, which would go on after any `Exception`."""
+
+
+class RestsAsAWhole:
+    """Mixin for a model, or its backbone, of which parts are frozen.
+
+    Keras' `trainable = True` would thaw all of them.
+    """
+
+    @property
+    def trainable(self):
+        """Settable boolean; `True` lets train what trained before `False`."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        self.geolora_owner.set_trainable(self, bool(value))
+
+
+@keras.saving.register_keras_serializable("keras_geolora")
+class AdaptedModel(RestsAsAWhole):
+    """Mixin for the class of a model that carries adapters."""
+
+    # What stops the loading of weights.
+    geolora_refusal = ValueError
+    # Whether `compile` was left to choose `jit_compile`.
+    geolora_auto_compiled = False
+
+    def compile(self, *args, **kwargs):
+        """As `keras.Model.compile`; an optimizer must be a `GeoLoRA`.
+
+        On TensorFlow `jit_compile` defaults to `False`: XLA takes many times
+        as long for small singular value decompositions as TensorFlow itself
+        (`benchmarks/decompositions.py`).
+        """
+        self.geolora_adaptation.take_in_changes()
+        optimizer = argument(super().compile, "optimizer", args, kwargs)
+        if optimizer not in (None, "auto") and trains_as_keras(self):
+            check_optimizer(optimizer)
+        self.geolora_auto_compiled = kwargs.get("jit_compile", "auto") == "auto"
+        super().compile(*args, **kwargs)
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        if self.geolora_auto_compiled and on_tensorflow:
+            self.jit_compile = False
+
+    def export(self, filepath, *args, **kwargs):
+        """Refused: the graph would multiply with every adapter apart."""
+        raise ValueError(
+            "An adapted model is exported in the form that serves fastest, as "
+            f"a SavedModel by `keras_geolora.export(model, {filepath!r})`. "
+            "For other formats merge first: `model.merge_geolora()`, "
+            "`model.export(...)`, `model.unmerge_geolora()`. Received: "
+            f"adapted model '{self.name}'"
+        )
+
+    def get_compile_config(self):
+        """As `keras.Model.get_compile_config`; `None` without a `GeoLoRA`."""
+        has_geolora = find_geolora(getattr(self, "optimizer", None)) is not None
+        if not has_geolora or not fits(self):
+            return None  # a file would hold what cannot be loaded
+        config = super().get_compile_config()
+        # With the loss scaling that a policy of `mixed_float16` adds: the
+        # model may be loaded where another policy is set.
+        config["optimizer"] = keras.saving.serialize_keras_object(
+            self.optimizer
+        )
+        if self.geolora_auto_compiled:
+            config["jit_compile"] = "auto"  # another backend chooses anew
+        return config
+
+    def compile_from_config(self, config):
+        """As `keras.Model.compile_from_config`, also for KerasHub's tasks.
+
+        Keras does not try where a class has a `compile` of its own, and the
+        state of the optimizer would be lost.
+        """
+        try:
+            inspect.signature(super().compile).bind(**config)
+        except TypeError:
+            return super().compile_from_config(config)
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self._build_optimizer()
+
+    def get_config(self):
+        """Returns the configuration of the plain model and of the adapters."""
+        check_not_suspended([self.geolora_adaptation])
+        self.geolora_adaptation.take_in_changes()
+        if len(adapted_parts(self)) > 1:
+            raise ValueError(
+                "A model is saved with the adapters of one `enable_geolora`. "
+                "Adapt it all by one call, or save weights only. Received: "
+                f"model '{self.name}' with parts that are adapted by "
+                f"themselves: {[x.name for x in adapted_parts(self)[1:]]}"
+            )
+        with as_plain(self):
+            base = keras.saving.serialize_keras_object(self)
+        base.pop("compile_config", None)  # this model has its own
+        return {
+            "to_load": TO_LOAD,
+            "base": base,
+            "plan": self.geolora_adaptation.plan(),
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Creates the plain model and adapts it as the configuration says."""
+        model = keras.saving.deserialize_keras_object(
+            config["base"], custom_objects=custom_objects
+        )
+        adapt_by_plan(model, config["plan"])
+        if not config.get("trainable", True):  # early versions had none
+            model.trainable = False
+        return model
+
+    def save(self, filepath, *args, **kwargs):
+        """As `keras.Model.save`, but a refusal leaves an older file whole.
+
+        Whole models in HDF5 are refused.
+
+        Keras asks no model for its own variables there, so adapters that rest
+        and random states would be lost.
+        """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "The HDF5 format of whole models is a legacy of Keras that "
+                "does not hold all of an adapted model. Write "
+                "`model.save('model.keras')`, or "
+                "`model.save_weights('model.weights.h5')` for the weights "
+                f"alone. Received: filepath='{filepath}'"
+            )
+        check_layers(carriers(self).values(), f"'{filepath}' was not written.")
+        # What cannot be saved is refused before Keras empties the file.
+        keras.saving.serialize_keras_object(self)
+        super().save(filepath, *args, **kwargs)
+
+    def save_weights(self, filepath, *args, **kwargs):
+        """As `keras.Model.save_weights`; refuses factors that are none."""
+        check_layers(carriers(self).values(), f"'{filepath}' was not written.")
+        super().save_weights(filepath, *args, **kwargs)
+
+    def __reduce__(self):
+        """As `keras.Model.__reduce__`, through a function that has a name."""
+        _, arguments = super().__reduce__()
+        return unpickle, arguments
+
+    def save_own_variables(self, store):
+        """Saves also the values that rest while another adapter is active."""
+        adaptation = self.geolora_adaptation
+        check_not_suspended([adaptation])
+        adaptation.take_in_changes()
+        self._build_optimizer()
+        super().save_own_variables(store)
+        said = json.dumps([adaptation.active, adaptation.signature()])
+        store[SIGNATURE] = np.frombuffer(said.encode(), "uint8")
+        said = json.dumps(adaptation.buffers())
+        store[BUFFERS] = np.frombuffer(said.encode(), "uint8")
+        for key, value in adaptation.stored_values().items():
+            store[PREFIX + key] = value
+        for index, state in enumerate(random_states(self)):
+            store[f"{RANDOM}{index}"] = state
+
+    def load_own_variables(self, store):
+        """Loads what `save_own_variables` saved."""
+        adaptation = self.geolora_adaptation
+        check_not_suspended([adaptation])
+        adaptation.take_in_changes()
+        arrays = {key: store[key] for key in store.keys()}
+        ours = {k: arrays.pop(k) for k in list(arrays) if k.startswith(PREFIX)}
+        if SIGNATURE not in ours:
+            self._refuse_weights(
+                "These weights are not those of an adapted model. Load them "
+                "into the plain model, before `enable_geolora` or after "
+                "`remove_geolora`. "
+                f"Received: weights for model '{self.name}'"
+            )
+        active, signature = json.loads(ours[SIGNATURE].tobytes())
+        if signature != adaptation.signature():
+            self._refuse_weights(
+                "The weights must belong to the adapters of the model, in the "
+                "same order, on the same layers, with the same "
+                "`modules_to_save` and `train_bias`. Received: weights of "
+                f"adapters {[name for name, *_ in signature]} for model "
+                f"'{self.name}' with {list(adaptation.adapters)}"
+            )
+        if BUFFERS in ours:  # files of early versions have none
+            resize_buffers(
+                self,
+                adaptation.with_buffers(json.loads(ours[BUFFERS].tobytes())),
+            )
+        super().load_own_variables(arrays)
+        if active != adaptation.active:
+            adaptation.activate(active)
+            forget_traces(self)
+            self._renew_optimizer()
+        adaptation.restore_values(
+            {key.removeprefix(PREFIX): x for key, x in ours.items()}
+        )
+        states = random_states(self)
+        if len(states) != sum(key.startswith(RANDOM) for key in ours):
+            warnings.warn(
+                "The states of dropout and other random layers were not "
+                "loaded, because the file has them for another number of "
+                "layers. Training goes on with other random numbers.",
+                stacklevel=2,
+            )
+            return
+        for index, state in enumerate(states):
+            state.assign(ours[f"{RANDOM}{index}"])
+
+    def load_weights(self, *args, **kwargs):
+        """As `keras.Model.load_weights`, with the state of the optimizer."""
+        self._build_optimizer()
+        self.geolora_refusal = WeightsRefused
+        try:
+            super().load_weights(*args, **kwargs)
+        except WeightsRefused as error:
+            raise ValueError(str(error)) from None
+        finally:
+            self.geolora_refusal = ValueError
+
+    def set_weights(self, weights):
+        """As `keras.Model.set_weights`; buffers may have other widths."""
+        check_values(self.weights, weights)
+        pairs = list(zip(self.weights, weights, strict=False))
+        if len(pairs) == len(weights) == len(self.weights):
+            resize_buffers(
+                self,
+                {
+                    id(variable.constraint.adapter): len(value)
+                    for variable, value in pairs
+                    if isinstance(variable.constraint, Factor)
+                    and variable.constraint.role == "S"
+                    and np.ndim(value) == 2
+                },
+            )
+        super().set_weights(weights)
+
+    def _refuse_weights(self, message):
+        raise self.geolora_refusal(message)
+
+    def _build_optimizer(self):
+        # Keras does not load into an optimizer that is not built.
+        optimizer = getattr(self, "optimizer", None)
+        if find_geolora(optimizer) is None or not trains_as_keras(self):
+            return
+        if not optimizer.built:
+            optimizer.build(self.trainable_variables)
+
+    def _renew_optimizer(self):
+        """Builds the optimizer for an adapter whose state is loaded next."""
+        if fits(self):
+            return
+        optimizer = getattr(self, "optimizer", None)
+        if find_geolora(optimizer) is None or not trains_as_keras(self):
+            drop_unfit(self)
+            return
+        new = renewed(optimizer)
+        new.build(self.trainable_variables)
+        take_attributes(optimizer, new)
+
+    def quantize(self, *args, **kwargs):
+        """Refused: a model is quantized first and adapted then."""
+        raise ValueError(
+            "Quantize a model before it is adapted; the adapters then train "
+            "in float32 over the quantized kernels. Or merge first: "
+            "`model.merge_geolora()`. "
+            f"Received: adapted model '{self.name}'"
+        )
+
+    def fit(self, *args, **kwargs):
+        """As `keras.Model.fit`; cuts at the end of epochs, shows the ranks."""
+        check_not_suspended([self.geolora_adaptation])
+        self.geolora_adaptation.take_in_changes()
+        if self.compiled and trains_as_keras(self):
+            optimizer = getattr(self, "optimizer", None)
+            check_optimizer(optimizer)
+            check_optimizer_is_new(optimizer, self.trainable_variables)
+        parameters = inspect.signature(super().fit).parameters
+        # KerasHub's tasks take other arguments by position.
+        names = list(parameters)
+        by_position = dict(zip(names, args, strict=False))
+        if "callbacks" in by_position:
+            at = names.index("callbacks")
+            args = (*args[:at], own_callbacks(args[at]), *args[at + 1 :])
+        elif "callbacks" in names or takes_any(parameters):
+            kwargs["callbacks"] = own_callbacks(kwargs.get("callbacks"))
+        return super().fit(*args, **kwargs)
+
+
+class AdaptedScope(RestsAsAWhole):
+    """Mixin for the class of a backbone that was adapted with its task."""
+
+    def get_config(self):
+        """Refused: adapters and their state belong to the task."""
+        raise ValueError(
+            f"{BELONGS} Save the task, or merge first: "
+            f"`task.merge_geolora()`. Received: backbone '{self.name}'"
+        )
+
+    def save_weights(self, *args, **kwargs):
+        """Refused: adapters and their state belong to the task."""
+        self.get_config()
+
+    def save_to_preset(self, *args, **kwargs):
+        """Refused: adapters and their state belong to the task."""
+        self.get_config()
+
+
+def argument(function, name, args, kwargs):
+    """Returns what a call gives to one argument, or `None`.
+
+    Args:
+        function: The function, which may be of a user's own.
+        name: String, the name of the argument.
+        args: Tuple, the arguments of the call by position.
+        kwargs: Dict, those by name.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:  # the call itself says best what is wrong
+        return None
+    return given.get(name)
+
+
+def takes_any(parameters):
+    """Says whether a function takes arguments by any name.
+
+    Args:
+        parameters: Mapping of `inspect.signature`.
+    """
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def own_callbacks(callbacks):
+    """Returns the callbacks of `fit`, with ours in front.
+
+    Those that were given, too: what they put into the logs reaches all others.
+    """
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    if callbacks is None:
+        callbacks = []
+    elif not isinstance(callbacks, (list, tuple)):
+        callbacks = [callbacks]
+    front = []
+    for own in (EpochCut, RankLogger, SilentFailureGuard):
+        front += [c for c in callbacks if isinstance(c, own)] or [own()]
+    return [*front, *(c for c in callbacks if c not in front)]
+
+
+@functools.cache
+def adapted_model_class(plain_class):
+    """Returns the class of an adapted model of class `plain_class`."""
+    members = {"plain_class": plain_class, "__module__": __name__}
+    if hasattr(plain_class, "save_to_preset"):
+        members["save_to_preset"] = save_to_preset
+    if hasattr(plain_class, "backbone_cls"):
+        # `from_preset` of KerasHub looks for subclasses by their backbone.
+        members["backbone_cls"] = None
+    cls = type(
+        f"GeoLoRA{plain_class.__name__}", (AdaptedModel, plain_class), members
+    )
+    # All are saved under one name, which a fresh process finds: `from_config`
+    # is the same for all.
+    register = keras.saving.register_keras_serializable
+    return register("keras_geolora", "AdaptedModel")(cls)
+
+
+@functools.cache
+def adapted_scope_class(plain_class):
+    """Returns the class of a backbone that was adapted with its task."""
+    return type(
+        f"GeoLoRA{plain_class.__name__}",
+        (AdaptedScope, plain_class),
+        {"plain_class": plain_class, "__module__": __name__},
+    )
+
+
+def save_to_preset(self, *args, **kwargs):
+    """Refused: a preset is a plain model."""
+    raise ValueError(
+        "A preset holds a plain model. Merge first, save, and unmerge: "
+        "`model.merge_geolora()`, `model.save_to_preset(...)`, "
+        "`model.unmerge_geolora()`. Or save the adapted model by "
+        "`model.save('model.keras')`. "
+        f"Received: adapted model '{self.name}'"
+    )
+
+
+def scope_of(model):
+    """Returns the backbone of a KerasHub task, or else the model itself."""
+    # Some backbones have another one inside, which is only a part of them.
+    is_backbone = any(c.__name__ == "Backbone" for c in type(model).__mro__)
+    backbone = getattr(model, "backbone", None)
+    if is_backbone or not isinstance(backbone, keras.layers.Layer):
+        return model
+    return backbone
+
+
+def add_adapter(
+    model, name, layers, options, saved_layers, train_bias, asked=None
+):
+    """Adds a named adapter to a model, in place, and activates it.
+
+    Args:
+        model: Built `keras.Model`.
+        name: String, the name of the adapter.
+        layers: Dict from path to layer to adapt.
+        options: Dict from path to a dict of the arguments of `LowRankAdapter`.
+        saved_layers: List of layers that train as they are.
+        train_bias: Bool, whether the biases of the layers train.
+        asked: Dict from path to the ranks that were asked for and are larger
+            than those in `options`, or `None`.
+
+    Raises:
+        ValueError: If an option does not fit a layer, or the model is frozen
+            as a whole; it is as it was then, and after an interrupt as well.
+    """
+    adaptation = getattr(model, "geolora_adaptation", None)
+    first = adaptation is None
+    if first:
+        adaptation = Adaptation(model, scope_of(model))
+    else:
+        active, by_hand = adaptation.active, adaptation.by_hand()
+    try:
+        if not first:
+            adaptation.wake()
+            others = adaptation.by_hand(but=[*layers.values(), *saved_layers])
+        with replicas.scope_of(model):
+            for path, layer in layers.items():
+                adapted_class(layer).adapt(
+                    layer, name, train_bias=train_bias, **options[path]
+                )
+        adaptation.add(name, list(layers.values()), saved_layers, train_bias)
+        adapter = adaptation.adapters[name]
+        adapter.clipped = {
+            place: asked[path]
+            for place, path in zip(adapter.layers, layers, strict=True)
+            if asked and asked.get(path)
+        }
+        if first:
+            make_adapted(model, adaptation)
+        else:
+            adaptation.repeat(others)
+        after_a_change(model)
+    except BaseException as error:
+        for layer in layers.values():
+            if name in getattr(layer, "adapter_names", []):
+                layer.delete_adapter(name)
+        if first:
+            make_plain(model, adaptation)
+            adaptation.frozen.thaw()
+        else:
+            adaptation.give_up(name, active)
+            adaptation.repeat(by_hand)
+        forget_traces(model)
+        if isinstance(error, ValueError):
+            raise ValueError(
+                f"{error} This is about layer '{path}'; give it a rank of its "
+                "own by `rank_pattern`, or leave it out by `exclude`."
+            ) from error
+        raise
+
+
+def adapt_by_plan(model, plan):
+    """Adapts a plain model as `Adaptation.plan` says."""
+    if not model.built:
+        raise ValueError(
+            "An adapted model is read by building the plain model first, "
+            "which its class must allow: give the class a "
+            "`build_from_config`, or its layers their input shapes. "
+            f"Received: model '{model.name}', which is not built"
+        )
+    paths = {"": scope_of(model), **stable_paths(scope_of(model))}
+    for path, layer in paths.items():
+        layer.trainable = path not in plan["frozen"]
+    for adapter in plan["adapters"]:
+        options = adapter["layers"]
+        named = [*options, *adapter["modules_to_save"]]
+        missing = [path for path in named if path not in paths]
+        if missing:
+            raise ValueError(
+                "The adapters belong to layers that the model must have. "
+                f"Received: model '{model.name}' without {missing}"
+            )
+        add_adapter(
+            model,
+            adapter["name"],
+            {path: paths[path] for path in options},
+            options,
+            [paths[path] for path in adapter["modules_to_save"]],
+            adapter["train_bias"],
+            adapter.get("clipped"),  # early files have none
+        )
+    model.geolora_adaptation.activate(plan["active"])
+    model.geolora_adaptation.repeat(plan["by_hand"])
+
+
+def warn_of_what_stays(adaptations, stacklevel):
+    """Warns of variables that keep what they may have learned."""
+    thawed = [v.path for a in adaptations for v in a.thawed()]
+    if thawed:
+        more = ", ..." if len(thawed) > 5 else ""
+        warnings.warn(
+            "Only what `enable_geolora` made trainable gets the values back "
+            "that it had before, not what was made so by hand afterwards. Name "
+            "these layers in `modules_to_save` of `enable_geolora`. Left as "
+            f"they are: {', '.join(thawed[:5])}{more}",
+            stacklevel=stacklevel,
+        )
+
+
+def random_states(model):
+    """Returns the variables of random generators, which Keras does not save."""
+    saved = {id(v) for v in model.weights}
+    return [v for v in model.variables if id(v) not in saved]
+
+
+@contextlib.contextmanager
+def as_plain(model):
+    """Lets a model and its layers have their former classes for a while."""
+    scope = model.geolora_adaptation.scope
+    parts = [model] if scope is model else [model, scope]
+    adapted = [*carriers(model).values(), *parts]
+    classes = [type(layer) for layer in adapted]
+    for layer in adapted:
+        become_plain(layer)
+    try:
+        yield
+    finally:
+        for layer, cls in zip(adapted, classes, strict=True):
+            become_adapted(layer, cls)
+
+
+def adapted_parts(model):
+    """Returns the model and the models inside that `enable_geolora` saw."""
+    return [x for x in (model, *inside(model)) if isinstance(x, AdaptedModel)]
+
+
+def adaptations_of(model):
+    """Returns what was done to the model and to the models inside."""
+    adaptations = [part.geolora_adaptation for part in adapted_parts(model)]
+    for adaptation in adaptations:
+        adaptation.take_in_changes()
+    return adaptations
+
+
+def make_adapted(part, adaptation):
+    """Gives a model, and its backbone, the classes of adapted ones."""
+    part.geolora_adaptation = adaptation
+    scope = adaptation.scope
+    for model in (part, scope):
+        model.geolora_owner = adaptation
+    become_adapted(part, adapted_model_class(plain_class_of(part)))
+    if scope is not part:
+        become_adapted(scope, adapted_scope_class(plain_class_of(scope)))
+
+
+def make_plain(part, adaptation):
+    """Gives an adapted model, and its backbone, their former classes."""
+    for model in {id(x): x for x in (part, adaptation.scope)}.values():
+        become_plain(model)
+        if hasattr(model, "geolora_owner"):
+            del model.geolora_owner
+    if hasattr(part, "geolora_adaptation"):
+        del part.geolora_adaptation
+    forget_traces(part)
+
+
+def plain_class_of(model):
+    """Returns the class that a model has without adapters."""
+    return getattr(model, "plain_class", type(model))
+
+
+def swap_functions(model, functions):
+    """Gives a model other compiled functions; returns those it had.
+
+    Functions from before the last `compile` hold another optimizer and loss,
+    and are dropped.
+    """
+    compiled = getattr(model, "_compile_config", None)  # new each time
+    if functions.get("compiled") is not compiled:
+        functions = {}
+    before = {n: getattr(model, n) for n in FUNCTIONS if hasattr(model, n)}
+    for name in before:
+        setattr(model, name, functions.get(name))
+    return {**before, "compiled": compiled}
+
+
+def after_a_change(model):
+    """Drops what was compiled for other layers or other variables.
+
+    Returns:
+        List of `CompiledState`s, what was taken off the model.
+    """
+    forget_traces(model)
+    return drop_unfit(model)
+
+
+def forget_traces(model):
+    """Drops what was remembered of the layers as they were.
+
+    Compiled functions hold the old computation, and torch's modules a list of
+    the old parameters.
+    """
+    for part in (model, *inside(model)):
+        if hasattr(part, "_torch_params"):
+            part._track_variables()
+        if isinstance(part, keras.Model):
+            swap_functions(part, {})
+            vars(part).pop("geolora_disabled_traces", None)
+        if "_compiled_trainable_state" in vars(part):
+            # Its keys keep layers alive. Not changed in place, nor set as an
+            # attribute: TensorFlow would track it and refuse to save it.
+            del part._compiled_trainable_state
+            vars(part)["_compiled_trainable_state"] = {
+                x: x.trainable for x in part._flatten_layers()
+            }
+
+
+def resize_buffers(model, max_ranks, optimizer=None):
+    """Gives adapters buffers of other widths, and slots that fit.
+
+    Args:
+        model: `keras.Model`.
+        max_ranks: Dict from the ids of `LowRankAdapter`s to widths. Columns
+            in use that do not fit are lost.
+        optimizer: Optimizer that trains the model, those of `compile` if not
+            given.
+    """
+    changes = [
+        (layer, name, max_ranks[id(adapter)])
+        for layer in carriers(model).values()
+        for name, adapter in layer.adapters_by_name().items()
+        if max_ranks.get(id(adapter), adapter.max_rank) != adapter.max_rank
+    ]
+    if not changes:
+        return
+    if optimizer is None:
+        found = optimizers_of(model).values()
+    else:
+        check_optimizer_is_new(optimizer, model.trainable_variables)
+        found = [optimizer]
+    found = [x for x in found if find_geolora(x) is not None and x.built]
+    in_training = getattr(model, "train_function", None) is not None
+    with replicas.scope_of(model):
+        optimizers = [(x, renewed(x)) for x in found]
+        new_of = {}
+        for layer, name, max_rank in changes:
+            old = layer.adapters_by_name()[name]
+            layer.resize_adapter(name, max_rank)
+            new = layer.adapters_by_name()[name]
+            new_of.update(
+                (id(getattr(old, role)), getattr(new, role)) for role in "USV"
+            )
+        forget_traces(model)
+        for optimizer, new in optimizers:
+            known = optimizer._trainable_variables
+            rebuild(optimizer, new, [new_of.get(id(v), v) for v in known])
+    if in_training:  # `fit` asks for the function before the first epoch only
+        model.make_train_function(force=True)
+
+
+def check_model(model):
+    """Refuses what is no model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`. Received: "
+            f"model={model!r} (of type {type(model).__name__})"
+        )
+
+
+def check_name(name):
+    """Refuses what cannot name an adapter."""
+    if not isinstance(name, str) or not name or set(name) & set("/."):
+        raise ValueError(
+            "The `name` of an adapter becomes part of paths, so it must be a "
+            "string that is not empty, without '/' and '.'. "
+            f"Received: name={name!r}"
+        )
+
+
+def check_can_adapt(model, name):
+    """Refuses a model that is not built, or adapted in another way."""
+    if not model.built:
+        raise ValueError(
+            "Only a built model has kernels to adapt. Call it on a batch of "
+            "data, or `model.build(input_shape)`, first. "
+            f"Received: model '{model.name}', which is not built"
+        )
+    adaptation = getattr(model, "geolora_adaptation", None)
+    strange = [
+        layer
+        for layer in carriers(model).values()
+        if adaptation is None or layer.adaptation is not adaptation
+    ]
+    if strange:
+        raise ValueError(
+            "A part of the model is adapted already, by itself. Adapt it "
+            "again there, or merge its adapters with `merge_geolora()`. "
+            f"Received: model '{model.name}' with {len(strange)} adapted "
+            "layers"
+        )
+    if adaptation is None:
+        return
+    if name in adaptation.adapters:
+        raise ValueError(
+            "A model has one adapter of a name. Choose another `name`, or "
+            "merge with `model.merge_geolora()`, or remove with "
+            f"`model.remove_geolora()`. Received: name='{name}', model "
+            f"'{model.name}' with {sorted(adaptation.adapters)}"
+        )
+    check_not_suspended([adaptation])
+
+
+def check_adapted(model, what):
+    """Refuses a model without adapters, or with those of another model."""
+    layers = carriers(model)
+    if not layers:
+        raise ValueError(
+            f"Only a model with adapted layers can be {what}; adapt it with "
+            f"`model.enable_geolora()`. Received: model '{model.name}' "
+            "without an adapted layer"
+        )
+    mine = adaptations_of(model)
+    for layer in layers.values():
+        owner = layer.adaptation
+        if owner is not None and owner not in mine:
+            raise ValueError(
+                f"The adapters of this model belong to '{owner.model_name}', "
+                "on which `enable_geolora` was called. Call the method there. "
+                f"Received: model '{model.name}'"
+            )
+
+
+def check_not_suspended(adaptations):
+    """Refuses changes while the adapters are out of action."""
+    for adaptation in adaptations:
+        if adaptation.suspended:
+            raise ValueError(
+                "Inside `with model.geolora_disabled()` adapters rest; change "
+                "them outside. "
+                f"Received: model '{adaptation.model_name}' with its adapters "
+                "disabled"
+            )
+
+
+def check_at_rest(model, what):
+    """Refuses what is no model, has no adapters, or has them disabled."""
+    check_model(model)
+    check_adapted(model, what)
+    check_not_suspended(adaptations_of(model))
+
+
+def check_optimizer_is_new(optimizer, variables):
+    """Refuses an optimizer that was built on other variables."""
+    known = getattr(optimizer, "_trainable_variables", [])
+    if optimizer.built and {id(v) for v in known} != {id(v) for v in variables}:
+        raise ValueError(
+            "What trains has changed since the optimizer was built, by "
+            "another adapter or another `trainable`. Compile the model "
+            "again, with a new `GeoLoRA`. "
+            f"Received: an optimizer of {len(known)} variables for "
+            f"{len(variables)}"
+        )
+
+
+def check_optimizer(optimizer):
+    """Refuses to train adapters with anything but `GeoLoRA`."""
+    if find_geolora(optimizer) is not None:
+        return
+    raise ValueError(
+        "Adapters are trained by GeoLoRA, around any Keras optimizer: "
+        "`model.compile(optimizer=keras_geolora.GeoLoRA("
+        "keras.optimizers.AdamW(1e-3)), ...)`. "
+        f"Received: optimizer={optimizer!r}"
+    )

@@ -1,0 +1,1 @@
+"""The optimizer wrapper: groups of adapters that step together."""

@@ -1,0 +1,1 @@
+"""Ranks as a table, a heat map and data."""
