@@ -21,8 +21,7 @@ from keras import ops
 from moving import move
 
 import keras_geolora
-from keras_geolora import AdapterFileError, GeoLoRA
-from keras_geolora import whole_files as files
+from keras_geolora import AdapterFileError, GeoLoRA, whole_files
 from keras_geolora.files import adapter_file
 from keras_geolora.model.targeting import adapted_layers
 
@@ -535,7 +534,7 @@ print("ready", flush=True)
 i = 0
 while True:
     i += 1
-    files.write_whole(sys.argv[2], bytes([i % 256]) * 3_000_000, b"end")
+    whole_files.write_whole(sys.argv[2], bytes([i % 256]) * 3_000_000, b"end")
 """
 
 
@@ -543,7 +542,7 @@ def test_a_file_is_whole_whenever_the_writer_is_killed(path):
     rng = random.Random(0)
     for _ in range(15):
         writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, files.__file__, str(path)],
+            [sys.executable, "-c", WRITER, whole_files.__file__, str(path)],
             stdout=subprocess.PIPE,
         )
         writer.stdout.readline()
@@ -584,10 +583,10 @@ def test_a_full_disk_loses_nothing(path):
 
 def test_files_that_belong_together_are_written_together(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
-    files.write_together({small: [b"old"], large: [b"old"]})
+    whole_files.write_together({small: [b"old"], large: [b"old"]})
     with disk_of(1000):
         with pytest.raises(OSError, match="large' could not be written"):
-            files.write_together({small: [b"new"], large: [bytes(2000)]})
+            whole_files.write_together({small: [b"new"], large: [bytes(2000)]})
     assert small.read_bytes() == large.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["large", "small"]
 

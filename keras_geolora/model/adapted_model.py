@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_geolora.adapted_model import unpickle
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
-from keras_geolora.distribution import tf_replicas as replicas
+from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.manifold import check_layers, check_values
 from keras_geolora.layers.adapted import become_adapted, become_plain
 from keras_geolora.layers.adapter import Factor
@@ -300,7 +300,8 @@ class AdaptedModel(RestsAsAWhole):
         if find_geolora(optimizer) is None or not trains_as_keras(self):
             return
         if not optimizer.built:
-            optimizer.build(self.trainable_variables)
+            with tf_replicas.scope_of(self):
+                optimizer.build(self.trainable_variables)
 
     def _renew_optimizer(self):
         """Builds the optimizer for an adapter whose state is loaded next."""
@@ -331,6 +332,9 @@ class AdaptedModel(RestsAsAWhole):
             optimizer = getattr(self, "optimizer", None)
             check_optimizer(optimizer)
             check_optimizer_is_new(optimizer, self.trainable_variables)
+            if all(layer.built for layer in inside(self)):
+                # TensorFlow traces a step twice that makes variables.
+                self._build_optimizer()
         parameters = inspect.signature(super().fit).parameters
         # KerasHub's tasks take other arguments by position.
         names = list(parameters)
@@ -485,7 +489,7 @@ def add_adapter(
         if not first:
             adaptation.wake()
             others = adaptation.by_hand(but=[*layers.values(), *saved_layers])
-        with replicas.scope_of(model):
+        with tf_replicas.scope_of(model):
             for path, layer in layers.items():
                 adapted_class(layer).adapt(
                     layer, name, train_bias=train_bias, **options[path]
@@ -702,7 +706,7 @@ def resize_buffers(model, max_ranks, optimizer=None):
         found = [optimizer]
     found = [x for x in found if find_geolora(x) is not None and x.built]
     in_training = getattr(model, "train_function", None) is not None
-    with replicas.scope_of(model):
+    with tf_replicas.scope_of(model):
         optimizers = [(x, renewed(x)) for x in found]
         new_of = {}
         for layer, name, max_rank in changes:

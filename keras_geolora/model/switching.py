@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 
-from keras_geolora.distribution import tf_replicas as replicas
+from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
 from keras_geolora.model.adaptation import value_of
@@ -295,7 +295,7 @@ def combine_geolora(model, name, weights, rank=None):
                 f"or delete it by `model.delete_geolora('{name}')`. "
                 f"Received: name='{name}'"
             )
-    with replicas.scope_of(model):
+    with tf_replicas.scope_of(model):
         for adaptation in adaptations[0]:
             combine(adaptation, name, weights, rank)
     after_a_change(model)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.distribution import tf_replicas as replicas
+from keras_geolora.distribution import tf_replicas
 from keras_geolora.distribution.layouts import apart_from_map
 from keras_geolora.distribution.virtual_devices import warn_of_virtual_devices
 from keras_geolora.geometry.budget import spend
@@ -160,7 +160,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        replicas.check_strategy(variables)
+        tf_replicas.check_strategy(variables)
         adapters = [adapter for adapter, _ in find_adapters(variables)]
         check_floor(*self._budget, adapters)
         if self._without_weight_decay is not None:
@@ -376,7 +376,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         for step in moving:
             pairs += step.lift(self.inner_optimizer)
         updates_before = ops.cast(self.iterations, "int32") + 0
-        replicas.apply(
+        tf_replicas.apply(
             self.inner_optimizer, *map(list, zip(*pairs, strict=True))
         )
 
