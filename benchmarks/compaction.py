@@ -31,7 +31,7 @@ def measure(args):
     import numpy as np
 
     from keras_geolora import GeoLoRA
-    from keras_geolora.model.targeting import adapted_layers
+    from keras_geolora.layers.tree import adapted_layers
 
     keras.utils.set_random_seed(0)
     model = train_step.classifier("minilm")

@@ -54,7 +54,8 @@ def draw_weights(model, seed, rank):
     """Draws the random weights of adapters and head from a seed."""
     import keras
 
-    from keras_geolora.layers.adapter import Factor, Orthonormal
+    from keras_geolora.layers.adapter import Orthonormal
+    from keras_geolora.layers.factor import Factor
 
     for index, weight in enumerate(model.trainable_weights):
         own_seed = 1000 * seed + index
@@ -179,7 +180,7 @@ class GeoLoRA(OnKeras):
         from keras import ops
 
         import keras_geolora
-        from keras_geolora.model.targeting import adapted_layers
+        from keras_geolora.layers.tree import adapted_layers
 
         self.start_rank = max(1, self.rank // 2)
         self.model.enable_geolora(
@@ -188,7 +189,8 @@ class GeoLoRA(OnKeras):
         self.layers = adapted_layers(self.model)
         # That of LoRA, which has no singular values to store.
         budget = self.rank * sum(
-            sum(layer.kernel_matrix_shape) for layer in self.layers.values()
+            sum(layer.kernel_view.matrix_shape)
+            for layer in self.layers.values()
         )
 
         def fall_to_budget(step):

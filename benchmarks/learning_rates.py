@@ -140,7 +140,7 @@ def measure(args):
 
 def build(method, task):
     """Returns a MiniLM classifier of tokens, and its adapted layers."""
-    from keras_geolora.model.targeting import adapted_layers
+    from keras_geolora.layers.tree import adapted_layers
 
     model = task.keras_model()
     if method == "lora":
@@ -156,7 +156,7 @@ def size_of_adapters(layers):
     ranks, parameters = [], 0
     for layer in layers.values():
         if hasattr(layer, "adapter"):
-            rank, sides = layer.rank, layer.kernel_matrix_shape
+            rank, sides = layer.rank, layer.kernel_view.matrix_shape
         else:
             rank, sides = MAX_RANK, layer.matrix_shape
         ranks.append(rank)

@@ -94,7 +94,9 @@ def divided(model, optimizer, layout_map):
     for layer in model._flatten_layers():
         if not getattr(layer, "is_adapted", False):
             continue
-        axes = kernel_sharding(asked, layer.kernel, layer.kernel_matrix_axes)
+        view = layer.kernel_view
+        axes = view.rows, view.columns
+        axes = kernel_sharding(asked, layer.kernel, axes)
         for factor, axis in zip(
             (layer.adapter.U, layer.adapter.V), axes, strict=True
         ):

@@ -1,13 +1,13 @@
 """Plain LoRA, `x @ A @ B` beside every linear layer, to compare with."""
 
 import functools
-import math
 
 import keras
 from keras import ops
 
-from keras_geolora.layers.adapted import set_aside
-from keras_geolora.layers.einsum_dense import matrix_view
+from keras_geolora.layers.einsum_dense import Einsum
+from keras_geolora.layers.in_place import set_aside
+from keras_geolora.layers.registry import adapted_subclass
 from keras_geolora.model.adaptation import Frozen
 from keras_geolora.model.targeting import Layers
 
@@ -38,7 +38,7 @@ class PlainLoRA:
     """Mixin for a Keras layer with two factors."""
 
     def add_factors(self, rank):
-        input_dim, output_dim = self.matrix_shape
+        input_dim, output_dim = self.view.matrix_shape
         self._tracker.unlock()
         self.A = self.add_weight(
             (input_dim, rank), initializer="he_uniform", name="A"
@@ -49,30 +49,28 @@ class PlainLoRA:
         self._tracker.lock()
 
     @property
-    def view(self):
+    def einsum(self):
         if isinstance(self, keras.layers.EinsumDense):
-            return matrix_view(self)
+            return Einsum(self.equation)
         return None
 
     @property
-    def matrix_shape(self):
-        if self.view is None:
-            return tuple(self.kernel.shape)
-        return tuple(
-            map(math.prod, (self.view.contracted_shape, self.view.kept_shape))
-        )
+    def view(self):
+        return adapted_subclass(self.plain_class).view_of(self)
 
     def call(self, inputs, training=None):
         with set_aside(self, "activation") as activation:
             x = super().call(inputs)
-        rows = inputs if self.view is None else self.view.inputs_to_rows(inputs)
+        einsum, view, rows = self.einsum, self.view, inputs
+        if einsum is not None:
+            rows = einsum.inputs_to_rows(inputs, view)
         update = ops.matmul(ops.matmul(rows, self.A), self.B)
-        if self.view is not None:
-            update = self.view.rows_to_outputs(update)
+        if einsum is not None:
+            update = einsum.rows_to_outputs(update, view)
         return activation(x + update)
 
 
 @functools.cache
 def lora_class(cls):
     """Returns a Keras layer class with LoRA."""
-    return type(f"LoRA{cls.__name__}", (PlainLoRA, cls), {})
+    return type(f"LoRA{cls.__name__}", (PlainLoRA, cls), {"plain_class": cls})

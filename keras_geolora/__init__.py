@@ -8,6 +8,7 @@ from keras_geolora.files.adapter_file import (
     load_geolora,
     save_geolora,
 )
+from keras_geolora.files.averaging import average_geolora
 from keras_geolora.files.peft import (
     export_peft,
     import_keras_lora,
@@ -25,7 +26,6 @@ from keras_geolora.layers import (
     LowRankAdapter,
 )
 from keras_geolora.model.adapter_layouts import adapter_layouts
-from keras_geolora.model.averaging import average_geolora
 from keras_geolora.model.compaction import compact_geolora
 from keras_geolora.model.enabling import (
     enable_geolora,

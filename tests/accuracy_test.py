@@ -186,7 +186,9 @@ def test_a_falling_budget_begins_with_room_and_ends_with_that_of_lora():
 
 
 def in_order_of(contender):
-    return [layer.kernel_matrix_shape for layer in contender.layers.values()]
+    return [
+        layer.kernel_view.matrix_shape for layer in contender.layers.values()
+    ]
 
 
 def test_adalora_ends_with_its_target_on_average():

@@ -23,7 +23,7 @@ from moving import move
 import keras_geolora
 from keras_geolora import AdapterFileError, GeoLoRA, whole_files
 from keras_geolora.files import adapter_file
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 8)).astype("float32")

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_geolora import GeoLoRA
 from keras_geolora.geometry.budget import Claim, spend
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 
 pytestmark = [
     # Some of these tests step once, or with a part of the gradients.

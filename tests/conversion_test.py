@@ -9,7 +9,7 @@ from keras import ops
 
 import keras_geolora
 from keras_geolora import GeoLoRA, GeoLoRADense, GeoLoRAEinsumDense
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 
 
 def random(shape, seed=0):

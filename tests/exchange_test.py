@@ -18,7 +18,7 @@ from keras import ops
 import keras_geolora
 from keras_geolora import AdapterFileError
 from keras_geolora.files.peft import FAMILIES, family_of, module_names
-from keras_geolora.model.targeting import adapted_layers, stable_paths
+from keras_geolora.layers.tree import adapted_layers, stable_paths
 
 pytestmark = [
     # What transformers and PEFT say of models that are tiny or random.

@@ -10,8 +10,9 @@ from keras import ops
 
 import keras_geolora  # noqa: F401  adds the methods to `keras.Model`
 from keras_geolora import GeoLoRA
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.model.targeting import adapted_layers, refusal, walk
+from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.registry import refusal
+from keras_geolora.layers.tree import adapted_layers, walk
 
 # A choice of kinds; the whole sweep of a compiling backend takes half an hour.
 CHOICE = [
@@ -90,7 +91,7 @@ def examine(name, targets="all"):
         "moved": sum(bool(core.any()) for core in cores),
         "left out": ", ".join(sorted(left_out)),
         "parameters": sum(
-            layer.rank * sum(layer.kernel_matrix_shape)
+            layer.rank * sum(layer.kernel_view.matrix_shape)
             for layer in layers.values()
         ),
         "of": sum(w.size for w in values),

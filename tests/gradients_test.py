@@ -163,7 +163,7 @@ def check(create, apply, shape, order, training=True, S=CORE, **how):
     if getattr(layer, "bias", None) is not None:
         plain.bias.assign(layer.bias)
     (G,) = gradients(plain, [kernel_of(plain)], [merged], loss)
-    G = 0.5 * G.reshape(layer.kernel_matrix_shape)
+    G = 0.5 * G.reshape(layer.kernel_view.matrix_shape)
     for one, exact in zip(found, (G @ V, U.T @ G @ V, G.T @ U), strict=True):
         error = np.linalg.norm(one - exact)
         assert error < 1e-4 * np.linalg.norm(exact) + 1e-6

@@ -12,8 +12,7 @@ from keras_geolora import (
     GeoLoRAEmbedding,
     LowRankAdapter,
 )
-from keras_geolora.layers.adapter import low_rank_rows
-from keras_geolora.layers.einsum_dense import MatrixView
+from keras_geolora.layers.products import low_rank_rows
 
 # Every kind of equation that Keras and KerasHub use: inputs' shape,
 # equation, output_shape, bias axes, and the kernel as a matrix.
@@ -67,7 +66,7 @@ def test_einsum_adds_the_update_to_the_kernel(
     np.testing.assert_array_equal(
         ops.convert_to_numpy(fresh), ops.convert_to_numpy(plain(x))
     )
-    assert adapted.kernel_matrix_shape == matrix
+    assert adapted.kernel_view.matrix_shape == matrix
     move(adapted)
     plain.kernel.assign(adapted.kernel + adapted.delta())
     np.testing.assert_allclose(
@@ -82,10 +81,9 @@ def test_rank_of_an_einsum_means_rank(shape, equation, output, bias, matrix):
     layer, _ = pair(equation, output, bias)
     layer(random(shape))
     move(layer)
-    view = MatrixView(equation, layer.kernel.shape)
-    order = [view.kernel.index(axis) for axis in view.contracted + view.kept]
-    delta = ops.convert_to_numpy(layer.delta()).transpose(order)
-    assert np.linalg.matrix_rank(delta.reshape(matrix)) == 2
+    delta = layer.kernel_view.to_matrix(ops.convert_to_numpy(layer.delta()))
+    assert delta.shape == matrix
+    assert np.linalg.matrix_rank(delta) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_geolora import GeoLoRA
-from keras_geolora.model.targeting import adapted_layers, carriers
+from keras_geolora.layers.tree import adapted_layers, carriers
 
 # Some of these tests freeze the head, and know it.
 pytestmark = pytest.mark.filterwarnings("ignore:The last layer")

@@ -29,8 +29,8 @@ from keras import ops
 
 import keras_geolora  # noqa: F401
 from keras_geolora import GeoLoRA
+from keras_geolora.layers.tree import carriers
 from keras_geolora.model.compiled_state import fits
-from keras_geolora.model.targeting import carriers
 
 ROWS = 8
 LENGTH = 5

@@ -4,8 +4,8 @@ import numpy as np
 import reference
 from keras import ops
 
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.tree import adapted_layers
 
 
 def move(model):

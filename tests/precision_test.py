@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_geolora import GeoLoRA
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Invalid quantization mode"),

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_geolora import GeoLoRA, GeoLoRADense
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 
 X = np.random.default_rng(0).normal(size=(8, 20, 6)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(8, 20, 5)).astype("float32")

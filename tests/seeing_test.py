@@ -16,7 +16,7 @@ from keras_geolora.callbacks import (
     RankTensorBoard,
 )
 from keras_geolora.callbacks.reading import IntervalCallback
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 from keras_geolora.viewing.abbreviation import abbreviated
 from keras_geolora.viewing.heat_map import heat_map
 from keras_geolora.viewing.summary import as_text, totals

@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 from keras_geolora import GeoLoRA
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.tree import adapted_layers
 
 models = keras_hub.models
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from keras import ops
 import keras_geolora
 from keras_geolora import GeoLoRA, GeoLoRADense
 from keras_geolora.layers import adapted
-from keras_geolora.model.targeting import adapted_class
+from keras_geolora.layers.registry import adapted_class
 
 BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")

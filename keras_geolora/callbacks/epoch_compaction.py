@@ -3,7 +3,7 @@
 import keras
 
 from keras_geolora.callbacks.reading import synchronize
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 
 
 class EpochCompaction(keras.callbacks.Callback):

@@ -3,7 +3,7 @@
 import keras
 
 from keras_geolora.callbacks.reading import updates_of
-from keras_geolora.model.compiled_state import geolora_optimizers
+from keras_geolora.optimizer.of_model import geolora_optimizers
 
 
 class EpochCut(keras.callbacks.Callback):

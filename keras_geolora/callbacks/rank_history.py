@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from keras_geolora.callbacks.reading import IntervalCallback
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 from keras_geolora.viewing.heat_map import check_can_draw
 from keras_geolora.viewing.rank_table import read_ranks, write_ranks
 from keras_geolora.viewing.summary import plot_ranks

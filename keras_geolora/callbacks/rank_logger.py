@@ -3,8 +3,8 @@
 import keras
 
 from keras_geolora.callbacks.reading import IntervalCallback
-from keras_geolora.model.compiled_state import geolora_optimizers
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
+from keras_geolora.optimizer.of_model import geolora_optimizers
 
 
 class RankLogger(IntervalCallback):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_geolora.callbacks.reading import IntervalCallback, updates_of
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 from keras_geolora.optimizer.geolora import find_geolora
 from keras_geolora.viewing.summary import describe
 

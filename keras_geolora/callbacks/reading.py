@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_geolora.model.compiled_state import geolora_optimizers
+from keras_geolora.optimizer.of_model import geolora_optimizers
 
 
 class IntervalCallback(keras.callbacks.Callback):

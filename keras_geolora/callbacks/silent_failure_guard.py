@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_geolora.callbacks.reading import synchronize
-from keras_geolora.model.targeting import adapted_layers
+from keras_geolora.layers.tree import adapted_layers
 
 
 class SilentFailureGuard(keras.callbacks.Callback):

@@ -12,8 +12,9 @@ import safetensors.numpy
 from keras import ops
 
 from keras_geolora.geometry.manifold import AVERAGE, check_factors, check_layers
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.model.adaptation import value_of
+from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.registry import kernel_shape
+from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.adapted_model import (
     add_adapter,
     after_a_change,
@@ -24,7 +25,7 @@ from keras_geolora.model.adapted_model import (
     check_not_suspended,
     scope_of,
 )
-from keras_geolora.model.targeting import kernel_shape, stable_paths
+from keras_geolora.model.substitution import value_of
 from keras_geolora.version import __version__
 from keras_geolora.whole_files import write_whole
 

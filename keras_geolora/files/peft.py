@@ -8,7 +8,6 @@ import warnings
 import h5py
 import numpy as np
 import safetensors.numpy
-from keras import ops
 
 from keras_geolora.files.adapter_file import (
     CONTRADICTIONS,
@@ -23,17 +22,17 @@ from keras_geolora.files.adapter_file import (
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.layers.adapted import DEFAULT
+from keras_geolora.layers.registry import (
+    kernel_shape,
+    kernel_view,
+)
+from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.adapted_model import (
     add_adapter,
     check_can_adapt,
     check_model,
     check_name,
     scope_of,
-)
-from keras_geolora.model.targeting import (
-    adapted_class,
-    kernel_shape,
-    stable_paths,
 )
 from keras_geolora.whole_files import write_together
 
@@ -476,7 +475,7 @@ def import_keras_lora(model, path, name=DEFAULT):
     ]
     path_of = {id(layer): p for p, layer in stable_paths(scope).items()}
     shapes = {
-        index: tuple(plain_kernel_shape(layer))
+        index: kernel_view(layer).shape
         for index, layer in enumerate(counted)
         if kernel_shape(layer) is not None and hasattr(layer, "kernel")
     }
@@ -485,7 +484,7 @@ def import_keras_lora(model, path, name=DEFAULT):
         layer = counted[index]
         place = path_of[id(layer)]
         layers[place] = layer
-        matrix = kernel_to_matrix(layer, np.tensordot(a, b, 1))
+        matrix = kernel_view(layer).to_matrix(np.tensordot(a, b, 1))
         updates[place] = matrix, np.eye(matrix.shape[1])
     add_products(model, name, layers, updates)
     return model
@@ -759,18 +758,3 @@ def read_keras_lora(path, shapes):
         if not all(np.isfinite(x).all() for x in factors):
             raise AdapterFileError(f"Layer {index} has numbers not finite.")
     return pairs
-
-
-def plain_kernel_shape(layer):
-    """Returns the shape of a kernel, also of one that is quantized."""
-    return getattr(layer, "original_kernel_shape", None) or layer.kernel.shape
-
-
-def kernel_to_matrix(layer, kernel):
-    """Undoes `matrix_to_kernel` of the adapted class, for an array."""
-    shape = kernel_shape(layer)
-    indices = np.arange(kernel.size, dtype="int32").reshape(shape)
-    order = adapted_class(layer).matrix_to_kernel(layer, indices)
-    matrix = np.empty(kernel.size, kernel.dtype)
-    matrix[ops.convert_to_numpy(order).ravel()] = kernel.ravel()
-    return matrix.reshape(shape)

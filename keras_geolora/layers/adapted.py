@@ -1,7 +1,5 @@
 """What every layer with an adapter shares."""
 
-import contextlib
-import contextvars
 import math
 import types
 
@@ -16,9 +14,18 @@ from keras_geolora.distribution.layouts import (
 )
 from keras_geolora.geometry.manifold import check_values
 from keras_geolora.keras_internals import in_layer_call
-from keras_geolora.layers.adapter import (
-    LowRankAdapter,
-    check_rank,
+from keras_geolora.layers.adapter import LowRankAdapter, check_rank
+from keras_geolora.layers.in_place import (
+    READERS,
+    become_adapted,
+    become_plain,
+    forget_attributes,
+    name_scopes_of,
+    reading_itself,
+    set_aside,
+    unlist_attributes,
+)
+from keras_geolora.layers.products import (
     is_sparse,
     may_train,
     merging_pays,
@@ -36,9 +43,6 @@ OWN_ATTRIBUTES = (
     "adaptation",
     "train_bias",
 )
-
-# The layers that read their kernels themselves at the moment, in this thread.
-READERS = contextvars.ContextVar("keras_geolora_readers", default=())
 
 
 class KernelNorm:
@@ -81,8 +85,7 @@ class AdaptedLayer:
     which one is active.
 
     A subclass names the Keras class it extends in `plain_class`, and says how
-    its kernel is seen as a matrix in `kernel_matrix_shape`,
-    `kernel_matrix_axes` and `matrix_to_kernel`.
+    the kernel of a layer of that class is seen as a matrix in `view_of`.
     """
 
     _adapter_options = None
@@ -235,7 +238,7 @@ class AdaptedLayer:
         self.activate_adapter(active)
 
     def _new_adapter(self, name, options):
-        input_dim, output_dim = self.kernel_matrix_shape
+        input_dim, output_dim = self.kernel_view.matrix_shape
         with apart_from_map(self.adapter_layouts(name)):
             adapter = LowRankAdapter(
                 input_dim,
@@ -255,8 +258,7 @@ class AdaptedLayer:
         Args:
             name: String, the name of the adapter, which may be a new one.
         """
-        kernel, axes = self.kernels()[0], self.kernel_matrix_axes
-        return factor_layouts(self.path, adapter_name(name), kernel, axes)
+        return adapter_layouts(self, self.kernel_view, name)
 
     def _add_adapter(self, name, options):
         adapter = self._new_adapter(name, options)
@@ -454,7 +456,7 @@ class AdaptedLayer:
     def delta(self):
         """Returns the update, `scale` included, in the kernel's shape."""
         self._check_is_adapted()
-        return self.matrix_to_kernel(self.adapter.delta())
+        return self.kernel_view.to_kernel(self.adapter.delta())
 
     def _check_is_adapted(self):
         if not self.is_adapted:
@@ -479,7 +481,7 @@ class AdaptedLayer:
     @property
     def kernel_names(self):
         """Names of the attributes that hold the kernels."""
-        return ["kernel"]
+        return [self.kernel_view.name]
 
     def _shown(self, name, kernel):
         """Returns a kernel as who reads it now is to see it.
@@ -504,19 +506,15 @@ class AdaptedLayer:
             update = self._updates()[self.kernel_names.index(name)]
             return ops.cast(sum_of(kernel, update), self.compute_dtype)
 
-    @property
-    def kernel_matrix_shape(self):
-        """`(input_dim, output_dim)` of the kernel as a matrix."""
-        return shape_of_kernel(self)
+    @staticmethod
+    def view_of(layer):
+        """Returns the `KernelView` of a built layer of the plain class."""
+        raise NotImplementedError
 
     @property
-    def kernel_matrix_axes(self):
-        """Axes of the kernel that become rows and columns of the matrix."""
-        return [0], [1]
-
-    def matrix_to_kernel(self, matrix):
-        """Brings a matrix into the kernel's shape."""
-        return matrix
+    def kernel_view(self):
+        """The `KernelView` of this layer."""
+        return self.view_of(self)
 
     def _updates(self):
         """What merging adds to each of the kernels."""
@@ -591,14 +589,14 @@ class AdaptedProduct(AdaptedLayer):
         if self.adapter.dropout.rate or kernel.trainable or is_sparse(inputs):
             return self._product_apart
         rows = self._count_rows(inputs)
-        if merging_pays(rows, *self.kernel_matrix_shape):
+        if merging_pays(rows, *self.kernel_view.matrix_shape):
             return self._merged_product
         return self._product_apart
 
     def _count_rows(self, inputs):
         """The number of vectors in the inputs; unknown sizes count as many."""
         sizes = [float("inf") if n is None else n for n in inputs.shape]
-        return math.prod(sizes) / self.kernel_matrix_shape[0]
+        return math.prod(sizes) / self.kernel_view.input_dim
 
     def _product_apart(self, inputs):
         x = self._kernel_product(inputs, self.kernel)
@@ -640,7 +638,7 @@ class AdaptedProduct(AdaptedLayer):
         # The mean of `||z @ kernel||^2` over vectors z of random signs is
         # `||kernel||^2`; 64 of them are enough for a bound.
         rng = np.random.default_rng(0)
-        signs = rng.choice([-1.0, 1.0], (64, self.kernel_matrix_shape[0]))
+        signs = rng.choice([-1.0, 1.0], (64, self.kernel_view.input_dim))
         x = self._rows_to_inputs(ops.cast(signs, self.compute_dtype))
         with set_aside(self, "activation"):
             y = super().quantized_call(x)
@@ -653,14 +651,18 @@ def adapter_name(name):
     return "adapter" if name == DEFAULT else f"adapter_{name}"
 
 
-@contextlib.contextmanager
-def reading_itself(layer):
-    """Lets a layer read its kernels as they are, also while it is called."""
-    token = READERS.set((*READERS.get(), id(layer)))
-    try:
-        yield
-    finally:
-        READERS.reset(token)
+def adapter_layouts(layer, view, name):
+    """Returns the layouts that the factors of an adapter get, by path.
+
+    Args:
+        layer: Layer, adapted or not.
+        view: Its `KernelView`.
+        name: String, the name of the adapter, which may be a new one.
+    """
+    with reading_itself(layer):
+        kernel = getattr(layer, view.name)
+    axes = view.rows, view.columns
+    return factor_layouts(layer.path, adapter_name(name), kernel, axes)
 
 
 def shape_of_kernel(layer):
@@ -678,62 +680,6 @@ def sum_of(kernel, update, sign=1):
 def without(adapters, name):
     """Returns the dict of all adapters but one."""
     return {other: x for other, x in adapters.items() if other != name}
-
-
-def forget_attributes(layer, names):
-    """Deletes attributes of a layer, also where a backend knows their names."""
-    for name in names:
-        if name in vars(layer):
-            delattr(layer, name)
-    unlist_attributes(layer, names)
-
-
-def unlist_attributes(layer, names):
-    """Takes names off the list of the dicts that TensorFlow exports."""
-    if "_tracked" in vars(layer):
-        tracked = vars(layer)["_tracked"]
-        tracked[:] = [name for name in tracked if name not in names]
-
-
-@contextlib.contextmanager
-def name_scopes_of(layer):
-    """Gives variables the paths that they get where the layer is built."""
-    with contextlib.ExitStack() as scopes:
-        for part in layer.path.split("/"):
-            scopes.enter_context(keras.name_scope(part))
-        yield
-
-
-def become_adapted(layer, cls):
-    """Gives a layer or model a class of ours, in place."""
-    layer.__class__ = cls
-    # Keras keeps a bound `quantize` with every layer, which hides ours.
-    if "quantize" in vars(layer):
-        vars(layer)["_plain_class_quantize"] = vars(layer).pop("quantize")
-
-
-def become_plain(layer):
-    """Gives a layer or model back the class that it had."""
-    layer.__class__ = getattr(layer, "plain_class", type(layer))
-    if "_plain_class_quantize" in vars(layer):
-        vars(layer)["quantize"] = vars(layer).pop("_plain_class_quantize")
-
-
-@contextlib.contextmanager
-def set_aside(layer, attribute):
-    """Lets a layer do without the value of an attribute for a while."""
-    value = getattr(layer, attribute)
-    # Written past Keras, which would track a layer, and past torch, which
-    # keeps modules elsewhere.
-    there = attribute in vars(layer)
-    vars(layer)[attribute] = None
-    try:
-        yield value
-    finally:
-        if there:
-            vars(layer)[attribute] = value
-        else:
-            del vars(layer)[attribute]
 
 
 def check_adaptable(layer, name=DEFAULT):

@@ -1,11 +1,10 @@
 """Convolution layers with a low-rank adapter."""
 
-import math
-
 import keras
 from keras import ops
 
 from keras_geolora.layers.adapted import AdaptedProduct, shape_of_kernel
+from keras_geolora.layers.kernel_view import KernelView
 
 
 class AdaptedConv(AdaptedProduct):
@@ -33,18 +32,11 @@ class AdaptedConv(AdaptedProduct):
     def rank(self, spatial_dimensions):
         vars(self)["rank"] = spatial_dimensions
 
-    @property
-    def kernel_matrix_shape(self):
-        *rows, columns = shape_of_kernel(self)
-        return math.prod(rows), columns
-
-    @property
-    def kernel_matrix_axes(self):
-        *rows, columns = range(len(shape_of_kernel(self)))
-        return rows, [columns]
-
-    def matrix_to_kernel(self, matrix):
-        return ops.reshape(matrix, shape_of_kernel(self))
+    @staticmethod
+    def view_of(layer):
+        shape = shape_of_kernel(layer)
+        *rows, columns = range(len(shape))
+        return KernelView("kernel", shape, tuple(rows), (columns,))
 
     def call(self, inputs):
         apart = self.is_adapted and (

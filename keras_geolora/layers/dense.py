@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_geolora.layers.adapted import AdaptedProduct
+from keras_geolora.layers.kernel_view import KernelView
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -52,10 +53,11 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
 
     plain_class = keras.layers.Dense
 
-    @property
-    def kernel_matrix_shape(self):
+    @staticmethod
+    def view_of(layer):
         # A quantized kernel has another shape.
-        return self.input_spec.axes[-1], self.units
+        shape = layer.input_spec.axes[-1], layer.units
+        return KernelView("kernel", shape, rows=(0,), columns=(1,))
 
     def call(self, inputs, training=None):
         product = self._choose_product(inputs, training)

@@ -1,11 +1,10 @@
 """EinsumDense layer with a low-rank adapter."""
 
-import math
-
 import keras
 from keras import ops
 
 from keras_geolora.layers.adapted import AdaptedProduct, shape_of_kernel
+from keras_geolora.layers.kernel_view import KernelView
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -51,21 +50,13 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
 
     plain_class = keras.layers.EinsumDense
 
-    @property
-    def kernel_matrix_shape(self):
-        view = matrix_view(self)
-        return math.prod(view.contracted_shape), math.prod(view.kept_shape)
-
-    @property
-    def kernel_matrix_axes(self):
-        view = matrix_view(self)
-        return [
-            [view.kernel.index(a) for a in axes]
-            for axes in (view.contracted, view.kept)
-        ]
-
-    def matrix_to_kernel(self, matrix):
-        return matrix_view(self).matrix_to_kernel(matrix)
+    @staticmethod
+    def view_of(layer):
+        # A quantized kernel has another shape.
+        shape = getattr(layer, "original_kernel_shape", None)
+        shape = tuple(shape or shape_of_kernel(layer))
+        einsum = Einsum(layer.equation)
+        return KernelView("kernel", shape, einsum.rows, einsum.columns)
 
     def call(self, inputs, training=None):
         product = self._choose_product(inputs, training)
@@ -75,36 +66,41 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         return ops.einsum(self.equation, inputs, kernel)
 
     def _merged_product(self, inputs):
-        view = matrix_view(self)
-        kernel = view.kernel_to_matrix(self.kernel)
-        rows = view.inputs_to_rows(inputs)
-        return view.rows_to_outputs(self.adapter.merged_call(rows, kernel))
+        einsum, view = Einsum(self.equation), self.kernel_view
+        kernel = view.to_matrix(self.kernel)
+        rows = einsum.inputs_to_rows(inputs, view)
+        y = self.adapter.merged_call(rows, kernel)
+        return einsum.rows_to_outputs(y, view)
 
     def _update_product(self, inputs):
-        view = matrix_view(self)
+        einsum, view = Einsum(self.equation), self.kernel_view
         # Integers would mean rows of the update.
         x = ops.cast(inputs, self.compute_dtype)
-        return view.rows_to_outputs(self.adapter(view.inputs_to_rows(x)))
+        y = self.adapter(einsum.inputs_to_rows(x, view))
+        return einsum.rows_to_outputs(y, view)
 
     def _rows_to_inputs(self, rows):
-        return matrix_view(self).rows_to_inputs(rows)
+        return Einsum(self.equation).rows_to_inputs(rows, self.kernel_view)
 
 
-def matrix_view(layer):
-    """Returns the `MatrixView` of a built `EinsumDense`."""
-    # A quantized kernel has another shape.
-    shape = getattr(layer, "original_kernel_shape", None)
-    return MatrixView(layer.equation, shape or shape_of_kernel(layer))
-
-
-class MatrixView:
-    """An einsum `inputs, kernel -> outputs` seen as a product of matrices.
+class Einsum:
+    """An equation `inputs, kernel -> outputs` that is a product of matrices.
 
     Every axis of the kernel is either contracted with the inputs or kept in
     the outputs, and every other axis of the inputs is kept.
+
+    Args:
+        equation: String, as of `keras.layers.EinsumDense`.
+
+    Attributes:
+        rows: Tuple of the axes of the kernel that are contracted.
+        columns: Tuple of the axes of the kernel that are kept.
+
+    Raises:
+        ValueError: If the equation is none of this kind.
     """
 
-    def __init__(self, equation, kernel_shape):
+    def __init__(self, equation):
         # "0" stands for all axes under the ellipsis.
         inputs, outputs = equation.replace("...", "0").split("->")
         self.inputs, self.kernel = inputs.split(",")
@@ -117,37 +113,31 @@ class MatrixView:
                 "every axis is in two of inputs, kernel and outputs. "
                 f"Received: equation='{equation}', where {others} is not"
             )
-        lengths = dict(zip(self.kernel, kernel_shape, strict=True))
-        self.contracted = [a for a in self.kernel if a in self.inputs]
-        self.kept = [a for a in self.kernel if a in self.outputs]
+        places = range(len(self.kernel))
+        self.rows = tuple(i for i in places if self.kernel[i] in self.inputs)
+        self.columns = tuple(i for i in places if i not in self.rows)
+        self.contracted = [self.kernel[i] for i in self.rows]
+        self.kept = [self.kernel[i] for i in self.columns]
         self.batch = [a for a in self.inputs if a not in self.kernel]
-        self.contracted_shape = [lengths[a] for a in self.contracted]
-        self.kept_shape = [lengths[a] for a in self.kept]
 
-    def matrix_to_kernel(self, matrix):
-        tensor = ops.reshape(matrix, self.contracted_shape + self.kept_shape)
-        return permute(tensor, self.contracted + self.kept, self.kernel)
-
-    def kernel_to_matrix(self, kernel):
-        tensor = permute(kernel, self.kernel, self.contracted + self.kept)
-        rows = math.prod(self.contracted_shape)
-        return ops.reshape(tensor, (rows, math.prod(self.kept_shape)))
-
-    def inputs_to_rows(self, inputs):
+    def inputs_to_rows(self, inputs, view):
+        """Brings inputs into the shape `(..., input_dim)`."""
         rank = len(inputs.shape)
         x = permute(inputs, self.inputs, self.batch + self.contracted, rank)
-        batch_rank = rank - len(self.contracted)
-        rows = ops.shape(x)[:batch_rank]
-        return ops.reshape(x, (*rows, math.prod(self.contracted_shape)))
+        rows = ops.shape(x)[: rank - len(self.contracted)]
+        return ops.reshape(x, (*rows, view.input_dim))
 
-    def rows_to_inputs(self, rows):
+    def rows_to_inputs(self, rows, view):
+        """Brings rows `(n, input_dim)` into the shape of inputs."""
         batch = [-1] + [1] * (len(self.batch) - 1)
-        x = ops.reshape(rows, (*batch, *self.contracted_shape))
+        lengths = [view.shape[i] for i in self.rows]
+        x = ops.reshape(rows, (*batch, *lengths))
         return permute(x, self.batch + self.contracted, self.inputs)
 
-    def rows_to_outputs(self, rows):
+    def rows_to_outputs(self, rows, view):
+        """Brings rows `(..., output_dim)` into the shape of outputs."""
         batch = ops.shape(rows)[:-1]
-        x = ops.reshape(rows, (*batch, *self.kept_shape))
+        x = ops.reshape(rows, (*batch, *(view.shape[i] for i in self.columns)))
         return permute(x, self.batch + self.kept, self.outputs, len(x.shape))
 
 

@@ -3,11 +3,9 @@
 import keras
 from keras import ops
 
-from keras_geolora.layers.adapted import (
-    AdaptedLayer,
-    reading_itself,
-    set_aside,
-)
+from keras_geolora.layers.adapted import AdaptedLayer
+from keras_geolora.layers.in_place import reading_itself, set_aside
+from keras_geolora.layers.kernel_view import KernelView
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -46,9 +44,10 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
 
     plain_class = keras.layers.Embedding
 
-    @property
-    def kernel_matrix_shape(self):
-        return self.input_dim, self.output_dim
+    @staticmethod
+    def view_of(layer):
+        shape = layer.input_dim, layer.output_dim
+        return KernelView("embeddings", shape, rows=(0,), columns=(1,))
 
     @property
     def embeddings(self):
@@ -58,10 +57,6 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
         it is a tensor with the update, so that merging changes nothing.
         """
         return self._shown("embeddings", super().embeddings)
-
-    @property
-    def kernel_names(self):
-        return ["embeddings"]
 
     def kernel_norm(self):
         if self.quantization_mode is None:

@@ -7,15 +7,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.model.substitution import exchanged_values, value_of
-from keras_geolora.model.targeting import (
+from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.tree import (
     inside,
     is_carrier,
     is_leaf,
     stable_paths,
     with_inside,
 )
+from keras_geolora.model.substitution import exchanged_values, value_of
 
 
 class Frozen:

@@ -13,27 +13,23 @@ from keras_geolora.adapted_model import unpickle
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.manifold import check_layers, check_values
-from keras_geolora.layers.adapted import become_adapted, become_plain
-from keras_geolora.layers.adapter import Factor
-from keras_geolora.model.adaptation import Adaptation
-from keras_geolora.model.compiled_state import (
-    drop_unfit,
-    fits,
-    optimizers_of,
-    trains_as_keras,
-)
-from keras_geolora.model.targeting import (
-    adapted_class,
+from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.in_place import become_adapted, become_plain
+from keras_geolora.layers.registry import adapted_class
+from keras_geolora.layers.tree import (
     carriers,
     inside,
     stable_paths,
 )
+from keras_geolora.model.adaptation import Adaptation
+from keras_geolora.model.compiled_state import drop_unfit, fits
 from keras_geolora.optimizer.geolora import (
     find_geolora,
     rebuild,
     renewed,
     take_attributes,
 )
+from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
 
 # Attributes in which Keras and KerasHub keep compiled functions.
 FUNCTIONS = (

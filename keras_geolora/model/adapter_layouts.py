@@ -3,8 +3,9 @@
 import keras
 
 from keras_geolora.distribution.layouts import model_parallel
-from keras_geolora.layers.adapted import DEFAULT, become_adapted, become_plain
-from keras_geolora.model.targeting import adapted_class, refusal
+from keras_geolora.layers.adapted import DEFAULT
+from keras_geolora.layers.adapted import adapter_layouts as layouts_of
+from keras_geolora.layers.registry import kernel_view, refusal
 
 
 def adapter_layouts(layer, name=DEFAULT):
@@ -71,11 +72,4 @@ def adapter_layouts(layer, name=DEFAULT):
             "after `keras.distribution.set_distribution(distribution)`. "
             f"Received: distribution={keras.distribution.distribution()!r}"
         )
-    adapted = adapted_class(layer)
-    if isinstance(layer, adapted):
-        return layer.adapter_layouts(name)
-    become_adapted(layer, adapted)
-    try:
-        return layer.adapter_layouts(name)
-    finally:
-        become_plain(layer)
+    return layouts_of(layer, kernel_view(layer), name)

@@ -3,8 +3,8 @@
 import operator
 
 from keras_geolora.layers.adapter import check_columns
+from keras_geolora.layers.tree import carriers
 from keras_geolora.model.adapted_model import check_at_rest, resize_buffers
-from keras_geolora.model.targeting import carriers
 
 
 def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):

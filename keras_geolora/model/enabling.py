@@ -6,7 +6,8 @@ from keras import ops
 
 from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
-from keras_geolora.model.adaptation import value_of
+from keras_geolora.layers.clipping import clipped
+from keras_geolora.layers.tree import adapted_layers, carriers
 from keras_geolora.model.adapted_model import (
     adaptations_of,
     adapted_parts,
@@ -22,12 +23,8 @@ from keras_geolora.model.adapted_model import (
     scope_of,
     warn_of_what_stays,
 )
-from keras_geolora.model.clipping import clipped
-from keras_geolora.model.targeting import (
-    Layers,
-    adapted_layers,
-    carriers,
-)
+from keras_geolora.model.substitution import value_of
+from keras_geolora.model.targeting import Layers
 
 
 def enable_geolora(

@@ -7,7 +7,7 @@ import numpy as np
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
-from keras_geolora.model.adaptation import value_of
+from keras_geolora.layers.tree import carriers
 from keras_geolora.model.adapted_model import (
     adaptations_of,
     after_a_change,
@@ -18,8 +18,7 @@ from keras_geolora.model.adapted_model import (
     swap_functions,
     warn_of_what_stays,
 )
-from keras_geolora.model.substitution import is_traced
-from keras_geolora.model.targeting import carriers
+from keras_geolora.model.substitution import is_traced, value_of
 
 
 @contextlib.contextmanager

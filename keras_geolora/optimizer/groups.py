@@ -23,7 +23,7 @@ from keras_geolora.geometry.transport import (
     slot_rules,
     transport,
 )
-from keras_geolora.layers.adapter import Factor
+from keras_geolora.layers.factor import Factor
 
 
 class Store:

@@ -21,10 +21,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_geolora.layers.tree import adapted_layers, carriers
 from keras_geolora.model.adapted_model import adaptations_of
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
-from keras_geolora.model.targeting import adapted_layers, carriers
 from keras_geolora.serving.signature import Signature, named_outputs
 
 # Nodes that hold a graph together and compute nothing.

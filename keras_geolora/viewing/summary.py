@@ -8,8 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_geolora.geometry import manifold
-from keras_geolora.model.clipping import asked_of
-from keras_geolora.model.targeting import adapted_layers, carriers
+from keras_geolora.layers.clipping import asked_of
+from keras_geolora.layers.tree import adapted_layers, carriers
 from keras_geolora.optimizer.geolora import UNLIMITED, find_geolora
 from keras_geolora.viewing.abbreviation import abbreviated
 from keras_geolora.viewing.heat_map import check_can_draw, heat_map

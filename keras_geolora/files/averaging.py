@@ -14,13 +14,18 @@ from keras_geolora.files.adapter_file import (
 )
 from keras_geolora.geometry import manifold
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
-from keras_geolora.layers.adapter import Factor, check_rank
-from keras_geolora.model.adaptation import value_of
+from keras_geolora.layers.adapter import check_rank
+from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.tree import (
+    inside,
+    is_carrier,
+    is_leaf,
+)
 from keras_geolora.model.adapted_model import (
     check_model,
     check_not_suspended,
 )
-from keras_geolora.model.targeting import inside, is_carrier, is_leaf
+from keras_geolora.model.substitution import value_of
 
 
 def average_geolora(model, clients, weights=None, rank=None):

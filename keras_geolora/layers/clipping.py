@@ -2,7 +2,7 @@
 
 import operator
 
-from keras_geolora.model.targeting import kernel_shape
+from keras_geolora.layers.registry import kernel_shape
 
 
 def clipped(options, layer):

@@ -1,0 +1,303 @@
+"""Products with an update, and their gradients."""
+
+import keras
+from keras import ops
+
+# On JAX, how often a product can be derived.
+ORDERS = 6
+
+
+def with_gradients(forward, backward, *inputs, order=1):
+    """Computes `forward(*inputs)` and says what its gradients are.
+
+    The gradients may be derived again, as in a loss of the derivatives of a
+    model: `backward` is made of functions that are right themselves. Where it
+    derives a second time, JAX derives the operations of the *forward* pass,
+    so that there the forward pass is such a function, too, up to `ORDERS`
+    times, after which there is an error.
+
+    Args:
+        forward: Function of the inputs that returns the output, and what of
+            its computation is worth keeping.
+        backward: Function `(g, kept, *inputs)` that returns the gradients for
+            the inputs; `g` is that for the output. What is kept may be
+            `None`, and is a constant on torch.
+        *inputs: Tensors, of which the last three are `U`, `S` and `V`.
+        order: Int, counts the derivatives.
+    """
+    nested = keras.backend.backend() == "jax"
+
+    @ops.custom_gradient
+    def function(*inputs):
+        def gradients(*args, upstream=None):
+            return backward(
+                args[0] if upstream is None else upstream, kept, *inputs
+            )
+
+        if nested and order < ORDERS:
+            again = with_gradients(forward, backward, *inputs, order=order + 1)
+            y, kept = again, None
+        elif nested:
+            *others, U, S, V = inputs
+            y, kept = forward(*others, *last_derivative(U, S, V))
+        else:
+            y, kept = forward(*inputs)
+        return y, gradients
+
+    return function(*inputs)
+
+
+@ops.custom_gradient
+def last_derivative(U, S, V):
+    """Returns the factors, which cannot be derived any more."""
+
+    def gradients(*args, upstream=None):
+        raise NotImplementedError(
+            "On JAX the factors of an adapter can be part of derivatives up "
+            f"to order {ORDERS} in training. Received: a derivative of order "
+            f"{ORDERS + 1}. Call the layer with `training=False`, which knows "
+            "no limit for the derivatives by its inputs"
+        )
+
+    return (U, S, V), gradients
+
+
+def low_rank_product(x, U, S, V, scale, xU=None):
+    """Computes `scale * x @ U @ S @ V.T`, with the geometric gradients.
+
+    Args:
+        x: Tensor of shape `(batch, input_dim)`.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+        xU: Tensor `x @ U`, if it is known. Defaults to `None`.
+
+    Returns:
+        Tensor of shape `(batch, output_dim)` and of the dtype of `x`. Its
+        gradients are exact for `x`, and those for `K = U S`, `S` and
+        `L = V S.T` in the places of `U`, `S` and `V`, also where they are
+        derived again.
+    """
+    dtype, known = x.dtype, xU
+
+    def forward(x, U, S, V):
+        xU = times_basis(x, U) if known is None else known
+        xUS = ops.matmul(xU, ops.cast(S * scale, dtype))
+        return ops.matmul(xUS, ops.transpose(ops.cast(V, dtype))), xU
+
+    def backward(g, xU, x, U, S, V):
+        gV = times_basis(g, V)
+        grads = factor_gradients(x, g, U, V, scale, xU, gV)
+        # A function of JAX computes with its arguments only.
+        again = None if keras.backend.backend() == "jax" else gV
+        St = ops.transpose(S)
+        return low_rank_product(g, V, St, U, scale, xU=again), *grads
+
+    return with_gradients(forward, backward, x, U, S, V)
+
+
+def sparse_product(x, U, S, V, scale):
+    """Computes what `low_rank_product` does, of a sparse `x`.
+
+    What is sparse cannot be the input of a custom gradient. Ordinary ones are
+    the geometric ones here, because each factor stands where `K`, `S` or `L`
+    would, with a difference of zero; that is two thin products more.
+
+    Args:
+        x: Sparse tensor of shape `(..., input_dim)`, or any tensor.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+    """
+    dK, dL = U - ops.stop_gradient(U), V - ops.stop_gradient(V)
+    dK, S, dL = (ops.cast(y * scale, x.dtype) for y in (dK, S, dL))
+    xU = times_basis(x, U)
+    z = ops.add(ops.matmul(xU, S), ops.matmul(x, dK))
+    V = ops.transpose(ops.stop_gradient(ops.cast(V, x.dtype)))
+    return ops.add(ops.matmul(z, V), ops.matmul(xU, ops.transpose(dL)))
+
+
+def is_sparse(x):
+    """Says whether a tensor is sparse, of TensorFlow or JAX."""
+    return keras.backend.backend() != "torch" and hasattr(x, "indices")
+
+
+def factor_gradients(x, g, U, V, scale, xU=None, gV=None):
+    """Returns the gradients of `sum(g * (x @ delta))` for `K`, `S` and `L`.
+
+    The bases are constants in them, as coordinates of the tangent space.
+
+    Args:
+        x: Tensor of shape `(batch, input_dim)`.
+        g: Tensor of shape `(batch, output_dim)`.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+        xU: Tensor `x @ U`, if it is known. Defaults to `None`.
+        gV: Tensor `g @ V`, if it is known. Defaults to `None`.
+    """
+    grad_K = tall_product(x, times_basis(g, V) if gV is None else gV)
+    # Torch kept a constant; here it wants to derive.
+    if xU is None or getattr(grad_K, "requires_grad", False):
+        xU = times_basis(x, U)
+    grad_L = ops.cast(tall_product(g, xU), U.dtype) * scale
+    grad_K = ops.cast(grad_K, U.dtype) * scale
+    basis = ops.transpose(ops.stop_gradient(U))
+    return grad_K, ops.matmul(basis, grad_K), grad_L
+
+
+def times_basis(x, basis):
+    """Computes `x @ basis` in the dtype of `x`, the basis a constant."""
+    return ops.matmul(x, ops.stop_gradient(ops.cast(basis, x.dtype)))
+
+
+def tall_product(x, y):
+    """Computes `x.T @ y`, where `y` has few columns."""
+    if keras.backend.backend() == "torch":  # faster in this order
+        return ops.transpose(ops.matmul(ops.transpose(y), x))
+    return ops.matmul(ops.transpose(x), y)
+
+
+def merged_product(x, kernel, U, S, V, scale, transpose=False):
+    """Computes `x @ (kernel + scale * U @ S @ V.T)`, the kernel frozen.
+
+    Args:
+        x: Tensor of shape `(batch, input_dim)`, transposed
+            `(batch, output_dim)`.
+        kernel: Tensor of shape `(input_dim, output_dim)`, a constant.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+        transpose: Bool, whether to multiply with the transpose of the sum.
+            Defaults to `False`.
+
+    Returns:
+        Tensor of shape `(batch, output_dim)`, transposed
+        `(batch, input_dim)`. Its gradients are those of `low_rank_product`
+        beside the product with the kernel.
+    """
+
+    def forward(x, kernel, U, S, V):
+        merged = kernel + product_of_factors(U, S, V, scale)
+        return ops.matmul(
+            x, ops.transpose(merged) if transpose else merged
+        ), None
+
+    def backward(g, _, x, kernel, U, S, V):
+        # The sum is formed anew: kept, all such sums would take as much
+        # memory as the model.
+        grad_x = merged_product(g, kernel, U, S, V, scale, not transpose)
+        rows, columns = (g, x) if transpose else (x, g)
+        grads = factor_gradients(rows, columns, U, V, scale)
+        # Compilers drop these zeros; torch, which has none, makes none.
+        on_torch = keras.backend.backend() == "torch"
+        none = None if on_torch else ops.zeros_like(kernel)
+        return grad_x, none, *grads
+
+    return with_gradients(forward, backward, x, kernel, U, S, V)
+
+
+def is_known(training):
+    """Says whether the argument `training` of a layer has a value.
+
+    Under `keras.RematScope` it may be a bool that JAX traces.
+    """
+    return training is None or isinstance(training, (bool, int))
+
+
+def may_train(training):
+    """Returns the argument `training` of a layer, `True` if it is unknown."""
+    return bool(training) if is_known(training) else True
+
+
+def merging_pays(rows, input_dim, output_dim):
+    """Says whether `merged_product` is likely to beat a product apart.
+
+    A product apart works on all rows of inputs and outputs once more, the sum
+    on all entries of the kernel. On torch these are new memory every time.
+    `benchmarks/train_step.py --form` compares the two.
+    """
+    price = 4 if keras.backend.backend() == "torch" else 1
+    return rows * (input_dim + output_dim) >= price * input_dim * output_dim
+
+
+def low_rank_rows(ids, U, S, V, scale, dtype):
+    """Computes rows of `scale * U @ S @ V.T`, with the geometric gradients.
+
+    Args:
+        ids: Int tensor of shape `(batch,)`, the rows, below 2**24.
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+        dtype: String, in which to compute.
+
+    Returns:
+        Tensor of shape `(batch, output_dim)`. Its gradients are those of
+        `low_rank_product` for one-hot inputs, which are never formed.
+    """
+    if U.shape[0] > 2**24:
+        raise ValueError(
+            "An adapter selects rows of a matrix with at most 2**24 rows. "
+            f"Received: {U.shape[0]} rows"
+        )
+
+    # JAX cannot close over the ids inside a branch of `cond`, and has no
+    # gradient for integers: they travel as numbers, exact below 2**24.
+    def forward(numbers, U, S, V):
+        rows_of_U = rows_of(U, numbers)
+        y = ops.matmul(rows_of_U, ops.cast(S * scale, dtype))
+        return ops.matmul(y, ops.transpose(ops.cast(V, dtype))), rows_of_U
+
+    def backward(g, rows_of_U, numbers, U, S, V):
+        if rows_of_U is None:
+            rows_of_U = rows_of(U, numbers)
+        gV = ops.cast(times_basis(g, V), U.dtype)
+        ids = ops.cast(numbers, "int32")
+        grad_K = ops.segment_sum(gV, ids, num_segments=U.shape[0]) * scale
+        grad_L = ops.cast(tall_product(g, rows_of_U), U.dtype) * scale
+        basis = ops.transpose(ops.stop_gradient(U))
+        grad_S = ops.matmul(basis, grad_K)
+        return ops.zeros_like(numbers), grad_K, grad_S, grad_L
+
+    def rows_of(U, numbers):
+        ids = ops.cast(numbers, "int32")
+        rows = ops.take(ops.stop_gradient(U), ids, axis=0)
+        return ops.cast(rows, dtype)
+
+    numbers = ops.cast(ids, "float32")
+    return with_gradients(forward, backward, numbers, U, S, V)
+
+
+def low_rank_matrix(U, S, V, scale):
+    """Computes `scale * U @ S @ V.T`, with the geometric gradients.
+
+    Args:
+        U: Tensor of shape `(input_dim, max_rank)`.
+        S: Tensor of shape `(max_rank, max_rank)`.
+        V: Tensor of shape `(output_dim, max_rank)`.
+        scale: Float.
+
+    Returns:
+        Tensor of shape `(input_dim, output_dim)`. Its gradients are those for
+        `K = U S`, `S` and `L = V S.T` in the places of `U`, `S` and `V`.
+    """
+
+    def forward(U, S, V):
+        return product_of_factors(U, S, V, scale), None
+
+    def backward(G, _, U, S, V):
+        grad_K = times_basis(G, V) * scale
+        grad_L = times_basis(ops.transpose(G), U) * scale
+        basis = ops.transpose(ops.stop_gradient(U))
+        return grad_K, ops.matmul(basis, grad_K), grad_L
+
+    return with_gradients(forward, backward, U, S, V)
+
+
+def product_of_factors(U, S, V, scale):
+    """Computes `scale * U @ S @ V.T`, without gradients of its own."""
+    return ops.matmul(ops.matmul(U, S * scale), ops.transpose(V))

@@ -1,0 +1,87 @@
+"""The layers inside a layer: a walk, paths, and who has adapters."""
+
+import operator
+import re
+
+from keras_geolora.layers.adapter import LowRankAdapter
+
+
+def walk(layer, path="", name_of=operator.attrgetter("name")):
+    """Yields `(path, layer)` for every layer inside a layer, each once.
+
+    Paths join the layers' names with `/`, from the outside in; a shared
+    layer has the path at which it comes first, and of layers with equal names
+    the later ones get a number. What is inside an adapter belongs to no one
+    else and is left out.
+    """
+    seen, taken = set(), set()
+
+    def visit(layer, path):
+        for child in layer._flatten_layers(include_self=False, recursive=False):
+            if id(child) in seen or isinstance(child, LowRankAdapter):
+                continue
+            seen.add(id(child))
+            first = f"{path}/{name_of(child)}" if path else name_of(child)
+            child_path, count = first, 0
+            while child_path in taken:
+                count += 1
+                child_path = f"{first}_{count}"
+            taken.add(child_path)
+            yield child_path, child
+            yield from visit(child, child_path)
+
+    yield from visit(layer, path)
+
+
+def is_leaf(layer):
+    """Says whether a layer has no layers inside."""
+    return next(walk(layer), None) is None
+
+
+def with_inside(layers):
+    """Returns the ids of layers and of all layers inside them."""
+    return {id(x) for layer in layers for x in (layer, *inside(layer))}
+
+
+def inside(layer):
+    """Returns the layers inside a layer."""
+    return [child for _, child in walk(layer)]
+
+
+def stable_paths(layer):
+    """Returns the dict from path to layer of all layers inside a layer.
+
+    The paths of `walk`, but the same for every instance of a model: names
+    that Keras chose, such as `dense_7`, are counted anew inside each layer.
+    """
+    return dict(walk(layer, name_of=stable_name))
+
+
+def stable_name(layer):
+    """Returns the name of a layer, without the number that Keras gave it."""
+    without_number = re.sub(r"_\d+$", "", layer.name)
+    cls = getattr(layer, "plain_class", type(layer))
+    automatic = without_number.replace("_", "") == cls.__name__.lower()
+    return without_number if automatic else layer.name
+
+
+def adapted_layers(model):
+    """Returns the dict from path to layer of all layers that are adapted."""
+    return {
+        path: layer
+        for path, layer in walk(model)
+        if getattr(layer, "is_adapted", False)
+    }
+
+
+def carriers(model):
+    """Returns the dict from path to layer of all layers with any adapter.
+
+    Also those whose adapters are not active.
+    """
+    return {path: layer for path, layer in walk(model) if is_carrier(layer)}
+
+
+def is_carrier(layer):
+    """Says whether a layer has any adapter, active or not."""
+    return bool(getattr(layer, "adapter_names", []))
