@@ -10,177 +10,21 @@ pytestmark = pytest.mark.backend_independent("it reads source code")
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_geolora"
 
-# Each module and what it may import of the package; a folder stands for all
-# that is in it. Imports point one way, from the bottom of this table up.
-MAY_IMPORT = {
-    "geometry": [],
-    "distribution": [],
-    "optimizer": [],
-    "viewing": [],
-    "model": [],
-    "files": [],
-    "serving": [],
-    "geometry.integrator": [],  # sees arrays only: no layer, no variable
-    "geometry.transport": ["geometry.integrator"],
-    "geometry.manifold": [],  # factors and what is wrong with them
-    "geometry.low_rank_sum": [],  # arrays of NumPy
-    "layers.adapter": ["geometry.manifold"],
-    "distribution.layouts": [],  # distributions and variables
-    "keras_internals": [],  # what Keras has no public name for
-    # A model loads and predicts without an optimizer.
-    "layers": [
-        "layers",
-        "distribution.layouts",
-        "keras_internals",
-        "geometry.manifold",
-    ],
-    "geometry.budget": ["geometry.integrator"],  # arrays only, too
-    "optimizer.groups": [
-        "geometry.integrator",
-        "geometry.transport",
-        "geometry.budget",
-        "layers.adapter",
-        "distribution.layouts",
-    ],
-    "distribution.tf_replicas": ["geometry.transport"],
-    "distribution.virtual_devices": [],  # distributions and the environment
-    "optimizer.geolora": [
-        "geometry.transport",
-        "geometry.budget",
-        "optimizer.groups",
-        "distribution.layouts",
-        "distribution.tf_replicas",
-        "distribution.virtual_devices",
-    ],
-    "model.targeting": ["layers"],
-    "model.adapter_layouts": [
-        "layers.adapted",
-        "distribution.layouts",
-        "model.targeting",
-    ],
-    # What `compile` gave a model, and whether it fits what trains.
-    "model.compiled_state": [
-        "layers.adapter",
-        "optimizer.geolora",
-        "model.targeting",
-    ],
-    "callbacks": [
-        "callbacks",
-        "model.targeting",
-        "optimizer.geolora",
-        "model.compiled_state",
-        "viewing.rank_table",
-        "viewing.heat_map",
-        "viewing.summary",
-    ],
-    "model.substitution": [],  # variables in general
-    "model.adaptation": [
-        "layers.adapter",
-        "model.substitution",
-        "model.targeting",
-    ],
-    # It refuses to compile with an optimizer that is no GeoLoRA.
-    "adapted_model": [],  # what pickles name
-    "model.adapted_model": [
-        "adapted_model",
-        "layers.adapter",
-        "layers.adapted",
-        "model.targeting",
-        "model.adaptation",
-        "optimizer.geolora",
-        "model.compiled_state",
-        "distribution.tf_replicas",
-        "callbacks",
-        "geometry.manifold",
-    ],
-    "model.clipping": ["model.targeting"],
-    "model.enabling": [
-        "layers",
-        "model.targeting",
-        "model.adaptation",
-        "model.adapted_model",
-        "model.clipping",
-        "geometry.manifold",
-    ],
-    "model.switching": [
-        "layers.adapter",
-        "model.targeting",
-        "model.substitution",
-        "model.adaptation",
-        "model.adapted_model",
-        "distribution.tf_replicas",
-        "geometry.low_rank_sum",
-    ],
-    "model.compaction": [
-        "layers.adapter",
-        "model.targeting",
-        "model.adapted_model",
-    ],
-    # It asks the optimizer what was dropped, and for the budget.
-    "viewing.summary": [
-        "model.targeting",
-        "optimizer.geolora",
-        "viewing.abbreviation",
-        "viewing.heat_map",
-        "viewing.rank_table",
-        "whole_files",
-        "geometry.manifold",
-        "model.clipping",
-    ],
-    "viewing.heat_map": ["viewing.abbreviation"],
-    "viewing.abbreviation": [],  # strings
-    "viewing.rank_table": ["whole_files"],
-    "whole_files": [],  # bytes and paths
-    "version": [],
-    "files.adapter_file": [
-        "layers",
-        "model.targeting",
-        "model.adaptation",
-        "model.adapted_model",
-        "whole_files",
-        "version",
-        "geometry.manifold",
-    ],
-    "model.averaging": [
-        "layers.adapter",
-        "model.targeting",
-        "model.adaptation",
-        "model.adapted_model",
-        "files.adapter_file",
-        "geometry.low_rank_sum",
-        "geometry.manifold",
-    ],
-    "files.peft": [
-        "layers",
-        "model.targeting",
-        "model.adapted_model",
-        "files.adapter_file",
-        "whole_files",
-        "geometry.low_rank_sum",
-        "geometry.manifold",
-    ],
-    "serving.signature": [],  # models in general, adapted or not
-    # Where Keras runs on TensorFlow: loads, merges and writes.
-    "serving.saved_model": [
-        "model.targeting",
-        "model.adapted_model",
-        "model.enabling",
-        "model.switching",
-        "serving.signature",
-    ],
-    "serving.export": [
-        "model.targeting",
-        "model.adapted_model",
-        "model.switching",
-        "whole_files",
-        "serving.signature",
-        "serving.saved_model",
-        "version",
-        "geometry.manifold",
-    ],
-    "__main__": ["files.adapter_file", "files.peft"],
-    "": [""],  # the package itself gathers the public names
-}
+# The package from the bottom up. A module imports its own wing and those
+# below; the first row is for all, and sees nothing but itself.
+WINGS = (
+    ("version", "whole_files", "keras_internals", "adapted_model"),
+    ("geometry",),  # arrays: no layer, no variable
+    ("distribution",),  # several devices
+    ("layers",),  # they load and predict without an optimizer
+    ("optimizer",),
+    ("viewing",),
+    ("callbacks",),
+    ("model",),
+    ("files", "serving"),  # these two do not know each other
+    ("__main__",),
+    ("",),  # the package itself gathers the public names
+)
 
 # What anybody may import of other packages.
 EXTERNAL = {"keras", "numpy", "safetensors"}
@@ -231,24 +75,37 @@ def internal_imports(path):
             yield name
 
 
-def row(name):
-    """The row of MAY_IMPORT that holds for a module: the most specific."""
-    rows = [key for key in MAY_IMPORT if key and within(name, [key])]
-    return max(rows, key=len, default="" if name == "" else None)
+def storey(name):
+    """The place of a module in `WINGS`, counted from the bottom."""
+    wing = name.split(".")[0]
+    return next((i for i, names in enumerate(WINGS) if wing in names), None)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_module_has_its_place(name):
-    assert row(name) is not None, (
-        f"Add '{name}' to MAY_IMPORT: what may it know of the package?"
+    assert storey(name) is not None, (
+        f"Add '{name}' to WINGS: which modules may it import?"
     )
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_inside_the_package_point_one_way(name):
-    allowed = MAY_IMPORT[row(name)]
+def test_imports_inside_the_package_point_down(name):
     for imported in internal_imports(MODULES[name]):
-        assert within(imported, allowed), f"'{name}' may not know '{imported}'"
+        same_wing = imported.split(".")[0] == name.split(".")[0]
+        assert same_wing or storey(imported) < storey(name), (
+            f"'{name}' may not know '{imported}'"
+        )
+
+
+def test_no_two_modules_import_each_other():
+    todo = {
+        name: set(internal_imports(path)) - {name, ""}
+        for name, path in MODULES.items()
+    }
+    while todo:
+        done = {name for name, needs in todo.items() if not needs & set(todo)}
+        assert done, f"a circle of imports among {sorted(todo)}"
+        todo = {name: x for name, x in todo.items() if name not in done}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
