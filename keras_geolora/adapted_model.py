@@ -1,8 +1,8 @@
 """What pickles of adapted models name. It stays here, whatever moves."""
 
-import keras
+from keras_geolora.keras_internals import unpickle_model
 
 
 def unpickle(file):
     """Reads what an adapted model writes into a pickle; imports the library."""
-    return keras.Model._unpickle_model(file)
+    return unpickle_model(file)

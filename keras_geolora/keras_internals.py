@@ -1,9 +1,82 @@
-"""What this library asks of Keras for which Keras has no public name."""
+"""All that this library asks of Keras for which Keras has no public name.
+
+Everything private goes through this file, so that a release of Keras that
+moves something breaks one place. `PRIVATE` says what each name is needed for;
+a test looks for every one of them and says which is missing.
+"""
+
+import contextlib
 
 import keras
 
+# The private names, by whose they are, and why there is no way around them.
+PRIVATE = {
+    "layer": {
+        "_flatten_layers": "the layers inside a layer, in Keras' order",
+        "_trainable_variables": "the variables a layer holds itself",
+        "_non_trainable_variables": "the variables a layer holds itself",
+        "_trainable": "the flag behind `trainable`, which ours extends",
+        "_tracker": "a built layer is locked; adapters join it later",
+        "_remat_mode": "whether a call is computed again in the backward pass",
+        "_get_call_context": "whether the call of another layer is running",
+        "_maybe_reset_call_context": "the same, without a trace",
+    },
+    "tensor": {"_keras_history": "the layer that an output comes from"},
+    "variable": {
+        "_value": "on torch, to exchange a value without writing into it",
+        "_layout": "the layout of a variable that is created in a trace",
+    },
+    "model": {
+        "_unpickle_model": "pickles, through a function that keeps its place",
+        "_run_eagerly": "what a model is before its first `compile`",
+        "_jit_compile": "what a model is before its first `compile`",
+        "_compile_loss": "what a model is before its first `compile`",
+        "_compile_metrics": "what a model is before its first `compile`",
+        "_loss_tracker": "what a model is before its first `compile`",
+    },
+    "compiled model": {
+        "_compile_config": "a new object for every `compile`",
+        "_compiled_trainable_state": "it holds on to layers by reference",
+    },
+    "optimizer": {
+        "_trainable_variables": "the variables it was built on",
+        "_variables": "its state, without that of an optimizer inside",
+        "_iterations": "the counter that a step of replicas advances",
+        "_learning_rate": "the rate as given: a number or a schedule",
+        "_use_weight_decay": "whether a variable decays",
+        "_get_variable_index": "the place of a variable in lists of slots",
+        "_check_variables_are_known": "Keras' own checks, in `apply`",
+        "_filter_empty_gradients": "Keras' own checks, in `apply`",
+        "_clip_gradients": "a step in parts, where replicas accumulate",
+        "_apply_weight_decay": "a step in parts, where replicas accumulate",
+        "_backend_update_step": "a step in parts, where replicas accumulate",
+        "_backend_reset_gradient_accumulators": (
+            "a step in parts, where replicas accumulate"
+        ),
+    },
+    "accumulating optimizer": {
+        "_accumulated_gradients": "sums of gradients follow moving bases, too",
+    },
+}
+# Attributes of a compiled model, and what they are before.
+BEFORE_COMPILE = {
+    "compiled": False,
+    "loss": None,
+    "steps_per_execution": 1,
+    "_run_eagerly": False,
+    "_jit_compile": None,
+    "_compile_loss": None,
+    "_compile_metrics": None,
+    "_loss_tracker": None,
+}
+# Attributes that a model has only once it is compiled.
+SINCE_COMPILE = ("optimizer", "_compile_config", "_compiled_trainable_state")
+
 # Asks for all layers; its name keeps Keras' numbering of layers as it is.
 PROBE = keras.layers.Layer(name="probe")
+
+
+# Layers
 
 
 def in_layer_call():
@@ -16,3 +89,159 @@ def in_layer_call():
     context = PROBE._get_call_context()
     PROBE._maybe_reset_call_context()
     return context.entry_layer is not PROBE
+
+
+def direct_layers(layer):
+    """Returns the layers that a layer holds itself."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def all_layers(layer):
+    """Returns a layer and all layers inside, in the order of Keras."""
+    return list(layer._flatten_layers())
+
+
+def own_variables(layer):
+    """Returns the variables in the attributes of a layer itself."""
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    return list({id(v): v for v in own}.values())
+
+
+def own_trainable(layer):
+    """Returns the flag of a layer, whatever its `trainable` makes of it."""
+    return layer._trainable
+
+
+def set_own_trainable(layer, value):
+    """Sets the flag of a layer, and touches nothing inside."""
+    layer._trainable = value
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Yields what tracks the state of a built layer, open for changes."""
+    layer._tracker.unlock()
+    try:
+        yield layer._tracker
+    finally:
+        layer._tracker.lock()
+
+
+def renew_torch_parameters(layer):
+    """Has a layer list its parameters for torch again, where it does so."""
+    if hasattr(layer, "_torch_params"):
+        layer._track_variables()
+
+
+def unlist_attributes(layer, names):
+    """Takes names off the list of the dicts that TensorFlow exports."""
+    if "_tracked" in vars(layer):
+        tracked = vars(layer)["_tracked"]
+        tracked[:] = [name for name in tracked if name not in names]
+
+
+def is_computed_again(layer):
+    """Says whether the backward pass may call the layer once more."""
+    return layer._remat_mode is not None
+
+
+def layer_of(output):
+    """Returns the layer or operation that a symbolic output comes from."""
+    return output._keras_history.operation
+
+
+# Variables
+
+
+def value_inside(variable):
+    """Returns the tensor that a variable holds, on torch."""
+    return variable._value
+
+
+def set_value_inside(variable, tensor):
+    """Lets a variable hold another tensor; nothing is written into the old."""
+    variable._value = tensor
+
+
+def set_layout(variable, layout):
+    """Sets the layout of a variable."""
+    variable._layout = layout
+
+
+# Models
+
+
+def compile_config(model):
+    """Returns an object that is another after each `compile`, or `None`."""
+    return getattr(model, "_compile_config", None)
+
+
+def renew_compiled_state(model):
+    """Has a compiled model forget layers that are no longer in it."""
+    if "_compiled_trainable_state" in vars(model):
+        # Not changed in place, nor set as an attribute: TensorFlow would
+        # track it and refuse to save it.
+        del model._compiled_trainable_state
+        vars(model)["_compiled_trainable_state"] = {
+            x: x.trainable for x in all_layers(model)
+        }
+
+
+def unpickle_model(file):
+    """Reads a model from what Keras writes into a pickle."""
+    return keras.Model._unpickle_model(file)
+
+
+# Optimizers
+
+
+def variables_of(optimizer):
+    """Returns the variables that an optimizer was built on; maybe none."""
+    return getattr(optimizer, "_trainable_variables", [])
+
+
+def own_state(optimizer):
+    """Returns the variables of an optimizer, without those of one inside."""
+    return optimizer._variables
+
+
+def rate_as_given(optimizer):
+    """Returns a variable or a schedule, the learning rate."""
+    return optimizer._learning_rate
+
+
+def decays(optimizer, variable):
+    """Says whether weight decay acts on a variable."""
+    return optimizer._use_weight_decay(variable)
+
+
+def checked_gradients(optimizer, gradients, variables):
+    """Returns what is left of gradients and variables after Keras' checks."""
+    optimizer._check_variables_are_known(variables)
+    return optimizer._filter_empty_gradients(gradients, variables)
+
+
+def gradient_accumulators(optimizer):
+    """Returns the sums of gradients between two updates, if there are any."""
+    return getattr(optimizer, "_accumulated_gradients", [])
+
+
+def sums_of_gradients(optimizer, variables):
+    """Returns the sums of gradients of variables, between two updates."""
+    sums = gradient_accumulators(optimizer)
+    return [sums[optimizer._get_variable_index(v)] for v in variables]
+
+
+def iterations_variable(optimizer):
+    """Returns the variable that counts the steps, without accumulation."""
+    return optimizer._iterations
+
+
+def take_step(optimizer, gradients, variables):
+    """Takes the step of an optimizer that accumulates, now."""
+    gradients = optimizer._clip_gradients(gradients)
+    optimizer._apply_weight_decay(variables)
+    optimizer._backend_update_step(
+        gradients, variables, optimizer.learning_rate
+    )
+    optimizer._backend_reset_gradient_accumulators()

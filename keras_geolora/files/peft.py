@@ -21,6 +21,7 @@ from keras_geolora.files.adapter_file import (
 )
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.geometry.manifold import check_layers
+from keras_geolora.keras_internals import all_layers
 from keras_geolora.layers.adapted import DEFAULT
 from keras_geolora.layers.registry import (
     kernel_shape,
@@ -470,9 +471,7 @@ def import_keras_lora(model, path, name=DEFAULT):
     check_can_adapt(model, name)
     scope = scope_of(model)
     # KerasHub counts the layers that have weights.
-    counted = [
-        x for x in scope._flatten_layers(include_self=False) if x.weights
-    ]
+    counted = [x for x in all_layers(scope)[1:] if x.weights]
     path_of = {id(layer): p for p, layer in stable_paths(scope).items()}
     shapes = {
         index: kernel_view(layer).shape

@@ -13,7 +13,15 @@ from keras_geolora.distribution.layouts import (
     settle,
 )
 from keras_geolora.geometry.manifold import check_values
-from keras_geolora.keras_internals import in_layer_call
+from keras_geolora.keras_internals import (
+    in_layer_call,
+    is_computed_again,
+    own_trainable,
+    renew_torch_parameters,
+    set_own_trainable,
+    unlist_attributes,
+    unlocked,
+)
 from keras_geolora.layers.adapter import LowRankAdapter, check_rank
 from keras_geolora.layers.in_place import (
     READERS,
@@ -23,7 +31,6 @@ from keras_geolora.layers.in_place import (
     name_scopes_of,
     reading_itself,
     set_aside,
-    unlist_attributes,
 )
 from keras_geolora.layers.products import (
     is_sparse,
@@ -148,18 +155,19 @@ class AdaptedLayer:
         `True` lets the same train again. What is to train beside the adapter
         takes a `trainable` of its own: `layer.kernel.trainable = True`.
         """
-        return self._trainable
+        return own_trainable(self)
 
     @trainable.setter
     def trainable(self, value):
         if not self._adapters:
             keras.layers.Layer.trainable.fset(self, value)
             return
-        if self._trainable and not value:
+        before = own_trainable(self)
+        if before and not value:
             self._rest()
-        elif value and not self._trainable:
+        elif value and not before:
             self._resting.restore()
-        self._trainable = bool(value)
+        set_own_trainable(self, bool(value))
         self.activate_adapter(self._active_adapter)
 
     def _rest(self):
@@ -281,23 +289,18 @@ class AdaptedLayer:
         """Holds adapters, in their order, instead of those that are held."""
         touched = [*self._adapters.values(), *adapters.values()]
         unlist_attributes(self, ["_adapters"])
-        # Keras locks a layer once it is built. It may unlock itself.
-        self._tracker.unlock()
-        try:
+        with unlocked(self) as tracker:
             # A new dict, since TensorFlow saves none that was mutated; and
             # first of all, for the sake of an interrupt.
             if adapters:
                 self._adapters = dict(adapters)
             for adapter in touched:
-                self._tracker.untrack(adapter)
+                tracker.untrack(adapter)
             for adapter in adapters.values():
-                self._tracker.track(adapter)
-        finally:
-            self._tracker.lock()
+                tracker.track(adapter)
         if not adapters:
             forget_attributes(self, ["_adapters"])
-        if hasattr(self, "_torch_params"):  # torch's list of parameters
-            self._track_variables()
+        renew_torch_parameters(self)
 
     # Keras saves what it finds in attributes by alphabet, each object once:
     # with the underscore it finds adapters by name, not the active one first.
@@ -582,7 +585,7 @@ class AdaptedProduct(AdaptedLayer):
         if self._stays_apart:
             return self._product_apart
         # What torch computes anew in the backward pass is not told `training`.
-        anew = training is None and self._remat_mode is not None
+        anew = training is None and is_computed_again(self)
         if not (anew or may_train(training)):
             return self._product_with_sum
         (kernel,) = self.kernels()

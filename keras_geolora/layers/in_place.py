@@ -5,6 +5,8 @@ import contextvars
 
 import keras
 
+from keras_geolora.keras_internals import unlist_attributes
+
 # The layers that read their kernels themselves at the moment, in this thread.
 READERS = contextvars.ContextVar("keras_geolora_readers", default=())
 
@@ -25,13 +27,6 @@ def forget_attributes(layer, names):
         if name in vars(layer):
             delattr(layer, name)
     unlist_attributes(layer, names)
-
-
-def unlist_attributes(layer, names):
-    """Takes names off the list of the dicts that TensorFlow exports."""
-    if "_tracked" in vars(layer):
-        tracked = vars(layer)["_tracked"]
-        tracked[:] = [name for name in tracked if name not in names]
 
 
 @contextlib.contextmanager

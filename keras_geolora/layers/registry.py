@@ -4,6 +4,7 @@ import functools
 
 import keras
 
+from keras_geolora.keras_internals import own_variables
 from keras_geolora.layers.adapted import AdaptedLayer
 from keras_geolora.layers.conv import (
     GeoLoRAConv1D,
@@ -103,12 +104,6 @@ def held_kernels(layers):
         for v in own_variables(layer)
         if v.name in KERNELS and len(holders[id(v)]) > 1
     }
-
-
-def own_variables(layer):
-    """Returns the variables in the attributes of a layer itself."""
-    own = [*layer._trainable_variables, *layer._non_trainable_variables]
-    return list({id(v): v for v in own}.values())
 
 
 def kernel_view(layer):

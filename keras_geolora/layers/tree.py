@@ -3,6 +3,7 @@
 import operator
 import re
 
+from keras_geolora.keras_internals import direct_layers
 from keras_geolora.layers.adapter import LowRankAdapter
 
 
@@ -17,7 +18,7 @@ def walk(layer, path="", name_of=operator.attrgetter("name")):
     seen, taken = set(), set()
 
     def visit(layer, path):
-        for child in layer._flatten_layers(include_self=False, recursive=False):
+        for child in direct_layers(layer):
             if id(child) in seen or isinstance(child, LowRankAdapter):
                 continue
             seen.add(id(child))

@@ -13,6 +13,13 @@ from keras_geolora.adapted_model import unpickle
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.manifold import check_layers, check_values
+from keras_geolora.keras_internals import (
+    compile_config,
+    own_trainable,
+    renew_compiled_state,
+    renew_torch_parameters,
+    variables_of,
+)
 from keras_geolora.layers.factor import Factor
 from keras_geolora.layers.in_place import become_adapted, become_plain
 from keras_geolora.layers.registry import adapted_class
@@ -61,7 +68,7 @@ class RestsAsAWhole:
     @property
     def trainable(self):
         """Settable boolean; `True` lets train what trained before `False`."""
-        return self._trainable
+        return own_trainable(self)
 
     @trainable.setter
     def trainable(self, value):
@@ -637,7 +644,7 @@ def swap_functions(model, functions):
     Functions from before the last `compile` hold another optimizer and loss,
     and are dropped.
     """
-    compiled = getattr(model, "_compile_config", None)  # new each time
+    compiled = compile_config(model)
     if functions.get("compiled") is not compiled:
         functions = {}
     before = {n: getattr(model, n) for n in FUNCTIONS if hasattr(model, n)}
@@ -663,18 +670,11 @@ def forget_traces(model):
     the old parameters.
     """
     for part in (model, *inside(model)):
-        if hasattr(part, "_torch_params"):
-            part._track_variables()
+        renew_torch_parameters(part)
         if isinstance(part, keras.Model):
             swap_functions(part, {})
             vars(part).pop("geolora_disabled_traces", None)
-        if "_compiled_trainable_state" in vars(part):
-            # Its keys keep layers alive. Not changed in place, nor set as an
-            # attribute: TensorFlow would track it and refuse to save it.
-            del part._compiled_trainable_state
-            vars(part)["_compiled_trainable_state"] = {
-                x: x.trainable for x in part._flatten_layers()
-            }
+        renew_compiled_state(part)  # whose keys keep layers alive
 
 
 def resize_buffers(model, max_ranks, optimizer=None):
@@ -714,7 +714,7 @@ def resize_buffers(model, max_ranks, optimizer=None):
             )
         forget_traces(model)
         for optimizer, new in optimizers:
-            known = optimizer._trainable_variables
+            known = variables_of(optimizer)
             rebuild(optimizer, new, [new_of.get(id(v), v) for v in known])
     if in_training:  # `fit` asks for the function before the first epoch only
         model.make_train_function(force=True)
@@ -813,7 +813,7 @@ def check_at_rest(model, what):
 
 def check_optimizer_is_new(optimizer, variables):
     """Refuses an optimizer that was built on other variables."""
-    known = getattr(optimizer, "_trainable_variables", [])
+    known = variables_of(optimizer)
     if optimizer.built and {id(v) for v in known} != {id(v) for v in variables}:
         raise ValueError(
             "What trains has changed since the optimizer was built, by "

@@ -8,29 +8,18 @@ first `compile`, and Keras asks to call that again.
 
 import keras
 
+from keras_geolora.keras_internals import (
+    BEFORE_COMPILE,
+    SINCE_COMPILE,
+    variables_of,
+)
 from keras_geolora.layers.factor import Factor
 from keras_geolora.layers.tree import carriers, inside
 from keras_geolora.optimizer.geolora import find_geolora
 from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
 
-# What a model of Keras has before its first `compile`, by attribute ...
-BEFORE_COMPILE = {
-    "compiled": False,
-    "loss": None,
-    "steps_per_execution": 1,
-    "_run_eagerly": False,
-    "_jit_compile": None,
-    "_compile_loss": None,
-    "_compile_metrics": None,
-    "_loss_tracker": None,
-}
-# ... and what it only has afterwards.
-SINCE_COMPILE = (
-    "optimizer",
-    "_compile_config",
-    "_compiled_trainable_state",
-    "geolora_auto_compiled",
-)
+# What `compile` of an adapted model notes beside.
+OURS = ("geolora_auto_compiled",)
 
 
 def fits(model):
@@ -71,7 +60,7 @@ def knows_all(optimizer, model, active, exactly):
         return id(variable) in present
 
     present = {id(v) for v in model.variables}
-    known = optimizer._trainable_variables
+    known = variables_of(optimizer)
     if not all(map(may_train, known)):
         return False
     return not exactly or {id(v) for v in model.trainable_variables} <= {
@@ -89,7 +78,7 @@ class CompiledState:
     def __init__(self, model):
         self.model = model
         own = [n for n in optimizers_of(model) if n != "optimizer"]
-        names = (*BEFORE_COMPILE, *SINCE_COMPILE, *own)
+        names = (*BEFORE_COMPILE, *SINCE_COMPILE, *OURS, *own)
         self.attributes = {n: vars(model)[n] for n in names if n in vars(model)}
         # Deleted and not overwritten, which TensorFlow would not notice.
         for name in self.attributes:

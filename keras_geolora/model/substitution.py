@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_geolora.keras_internals import set_value_inside, value_inside
+
 
 @contextlib.contextmanager
 def exchanged_values(pairs):
@@ -64,14 +66,15 @@ def other_tensors(pairs):
 
     Assigning would write into tensors that a backward pass still needs.
     """
-    before = {id(variable): variable._value for variable, _ in pairs}
+    before = {id(variable): value_inside(variable) for variable, _ in pairs}
     try:
         for variable, value in pairs:
-            variable._value = ops.convert_to_tensor(value, variable.dtype)
+            tensor = ops.convert_to_tensor(value, variable.dtype)
+            set_value_inside(variable, tensor)
         yield before
     finally:
         for variable, _ in pairs:
-            variable._value = before[id(variable)]
+            set_value_inside(variable, before[id(variable)])
 
 
 @contextlib.contextmanager
