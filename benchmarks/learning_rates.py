@@ -158,7 +158,7 @@ def size_of_adapters(layers):
         if hasattr(layer, "adapter"):
             rank, sides = layer.rank, layer.kernel_view.matrix_shape
         else:
-            rank, sides = MAX_RANK, layer.matrix_shape
+            rank, sides = MAX_RANK, layer.view.matrix_shape
         ranks.append(rank)
         parameters += rank * sum(sides)
     return ranks, parameters
@@ -168,15 +168,15 @@ def use_untouched_slots():
     """Leaves the slots of the inner optimizer where they are, to compare."""
     from keras_geolora.geometry import transport
 
-    for kind in transport._MOVES:
-        transport._MOVES[kind] = lambda slots, move: slots
+    for kind in transport.MOVES:
+        transport.MOVES[kind] = lambda slots, move: slots
 
 
 def use_rotated_moments():
     """Rotates first moments with the bases, to compare."""
     from keras_geolora.geometry import transport
 
-    transport._MOVES["linear"] = rotate
+    transport.MOVES["linear"] = rotate
 
 
 def rotate(moments, move):

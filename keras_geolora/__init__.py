@@ -14,7 +14,6 @@ from keras_geolora.files.peft import (
     import_keras_lora,
     import_peft,
 )
-from keras_geolora.geometry.transport import register_slot_rules
 from keras_geolora.layers import (
     GeoLoRAConv1D,
     GeoLoRAConv2D,
@@ -41,6 +40,7 @@ from keras_geolora.model.switching import (
     geolora_disabled,
 )
 from keras_geolora.optimizer.geolora import GeoLoRA
+from keras_geolora.optimizer.slot_rules import register_slot_rules
 from keras_geolora.serving.export import ExportError, export
 from keras_geolora.version import __version__
 from keras_geolora.viewing.summary import geolora_summary, plot_ranks

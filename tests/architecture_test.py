@@ -13,7 +13,8 @@ PACKAGE = ROOT / "keras_geolora"
 # The package from the bottom up. A module imports its own wing and those
 # below; the first row is for all, and sees nothing but itself.
 WINGS = (
-    ("version", "whole_files", "keras_internals", "adapted_model"),
+    ("version", "whole_files", "keras_internals"),
+    ("adapted_model",),  # what pickles name
     ("geometry",),  # arrays: no layer, no variable
     ("distribution",),  # several devices
     ("layers",),  # they load and predict without an optimizer

@@ -14,12 +14,11 @@ from keras_geolora.geometry.integrator import (
     Unknowns,
     active_columns,
 )
-from keras_geolora.geometry.transport import (
+from keras_geolora.geometry.transport import mean_of_active, transport
+from keras_geolora.optimizer.slot_rules import (
     find_slots,
-    mean_of_active,
     register_slot_rules,
     slot_rules,
-    transport,
 )
 
 MAX_RANK = 5

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_geolora.callbacks.reading import synchronize
+from keras_geolora.keras_internals import layer_of
 from keras_geolora.layers.tree import adapted_layers
 
 
@@ -112,7 +113,7 @@ class SilentFailureGuard(keras.callbacks.Callback):
 
     def _about_the_head(self):
         for output in getattr(self.model, "outputs", None) or []:
-            layer = output._keras_history.operation
+            layer = layer_of(output)
             if (
                 isinstance(layer, keras.layers.Dense)
                 and not layer.trainable_variables

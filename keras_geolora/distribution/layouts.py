@@ -22,6 +22,8 @@ import itertools
 
 import keras
 
+from keras_geolora.keras_internals import set_layout
+
 # Stands for a weight of a layer that nobody thought of.
 UNFORESEEN = "unforeseen/weight"
 
@@ -99,7 +101,7 @@ def settle(variables):
     """
     if model_parallel() is not None:
         for variable in variables:
-            variable._layout = layout_of(variable)
+            set_layout(variable, layout_of(variable))
 
 
 def factor_layouts(layer, adapter, kernel, axes):

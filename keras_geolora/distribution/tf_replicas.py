@@ -10,7 +10,11 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_geolora.geometry.transport import gradient_accumulators
+from keras_geolora.keras_internals import (
+    iterations_variable,
+    sums_of_gradients,
+    take_step,
+)
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -83,7 +87,7 @@ def apply(optimizer, gradients, variables):
     for variable in variables:
         if variable.constraint is not None:
             variable.assign(variable.constraint(variable))
-    optimizer._iterations.assign_add(1)
+    iterations_variable(optimizer).assign_add(1)
 
 
 def decides_alone():
@@ -102,7 +106,7 @@ def accumulate_or_update(strategy, optimizer, gradients, variables):
         strategy.extended.call_for_each_replica(function, args)
 
     ops.cond(
-        ops.equal((optimizer._iterations + 1) % steps, 0),
+        ops.equal((iterations_variable(optimizer) + 1) % steps, 0),
         lambda: on_each(update),
         lambda: on_each(accumulate),
     )
@@ -116,7 +120,9 @@ def accumulate(optimizer, gradients, variables):
     """
     context = tf.distribute.get_replica_context()
     gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-    for total, g in zip(sums(optimizer, variables), gradients, strict=True):
+    for total, g in zip(
+        sums_of_gradients(optimizer, variables), gradients, strict=True
+    ):
         total.assign(total + g)
 
 
@@ -126,20 +132,9 @@ def update(optimizer, gradients, variables):
     steps = optimizer.gradient_accumulation_steps
     # The optimizer sums over replicas: each brings its share.
     share = 1 / context.num_replicas_in_sync
-    totals = sums(optimizer, variables)
+    totals = sums_of_gradients(optimizer, variables)
     gradients = [
         (g + share * total) / steps
         for g, total in zip(gradients, totals, strict=True)
     ]
-    gradients = optimizer._clip_gradients(gradients)
-    optimizer._apply_weight_decay(variables)
-    optimizer._backend_update_step(
-        gradients, variables, optimizer.learning_rate
-    )
-    optimizer._backend_reset_gradient_accumulators()
-
-
-def sums(optimizer, variables):
-    """Returns the sums of gradients of variables, between two updates."""
-    accumulators = gradient_accumulators(optimizer)
-    return [accumulators[optimizer._get_variable_index(v)] for v in variables]
+    take_step(optimizer, gradients, variables)

@@ -11,7 +11,13 @@ from keras_geolora.distribution import tf_replicas
 from keras_geolora.distribution.layouts import apart_from_map
 from keras_geolora.distribution.virtual_devices import warn_of_virtual_devices
 from keras_geolora.geometry.budget import spend
-from keras_geolora.geometry.transport import slot_rules
+from keras_geolora.keras_internals import (
+    checked_gradients,
+    decays,
+    own_state,
+    rate_as_given,
+    variables_of,
+)
 from keras_geolora.optimizer.groups import (
     GroupStep,
     build_inner,
@@ -19,6 +25,7 @@ from keras_geolora.optimizer.groups import (
     find_adapters,
     plain_variables,
 )
+from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
@@ -166,9 +173,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
             self.inner_optimizer.exclude_from_weight_decay(
                 [variables[i] for i in self._without_weight_decay]
             )
-        decays = self.inner_optimizer._use_weight_decay
         self._without_weight_decay = [
-            i for i, v in enumerate(variables) if not decays(v)
+            i
+            for i, v in enumerate(variables)
+            if not decays(self.inner_optimizer, v)
         ]
         warn_of_virtual_devices()
         with apart_from_map():
@@ -267,7 +275,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
     @property
     def variables(self):
         """List of the variables of both optimizers."""
-        return self._variables + self.inner_optimizer.variables
+        return own_state(self) + self.inner_optimizer.variables
 
     @property
     def learning_rate(self):
@@ -355,7 +363,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
                     "first, or write `optimizer.apply(grads, "
                     "trainable_variables)`. Received: trainable_variables=None"
                 )
-            trainable_variables = self._trainable_variables
+            trainable_variables = variables_of(self)
         grads, trainable_variables = list(grads), list(trainable_variables)
         if not grads:
             return
@@ -367,8 +375,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             )
         if not self.built:
             self.build(trainable_variables)
-        self._check_variables_are_known(trainable_variables)
-        grads, moved = self._filter_empty_gradients(grads, trainable_variables)
+        grads, moved = checked_gradients(self, grads, trainable_variables)
         gradients = {id(v): g for g, v in zip(grads, moved, strict=True)}
         steps = [GroupStep(g, gradients) for g in self._groups.content]
         moving = [step for step in steps if step.moving.any()]
@@ -541,7 +548,7 @@ def renewed(optimizer):
         config = optimizer.get_config()
     if config.pop("inner_optimizer", None) is not None:
         return type(optimizer)(renewed(optimizer.inner_optimizer), **config)
-    rate = optimizer._learning_rate
+    rate = rate_as_given(optimizer)
     is_number = isinstance(rate, keras.Variable)
     if is_number:
         rate = float(ops.convert_to_numpy(rate))
@@ -569,7 +576,7 @@ def rebuild(optimizer, new, variables):
 def carry_state(old, new):
     """Copies the state of one optimizer to another, fitted to its shapes."""
     if not isinstance(old, GeoLoRA):
-        carry_variables(old._variables, new._variables)
+        carry_variables(own_state(old), own_state(new))
         if hasattr(old, "inner_optimizer"):
             carry_state(old.inner_optimizer, new.inner_optimizer)
         return

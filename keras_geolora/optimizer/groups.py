@@ -15,15 +15,15 @@ from keras_geolora.distribution.layouts import layout_of, stacked_layout
 from keras_geolora.geometry import integrator
 from keras_geolora.geometry.budget import Claim
 from keras_geolora.geometry.integrator import Point, Unknowns, choose
-from keras_geolora.geometry.transport import (
+from keras_geolora.geometry.transport import transport
+from keras_geolora.keras_internals import decays, gradient_accumulators
+from keras_geolora.layers.factor import Factor
+from keras_geolora.optimizer.slot_rules import (
     find_slots,
-    gradient_accumulators,
     has_factored_moments,
     is_elementwise,
     slot_rules,
-    transport,
 )
-from keras_geolora.layers.factor import Factor
 
 
 class Store:
@@ -115,8 +115,8 @@ class AdapterGroup:
         stacked = is_elementwise(inner_optimizer)
         members = {}
         for place, (adapter, factors) in enumerate(find_adapters(variables)):
-            decays = tuple(map(inner_optimizer._use_weight_decay, factors))
-            key = (shape_of(adapter), decays) if stacked else place
+            decay = tuple(decays(inner_optimizer, v) for v in factors)
+            key = (shape_of(adapter), decay) if stacked else place
             members.setdefault(key, []).append((adapter, place, factors))
         groups = []
         for found in members.values():
@@ -504,14 +504,15 @@ def build_inner(inner_optimizer, variables):
     """
     groups = AdapterGroup.collect(variables, inner_optimizer)
     own = plain_variables(variables)
-    decays = inner_optimizer._use_weight_decay
-    without_decay = [v for v in own if not decays(v)]
+    without_decay = [v for v in own if not decays(inner_optimizer, v)]
     for group in groups:
         for factors, unknowns in zip(
             group.factors.variables, group.unknowns.variables, strict=True
         ):
             own += unknowns
-            without_decay += [] if decays(factors[0]) else unknowns
+            without_decay += (
+                [] if decays(inner_optimizer, factors[0]) else unknowns
+            )
     if groups:  # names of factors do not match those of the unknowns
         inner_optimizer.exclude_from_weight_decay(without_decay)
     inner_optimizer.build(own)

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_geolora.keras_internals import layer_of
+
 # Lengths that stand for a free axis of samples: two, so that an axis that is
 # free by name only is found out. Images need more than sequences.
 LENGTHS = (8, 13)
@@ -213,7 +215,7 @@ def named_outputs(model, outputs):
     if isinstance(outputs, dict):
         return {plain_name(name): x for name, x in outputs.items()}
     flat = keras.tree.flatten(outputs)
-    names = [x._keras_history.operation.name for x in graph_outputs(model)]
+    names = [layer_of(x).name for x in graph_outputs(model)]
     if len(set(names)) != len(flat):
         names = [f"output_{i}" for i in range(len(flat))]
     return {plain_name(n): x for n, x in zip(names, flat, strict=True)}
