@@ -8,7 +8,7 @@ from keras import ops
 from keras_geolora.layers.einsum_dense import Einsum
 from keras_geolora.layers.in_place import set_aside
 from keras_geolora.layers.registry import adapted_subclass
-from keras_geolora.model.adaptation import Frozen
+from keras_geolora.model.freezing import Freeze
 from keras_geolora.model.targeting import Layers
 
 
@@ -22,7 +22,7 @@ def enable_plain_lora(model, rank):
         Dict from path to layer.
     """
     layers = Layers(model.backbone).to_adapt("all-linear")
-    Frozen(model.backbone)
+    Freeze(model.backbone)
     for layer in layers.values():
         layer.trainable = True
         for variable in layer.weights:

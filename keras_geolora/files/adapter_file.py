@@ -158,7 +158,7 @@ def save_geolora(model, path, name=None):
 
 def warn_of_what_is_left_out(adaptation):
     """Warns of variables that train and are not in the file of an adapter."""
-    thawed = [variable.path for variable in adaptation.thawed()]
+    thawed = [variable.path for variable in adaptation.thawed_variables()]
     if thawed:
         warnings.warn(
             "An adapter file holds what `enable_geolora` made trainable, not "

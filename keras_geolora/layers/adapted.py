@@ -46,7 +46,7 @@ OWN_ATTRIBUTES = (
     "_active_adapter",
     "_adapter_options",
     "_trainable_before",
-    "_resting",
+    "_paused_flags",
     "adaptation",
     "train_bias",
 )
@@ -99,7 +99,7 @@ class AdaptedLayer:
     # How the variables of the Keras layer were before it was adapted, and
     # those that train again once the layer is no longer frozen as a whole.
     _trainable_before = TrainableFlags(())
-    _resting = TrainableFlags(())
+    _paused_flags = TrainableFlags(())
     # Who gave the layer its adapters, and may switch them off.
     adaptation = None
 
@@ -164,16 +164,16 @@ class AdaptedLayer:
             return
         before = own_trainable(self)
         if before and not value:
-            self._rest()
+            self._pause()
         elif value and not before:
-            self._resting.restore()
+            self._paused_flags.restore()
         set_own_trainable(self, bool(value))
         self.activate_adapter(self._active_adapter)
 
-    def _rest(self):
+    def _pause(self):
         """Freezes what trains of the Keras layer, and remembers it."""
         own = [v for v, _ in self._trainable_before.flags if v.trainable]
-        self._resting = TrainableFlags(own)
+        self._paused_flags = TrainableFlags(own)
         for variable in own:
             variable.trainable = False
 
@@ -283,7 +283,7 @@ class AdaptedLayer:
         if getattr(self, "bias", None) is not None:
             self.bias.trainable = self.train_bias
         if not self.trainable:
-            self._rest()
+            self._pause()
 
     def _hold_adapters(self, adapters):
         """Holds adapters, in their order, instead of those that are held."""

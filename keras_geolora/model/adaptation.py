@@ -11,133 +11,10 @@ from keras_geolora.layers.factor import Factor
 from keras_geolora.layers.tree import (
     inside,
     is_carrier,
-    is_leaf,
     stable_paths,
-    with_inside,
 )
+from keras_geolora.model.freezing import Freeze
 from keras_geolora.model.substitution import exchanged_values, value_of
-
-
-class Frozen:
-    """Freezes a model, of which parts may go on training.
-
-    Frozen variables do not train. Frozen layers also stop to update
-    statistics, as batch normalization does. Layers that were frozen before
-    are opened, because adapters inside them could not train.
-    """
-
-    def __init__(self, model):
-        layers = [model, *inside(model)]
-        self.layer_flags = [(layer, layer.trainable) for layer in layers]
-        self.variable_flags = [(v, v.trainable) for v in model.variables]
-        self.layers = [layer for layer in layers if is_leaf(layer)]
-        try:
-            self.open()
-            self.variables = [v for v in model.variables if v.trainable]
-            self.leave([], [])
-        except BaseException:  # an interrupt as well
-            self.thaw()
-            raise
-
-    def open(self):
-        """Makes all trainable."""
-        for layer, _ in self.layer_flags:
-            # One by one: TensorFlow's tracking skips an attribute that is
-            # set to what it is already, and with it the layers inside.
-            layer.trainable = True
-
-    def leave(self, layers, variables):
-        """Freezes all but some layers, what is inside, and variables."""
-        for part, trainable in (
-            *self._layer_flags(layers),
-            *self._variable_flags(variables),
-        ):
-            if part.trainable != trainable:
-                part.trainable = trainable
-
-    def _layer_flags(self, layers):
-        """Yields the layers and whether they are to train."""
-        layers = with_inside(layers)
-        for layer in self.layers:
-            yield layer, id(layer) in layers or is_carrier(layer)
-
-    def _variable_flags(self, variables):
-        """Yields the variables and whether they are to train."""
-        variables = {id(v) for v in variables}
-        for variable in self.variables:
-            yield variable, id(variable) in variables
-
-    def by_hand(self, layers, variables, but=()):
-        """Returns what `trainable` says otherwise than `leave` made it say.
-
-        Args:
-            layers: List, as given to `leave`.
-            variables: List, as given to `leave`.
-            but: Layers, of which and of whose insides nothing is told.
-
-        Returns:
-            Dict of two lists of pairs, as JSON can hold them: places of
-            layers, and of variables, with their `trainable`.
-        """
-        left_out = with_inside(but) | {id(v) for x in but for v in x.variables}
-        flags = {
-            "layers": self._layer_flags(layers),
-            "variables": self._variable_flags(variables),
-        }
-        return {
-            kind: [
-                [place, part.trainable]
-                for place, (part, trainable) in enumerate(pairs)
-                if part.trainable != trainable and id(part) not in left_out
-            ]
-            for kind, pairs in flags.items()
-        }
-
-    def repeat(self, by_hand):
-        """Sets `trainable` as `by_hand` says of a model of the same kind."""
-        for place, trainable in by_hand["layers"]:
-            self.layers[place].trainable = trainable
-        for place, trainable in by_hand["variables"]:
-            self.variables[place].trainable = trainable
-
-    def came(self, model):
-        """Returns the layers inside a model that are not known here."""
-        known = {id(layer) for layer, _ in self.layer_flags}
-        return [layer for layer in inside(model) if id(layer) not in known]
-
-    def take_in(self, model):
-        """Looks at the layers of a model anew, after some came or went.
-
-        What was here keeps its flags of before, what came has those of now.
-        """
-        flags = {id(part): flag for part, flag in self.layer_flags}
-        flags.update((id(v), flag) for v, flag in self.variable_flags)
-        known = {id(v) for v in self.variables}
-        known |= {
-            id(v)
-            for layer in self.came(model)
-            for v in layer.variables
-            if v.trainable
-        }
-
-        def with_flags(parts):
-            return [(x, flags.get(id(x), x.trainable)) for x in parts]
-
-        layers = [model, *inside(model)]
-        variables = [
-            v for v in model.variables if not isinstance(v.constraint, Factor)
-        ]
-        self.layer_flags = with_flags(layers)
-        self.variable_flags = with_flags(variables)
-        self.layers = [layer for layer in layers if is_leaf(layer)]
-        self.variables = [v for v in variables if id(v) in known]
-
-    def thaw(self):
-        """Makes trainable again what was so, and nothing else."""
-        for layer, trainable in self.layer_flags:
-            layer.trainable = trainable
-        for variable, trainable in self.variable_flags:
-            variable.trainable = trainable
 
 
 class NamedAdapter:
@@ -151,8 +28,8 @@ class NamedAdapter:
             are statistics of what does: biases, `modules_to_save`, the head.
         values: Dict from the ids of companions to their values while the
             adapter is not active, otherwise `None`.
-        by_hand: Dict from path to `trainable` of the adapter of a layer where
-            somebody changed it, up to date while it is not active.
+        manual_flags: Dict from path to `trainable` of the adapter of a layer
+            where somebody set it by hand, up to date while it is not active.
         clipped: Dict from path to the ranks that were asked for and are
             above the smaller side of the kernel.
     """
@@ -163,7 +40,7 @@ class NamedAdapter:
         self.train_bias = train_bias
         self.companions = companions
         self.values = None
-        self.by_hand = {}
+        self.manual_flags = {}
         self.clipped = {}
 
     def move(self, paths):
@@ -173,21 +50,21 @@ class NamedAdapter:
             paths: Dict from the ids of the layers that there are to paths.
         """
         places = self.layers.items()
-        self.by_hand, self.clipped = (
+        self.manual_flags, self.clipped = (
             {
                 paths[id(layer)]: known[path]
                 for path, layer in places
                 if path in known and id(layer) in paths
             }
-            for known in (self.by_hand, self.clipped)
+            for known in (self.manual_flags, self.clipped)
         )
         self.layers = {
             paths[id(layer)]: layer for _, layer in places if id(layer) in paths
         }
         self.saved_layers = [x for x in self.saved_layers if id(x) in paths]
 
-    def flags_by_hand(self, name):
-        """Returns the present `by_hand` of the active adapter, of a name."""
+    def find_manual_flags(self, name):
+        """Returns the present `manual_flags` of the active adapter."""
         flags = {
             path: layer.adapters_by_name()[name].trainable
             for path, layer in self.layers.items()
@@ -224,9 +101,9 @@ class Adaptation:
         self.active = None
         self._pretrained = {}
         self.suspended = 0
-        self._at_rest = None
+        self._paused = None
         # Last, so that an interrupt before it changes nothing.
-        self.frozen = Frozen(scope)
+        self.frozen = Freeze(scope)
 
     def _find_head(self):
         """Returns the variables of the model beside what is adapted."""
@@ -243,15 +120,15 @@ class Adaptation:
             ValueError: If a new layer brings adapters of its own, or the
                 active adapter has no layer left.
         """
-        head, came = self._find_head(), self.frozen.came(self.scope)
+        head, came = self._find_head(), self.frozen.new_layers(self.scope)
         layers = {id(layer) for layer in inside(self.scope)}
         known = {id(x) for x, _ in self.frozen.layer_flags} - {id(self.scope)}
         if not came and layers == known and are_same(head, self.head):
             return
         self._check_changes(came)
-        rests = self._at_rest is not None
-        self.wake()  # what is remembered of its rest goes by place
-        self.frozen.take_in(self.scope)
+        rests = self._paused is not None
+        self.resume()  # what is remembered of its rest goes by place
+        self.frozen.update(self.scope)
         paths = self._path_of()
         for adapter in self.adapters.values():
             adapter.move(paths)
@@ -265,7 +142,7 @@ class Adaptation:
         vars(self).pop("_trains", None)
         self._find_companions_anew()
         if rests:
-            self.set_trainable(self.scope, False)
+            self.pause()
 
     def _find_companions_anew(self):
         """Finds what trains beside the factors, after layers changed."""
@@ -351,13 +228,13 @@ class Adaptation:
     def activate(self, name):
         """Makes one adapter the one that acts and trains."""
         if name != self.active:
-            with self.keeping_by_hand():
+            with self.keeping_manual_changes():
                 self._put_away()
                 self._take_up(name)
 
     def delete(self, name):
         """Forgets an adapter that is not active."""
-        with self.keeping_by_hand():
+        with self.keeping_manual_changes():
             for layer in self.adapters.pop(name).layers.values():
                 layer.delete_adapter(name)
             self.freeze()
@@ -381,7 +258,7 @@ class Adaptation:
                 for layer, trainable in self.frozen.layer_flags
                 if not trainable
             ],
-            "by_hand": self.by_hand(),
+            "by_hand": self.manual_changes(),
             "adapters": [
                 {
                     "name": name,
@@ -399,70 +276,81 @@ class Adaptation:
             ],
         }
 
-    def by_hand(self, but=()):
+    def manual_changes(self, but=()):
         """Returns the `trainable` that somebody changed since.
 
         Args:
             but: Layers, of which and of whose insides nothing is told.
         """
-        if self._at_rest is not None:
-            return self._at_rest
+        if self._paused is not None:
+            return self._paused
         active = self.adapters[self.active]
         return {
-            **self.frozen.by_hand(active.saved_layers, active.companions, but),
+            **self.frozen.manual_changes(
+                active.saved_layers, active.companions, but
+            ),
             "adapters": {
-                name: adapter.flags_by_hand(name)
+                name: adapter.find_manual_flags(name)
                 if name == self.active
-                else adapter.by_hand
+                else adapter.manual_flags
                 for name, adapter in self.adapters.items()
             },
         }
 
-    def repeat(self, by_hand):
-        """Sets `trainable` as `by_hand` says, after `freeze`."""
-        self._at_rest = None
-        self.frozen.repeat(by_hand)
+    def repeat_changes(self, changes):
+        """Sets `trainable` as `manual_changes` returned it, after `freeze`."""
+        self._paused = None
+        self.frozen.repeat_changes(changes)
         # Files of early versions have no adapters there.
-        for name, flags in by_hand.get("adapters", {}).items():
+        for name, flags in changes.get("adapters", {}).items():
             if name in self.adapters:
-                self.adapters[name].by_hand = flags
+                self.adapters[name].manual_flags = flags
         active = self.adapters[self.active]
-        for path, trainable in active.by_hand.items():
+        for path, trainable in active.manual_flags.items():
             adapter = active.layers[path].adapters_by_name()[self.active]
             adapter.trainable = trainable
-        if by_hand.get("at_rest", False):
-            self.set_trainable(self.scope, False)
+        if changes.get("at_rest", False):
+            self.pause()
 
-    def set_trainable(self, part, value):
-        """Sets `trainable` of the model, or of its backbone, as a whole.
+    def pause(self, part=None):
+        """Lets nothing train that trains, until `resume`.
 
-        `False` lets all rest that trains, `True` lets the same train again.
+        Args:
+            part: The model or its backbone, whose `trainable` becomes `False`.
+                Defaults to the backbone.
         """
-        by_hand = {**self.by_hand(), "at_rest": not value}
-        keras.layers.Layer.trainable.fset(part, value)
-        if value:
-            self.freeze()
-            self.repeat(by_hand)
-        else:
-            self._at_rest = by_hand
+        changes = {**self.manual_changes(), "at_rest": True}
+        self._set_trainable(part, False)
+        self._paused = changes
 
-    def wake(self):
-        """Lets train again what rests."""
-        if self._at_rest is not None:
-            self.set_trainable(self.scope, True)
+    def resume(self, part=None):
+        """Lets train again what `pause` stopped, if it did.
+
+        Args:
+            part: As in `pause`.
+        """
+        if self._paused is not None or part is not None:
+            changes = {**self.manual_changes(), "at_rest": False}
+            self._set_trainable(part, True)
+            self.freeze()
+            self.repeat_changes(changes)
+
+    def _set_trainable(self, part, value):
+        part = self.scope if part is None else part
+        keras.layers.Layer.trainable.fset(part, value)
 
     @contextlib.contextmanager
-    def keeping_by_hand(self, but=()):
-        """Repeats after a block what was set by hand before it."""
-        by_hand = self.by_hand(but)
+    def keeping_manual_changes(self, but=()):
+        """Repeats after a block the flags that were set by hand before it."""
+        changes = self.manual_changes(but)
         yield
-        self.repeat(by_hand)
+        self.repeat_changes(changes)
 
-    def thawed(self):
+    def thawed_variables(self):
         """Returns the variables that somebody made trainable since."""
         return [
             self.frozen.variables[place]
-            for place, trainable in self.by_hand()["variables"]
+            for place, trainable in self.manual_changes()["variables"]
             if trainable
         ]
 
@@ -566,7 +454,7 @@ class Adaptation:
     def freeze(self):
         """Freezes what does not train with the active adapter."""
         adapter = self.adapters[self.active]
-        self.frozen.leave(adapter.saved_layers, adapter.companions)
+        self.frozen.freeze_all_but(adapter.saved_layers, adapter.companions)
         self.activate_layers()
 
     @contextlib.contextmanager

@@ -59,7 +59,7 @@ class WeightsRefused(BaseException):
     """Stops `load_weights`, which would go on after any `Exception`."""
 
 
-class RestsAsAWhole:
+class PausesAsAWhole:
     """Mixin for a model, or its backbone, of which parts are frozen.
 
     Keras' `trainable = True` would thaw all of them.
@@ -72,11 +72,12 @@ class RestsAsAWhole:
 
     @trainable.setter
     def trainable(self, value):
-        self.geolora_owner.set_trainable(self, bool(value))
+        owner = self.geolora_owner
+        (owner.resume if value else owner.pause)(self)
 
 
 @keras.saving.register_keras_serializable("keras_geolora")
-class AdaptedModel(RestsAsAWhole):
+class AdaptedModel(PausesAsAWhole):
     """Mixin for the class of a model that carries adapters."""
 
     # What stops the loading of weights.
@@ -350,7 +351,7 @@ class AdaptedModel(RestsAsAWhole):
         return super().fit(*args, **kwargs)
 
 
-class AdaptedScope(RestsAsAWhole):
+class AdaptedScope(PausesAsAWhole):
     """Mixin for the class of a backbone that was adapted with its task."""
 
     def get_config(self):
@@ -487,11 +488,13 @@ def add_adapter(
     if first:
         adaptation = Adaptation(model, scope_of(model))
     else:
-        active, by_hand = adaptation.active, adaptation.by_hand()
+        active, changes = adaptation.active, adaptation.manual_changes()
     try:
         if not first:
-            adaptation.wake()
-            others = adaptation.by_hand(but=[*layers.values(), *saved_layers])
+            adaptation.resume()
+            others = adaptation.manual_changes(
+                but=[*layers.values(), *saved_layers]
+            )
         with tf_replicas.scope_of(model):
             for path, layer in layers.items():
                 adapted_class(layer).adapt(
@@ -507,7 +510,7 @@ def add_adapter(
         if first:
             make_adapted(model, adaptation)
         else:
-            adaptation.repeat(others)
+            adaptation.repeat_changes(others)
         after_a_change(model)
     except BaseException as error:
         for layer in layers.values():
@@ -518,7 +521,7 @@ def add_adapter(
             adaptation.frozen.thaw()
         else:
             adaptation.give_up(name, active)
-            adaptation.repeat(by_hand)
+            adaptation.repeat_changes(changes)
         forget_traces(model)
         if isinstance(error, ValueError):
             raise ValueError(
@@ -559,12 +562,12 @@ def adapt_by_plan(model, plan):
             adapter.get("clipped"),  # early files have none
         )
     model.geolora_adaptation.activate(plan["active"])
-    model.geolora_adaptation.repeat(plan["by_hand"])
+    model.geolora_adaptation.repeat_changes(plan["by_hand"])
 
 
 def warn_of_what_stays(adaptations, stacklevel):
     """Warns of variables that keep what they may have learned."""
-    thawed = [v.path for a in adaptations for v in a.thawed()]
+    thawed = [v.path for a in adaptations for v in a.thawed_variables()]
     if thawed:
         more = ", ..." if len(thawed) > 5 else ""
         warnings.warn(
@@ -804,7 +807,7 @@ def check_not_suspended(adaptations):
             )
 
 
-def check_at_rest(model, what):
+def check_adapted_and_enabled(model, what):
     """Refuses what is no model, has no adapters, or has them disabled."""
     check_model(model)
     check_adapted(model, what)

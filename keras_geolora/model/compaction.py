@@ -4,7 +4,10 @@ import operator
 
 from keras_geolora.layers.adapter import check_columns
 from keras_geolora.layers.tree import carriers
-from keras_geolora.model.adapted_model import check_at_rest, resize_buffers
+from keras_geolora.model.adapted_model import (
+    check_adapted_and_enabled,
+    resize_buffers,
+)
 
 
 def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
@@ -57,7 +60,7 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
     model.fit(np.ones((8, 32)), np.ones((8, 16)), verbose=0)
     ```
     """
-    check_at_rest(model, "compacted")
+    check_adapted_and_enabled(model, "compacted")
     check_columns("multiple", multiple)
     if multiple < 1:
         raise ValueError(

@@ -13,7 +13,7 @@ from keras_geolora.model.adapted_model import (
     adapted_parts,
     add_adapter,
     after_a_change,
-    check_at_rest,
+    check_adapted_and_enabled,
     check_can_adapt,
     check_model,
     check_name,
@@ -218,7 +218,7 @@ def merge_geolora(model, reversible=True):
     assert type(model.layers[0]) is keras.layers.Dense
     ```
     """
-    check_at_rest(model, "merged")
+    check_adapted_and_enabled(model, "merged")
     for path, layer in adapted_layers(model).items():
         layer.check_mergeable()
         if not bool(ops.all(ops.isfinite(layer.adapter.delta()))):
@@ -323,7 +323,7 @@ def remove_geolora(model):
     assert type(model.layers[0]) is keras.layers.Dense
     ```
     """
-    check_at_rest(model, "freed of adapters")
+    check_adapted_and_enabled(model, "freed of adapters")
     warn_of_what_stays(adaptations_of(model), stacklevel=3)
     for layer in carriers(model).values():
         layer.detach_adapters()
@@ -385,7 +385,11 @@ class Merged:
         self.model = model
         self.layers, self.compiled = [], []
         self.parts = [
-            (part, part.geolora_adaptation, part.geolora_adaptation.by_hand())
+            (
+                part,
+                part.geolora_adaptation,
+                part.geolora_adaptation.manual_changes(),
+            )
             for part in adapted_parts(model)
         ]
         try:
@@ -415,11 +419,11 @@ class Merged:
     def _put_back(self):
         for merged in self.layers:
             merged.put_back()
-        for part, adaptation, by_hand in self.parts:
-            adaptation.frozen.open()
+        for part, adaptation, changes in self.parts:
+            adaptation.frozen.thaw_all()
             make_adapted(part, adaptation)
             adaptation.freeze()
-            adaptation.repeat(by_hand)
+            adaptation.repeat_changes(changes)
         for state in self.compiled:
             state.put_back()
         forget_traces(self.model)

@@ -321,9 +321,9 @@ def combine(adaptation, name, weights, rank):
         for key, variable in companions.items()
     }
 
-    adaptation.wake()
+    adaptation.resume()
     layers_of_sum, saved_layers = list(layers.values()), list(saved.values())
-    with adaptation.keeping_by_hand(but=[*layers_of_sum, *saved_layers]):
+    with adaptation.keeping_manual_changes(but=[*layers_of_sum, *saved_layers]):
         for path, layer in layers.items():
             U, sigma, V = sums[path]
             type(layer).adapt(
