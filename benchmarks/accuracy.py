@@ -508,8 +508,15 @@ def draw_rates(file):
         print("No method ran at enough rates for a map.")
         return
     names = sorted({name for methods in found.values() for name in methods})
+    heights = [
+        max(map(len, methods.values())) + 0.5 for methods in found.values()
+    ]
     figure, axes = measuring.figure(
-        len(found), len(names), width=3.4 * len(names), height=2.6
+        len(found),
+        len(names),
+        width=3.6 * len(names),
+        height=0.75 * sum(heights) / len(found),
+        height_ratios=heights,
     )
     for row, (task, methods) in enumerate(found.items()):
         rates = rates_of(methods)
@@ -525,16 +532,26 @@ def draw_rates(file):
                 axis.remove()
                 continue
             draw_map(axis, methods[name], rates, limits)
-            axis.set_title(f"{task}, {name}", fontsize=10)
+            title = (
+                f"{first_words(TASK_NAMES[task])}: {first_words(NAMES[name])}"
+            )
+            axis.set_title(title, fontsize=10)
     figure.supxlabel(
-        "learning rate;  ×: runs no better than a constant answer",
+        "learning rate, constant; the number is the held-out accuracy, the "
+        "lighter the higher\n×: so many runs are no better than to answer the "
+        "most frequent class every time",
         fontsize=9,
     )
     figure.savefig(file, dpi=110)
 
 
+def first_words(name):
+    """Returns a name without what follows a comma."""
+    return name.split(",")[0]
+
+
 def draw_map(axis, ranks, rates, limits):
-    """Draws one map: the numbers are written, the grey says the same."""
+    """Draws one map: the numbers are written, the colours say the same."""
     import numpy as np
 
     low, high = limits
@@ -560,23 +577,41 @@ def draw_map(axis, ranks, rates, limits):
             linespacing=0.9,
             color="white" if dark else "black",
         )
-    axis.imshow(
-        values, cmap="gray", vmin=low - 0.25 * (high - low), vmax=high,
-        aspect="auto",
-    )  # fmt: skip
+    axis.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     axis.grid(False)
-    axis.set_xticks(range(len(rates)), [f"{rate:.0e}" for rate in rates])
+    axis.spines[:].set_visible(False)
+    axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axis.set_yticks(range(len(order)), order)
     axis.tick_params(length=0, labelsize=8)
     axis.set_ylabel("rank", fontsize=9)
 
 
+TASK_NAMES = {
+    "movies": "movies, sentiment",
+    "trec": "TREC, topics of questions",
+    "sms": "SMS, spam or not",
+    "fashion": "Fashion-MNIST, pictures",
+}
+# Runs without a budget are one line: their tolerance varies, not their rank.
+FREE = "geolora, room 1"
+NAMES = {
+    "geolora": "GeoLoRA, parameters of LoRA",
+    FREE: "GeoLoRA, no budget: tolerance 0.3, 0.2, 0.1",
+    "geolora, falling 0.6": "GeoLoRA, a budget that falls",
+    "plain_lora": "LoRA, plain products",
+    "keras_lora": "LoRA of Keras",
+    "peft_lora": "LoRA of PEFT",
+    "peft_adalora": "AdaLoRA of PEFT",
+}
+OPEN = dict(color=measuring.BLUE, markerfacecolor="white")
 STYLES = {
-    "geolora": dict(color="#000000", linestyle="-", marker="o"),
-    "plain_lora": dict(color="#555555", linestyle="--", marker="s"),
-    "keras_lora": dict(color="#555555", linestyle=":", marker="^"),
-    "peft_lora": dict(color="#888888", linestyle="-.", marker="D"),
-    "peft_adalora": dict(color="#888888", linestyle="-", marker="x"),
+    "geolora": dict(color=measuring.BLUE, linestyle="-", marker="o"),
+    FREE: dict(linestyle=(0, (1, 1)), marker="s", **OPEN),
+    "geolora, falling 0.6": dict(linestyle="", marker="v", **OPEN),
+    "plain_lora": dict(color="black", linestyle="--", marker="s"),
+    "keras_lora": dict(color=measuring.GREEN, linestyle=":", marker="^"),
+    "peft_lora": dict(color=measuring.VERMILION, linestyle="-.", marker="D"),
+    "peft_adalora": dict(color=measuring.PURPLE, linestyle="--", marker="X"),
 }
 
 
@@ -595,12 +630,9 @@ def draw_parameters(file):
         axis.remove()
     lines = {}
     for axis, (task, methods) in zip(axes.flat, found.items(), strict=False):
-        for index, (name, ranks) in enumerate(methods.items()):
-            x, y, low, high = zip(*curve(ranks), strict=True)
-            style = dict(STYLES[name.split(",")[0]])
-            if "," in name:  # with an option: the same line, open markers
-                style["markerfacecolor"] = "white"
-            lines[name] = axis.errorbar(
+        for index, (name, points) in enumerate(drawn(methods).items()):
+            x, y, low, high = zip(*points, strict=True)
+            lines[NAMES[name]] = axis.errorbar(
                 # Apart by a little, so that bars do not hide each other.
                 [value * 1.02 ** (index - 2) for value in x],
                 y,
@@ -608,21 +640,41 @@ def draw_parameters(file):
                     [m - a for m, a in zip(y, low, strict=True)],
                     [b - m for m, b in zip(y, high, strict=True)],
                 ],
-                markersize=5,
-                linewidth=1.2,
+                markersize=6,
+                linewidth=1.4,
                 elinewidth=0.7,
                 capsize=2,
-                **style,
+                **STYLES[name],
             )
-        axis.set(xscale="log", xlabel="effective parameters")
+        axis.set(xscale="log")
         axis.set_xticks(list(SIZES), SIZES.values())
         axis.xaxis.set_minor_formatter("")
-        axis.set_ylabel("held-out accuracy")
-        axis.set_title(task, fontsize=10)
+        axis.set_title(TASK_NAMES[task], fontsize=10)
+    for row in axes:
+        row[0].set_ylabel("held-out accuracy")
+    for axis in axes[-1]:
+        axis.set_xlabel("parameters in use at the end of training")
     figure.legend(
-        lines.values(), lines, loc="outside lower center", ncols=3, fontsize=8
+        lines.values(),
+        lines,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=9,
+        title="Points from left to right: ranks 2, 8 and 32, but for runs "
+        "without a budget. Bars: smallest and largest of the seeds.",
+        title_fontsize=9,
     )
     figure.savefig(file, dpi=110)
+
+
+def drawn(methods):
+    """Returns the points of every line."""
+    lines = {}
+    for name, ranks in methods.items():
+        line = FREE if name.endswith("room 1") else name
+        lines.setdefault(line, []).extend(curve(ranks))
+    order = list(NAMES)
+    return {name: sorted(lines[name]) for name in order if name in lines}
 
 
 if __name__ == "__main__":

@@ -452,9 +452,13 @@ WAYS = {
     "library": dict(linestyle="", markersize=3.5),
     "euler": dict(linestyle="--", markerfacecolor="white"),
 }
-SHADES = ["#0b3c8c", "#1a7f5a", "#8a6d00", "#b03a00", "#7a1f7a"]
-MARKERS = "osv^D"
-NAMES = {"zero": "cut", "late": "cut", "epsilon": "epsilon", "small": "sigma"}
+SHADES = [
+    measuring.BLUE,
+    measuring.GREEN,
+    measuring.ORANGE,
+    measuring.VERMILION,
+]
+MARKERS = "osv^"
 TITLES = {
     "zero": "from zero: tolerance and interval of cuts",
     "late": "directions that join late",
@@ -473,13 +477,34 @@ def draw(file):
     for axis in axes[:, 0]:
         axis.set_ylabel("distance to the flow, relative")
     for axis in axes[-1]:
-        axis.set_xlabel("length of a step")
+        axis.set_xlabel("length of a step: shorter to the right")
+    draw_legend(figure)
     figure.savefig(file, dpi=110)
+
+
+def draw_legend(figure):
+    """Says what lines and points are."""
+    from matplotlib.lines import Line2D
+
+    names = {
+        "float64": "GeoLoRA in NumPy, float64",
+        "library": "this library, float32",
+        "euler": "Euler steps of the three factors, float64",
+    }
+    style = dict(color="black", marker="o", markersize=6)
+    handles = [Line2D([], [], **style | WAYS[way]) for way in names]
+    figure.legend(
+        handles,
+        names.values(),
+        loc="outside lower center",
+        ncols=len(names),
+        fontsize=9,
+    )
 
 
 def draw_experiment(axis, experiment):
     """Draws one panel: lines are float64, points without a line the library."""
-    lines = {}
+    lines = []
     found = lines_of(experiment, EXPERIMENTS[experiment])
     order = list(dict.fromkeys(value for value, _ in found))
     for (value, way), distances in found.items():
@@ -492,13 +517,25 @@ def draw_experiment(axis, experiment):
             linewidth=1.2,
             **{"markersize": 6} | WAYS[way],
         )
-        if way == "float64":
-            lines[f"{NAMES[experiment]} {show(value)}"] = line
-        elif way == "euler":
-            lines[f"Euler, sigma {value:g}"] = line
+        if way != "library":
+            lines.append((name_of(experiment, value, way), line))
     axis.set(xscale="log", yscale="log", xlim=(0.7, 1.6e-3), ylim=(2e-4, 20))
     axis.set_title(TITLES[experiment], fontsize=10)
     measuring.label_lines(axis, lines)
+
+
+def name_of(experiment, value, way):
+    """Returns what is written beside a line."""
+    if experiment == "epsilon":
+        return f"epsilon {value:g}"
+    if experiment == "small":
+        name = f"smallest {value:g}"
+        return f"Euler, {name}" if way == "euler" else name
+    tolerance, interval = value.split(" every ")
+    if tolerance == "0":
+        return "no cut"
+    often = "every step" if interval == "1" else f"every {interval} steps"
+    return f"tolerance {tolerance}, {often}"
 
 
 if __name__ == "__main__":

@@ -197,32 +197,45 @@ def cell(row):
     )
 
 
+# What is varied, and how it is called in the figure.
+VARIED = {
+    "layers": "adapted layers of 768 x 768, rank 8",
+    "width": "width of 48 layers, rank 8",
+    "rank": "rank of 48 layers of 768 x 768",
+}
+STYLES = {
+    "tensorflow": dict(color=measuring.VERMILION, linestyle="-", marker="o"),
+    "jax": dict(color=measuring.BLUE, linestyle="--", marker="s"),
+    "torch": dict(color=measuring.GREEN, linestyle=":", marker="^"),
+}
+
+
 def draw(file):
     """Draws the time over layers, width and rank."""
     last = latest()
     figure, axes = measuring.figure(1, 3, 10.0, 3.4, sharey=True)
-    styles = dict(zip(measuring.BACKENDS, ("o-", "s--", "^:"), strict=True))
-    for axis, what in zip(axes[0], ("layers", "width", "rank"), strict=True):
+    for axis, (what, label) in zip(axes[0], VARIED.items(), strict=True):
         ticks = [
             int(setting.split()[1])
             for setting in SETTINGS
             if setting.startswith(f"{what} ")
         ]
-        for backend, style in styles.items():
+        for backend, style in STYLES.items():
             points = [
                 (n, 1e3 * last[backend, f"{what} {n}"]["geometric"])
                 for n in ticks
                 if (backend, f"{what} {n}") in last
             ]
             if points:
-                axis.plot(*zip(*points, strict=True), style, label=backend)
-        axis.set(xscale="log", yscale="log", xlabel=what)
+                name = measuring.BACKEND_NAMES[backend]
+                axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel=label)
         axis.set_xticks(ticks, labels=ticks)
         axis.minorticks_off()
         axis.set_yticks(
             [1, 3, 10, 30, 100], labels=["1", "3", "10", "30", "100"]
         )
-    axes[0, 0].set_ylabel("geometric step, ms")
+    axes[0, 0].set_ylabel("time of the geometric step, ms")
     axes[0, 0].legend()
     figure.savefig(file, dpi=120)
 

@@ -15,6 +15,12 @@ import time
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BACKENDS = ("tensorflow", "jax", "torch")
+# How they are called in figures.
+BACKEND_NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+# Colours that readers can tell apart who see no red, green or blue (Okabe and
+# Ito). Every line has a marker of its own as well.
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+VERMILION, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
 PACKAGES = ("keras", "keras-hub", "numpy", "peft", "transformers", *BACKENDS)
 
 
@@ -197,21 +203,21 @@ def figure(rows, columns, width=9.0, height=3.2, **options):
 
 
 def label_lines(axis, texts, gap=0.055):
-    """Writes the name of every line beside its last point.
+    """Writes the name of every line, with its marker, beside its last point.
 
     Labels that would lie on each other move apart.
 
     Args:
         axis: Axes, whose limits are final.
-        texts: Dict from name to line.
+        texts: List of pairs of a name and a line.
         gap: Float, smallest distance of two labels in heights of the axes.
     """
     to_axes = axis.transData + axis.transAxes.inverted()
     ends = []
-    for name, line in texts.items():
+    for name, line in texts:
         x, y = to_axes.transform(line.get_xydata()[-1])
-        ends.append((min(max(y, 0), 1), name, line.get_color(), x))
-    ends.sort()
+        ends.append((min(max(y, 0), 1), max(x, 1), name, line))
+    ends.sort(key=lambda end: end[0])
     # Up from below, then down from above where the axes end.
     heights = []
     for y, *_ in ends:
@@ -220,14 +226,15 @@ def label_lines(axis, texts, gap=0.055):
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], highest)
         highest = heights[i] - gap
-    for height, (_, name, color, x) in zip(heights, ends, strict=True):
-        axis.text(
-            max(x, 1) + 0.02,
-            height,
-            name,
-            color=color,
-            transform=axis.transAxes,
-            va="center",
-            fontsize=8,
-            clip_on=False,
+    where = dict(transform=axis.transAxes, clip_on=False)
+    for height, (_, x, name, line) in zip(heights, ends, strict=True):
+        axis.plot(
+            [x + 0.04],
+            [height],
+            marker=line.get_marker(),
+            color=line.get_color(),
+            markerfacecolor=line.get_markerfacecolor(),
+            markersize=4,
+            **where,
         )
+        axis.text(x + 0.07, height, name, va="center", fontsize=8, **where)

@@ -371,18 +371,24 @@ def largest_by_smallest(numbers):
 
 
 STYLES = {
-    2: dict(color="#0b3c8c", linestyle="-", marker="o"),
-    4: dict(color="#1a7f5a", linestyle="--", marker="s"),
-    8: dict(color="#8a6d00", linestyle="-.", marker="^"),
-    16: dict(color="#b03a00", linestyle=":", marker="D"),
-    32: dict(color="#7a1f7a", linestyle="-", marker="v"),
+    2: dict(color=measuring.BLUE, linestyle="-", marker="o"),
+    4: dict(color=measuring.ORANGE, linestyle="--", marker="s"),
+    8: dict(color=measuring.GREEN, linestyle="-.", marker="^"),
+    16: dict(color=measuring.VERMILION, linestyle=":", marker="D"),
+    32: dict(color=measuring.PURPLE, linestyle="-", marker="v"),
+}
+NAMES = {
+    "completion": "matrix completion",
+    "continued": "regression, continued",
+    "movies": "movie sentiment, MiniLM",
+    "regression": "matrix regression",
+    "teacher": "teacher network",
+    "trec": "TREC questions, MiniLM",
 }
 
 
 def draw(file):
     """Draws the parameters over epochs, from every rank."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     settings = found()
     columns = 2 if len(settings) <= 4 else 3
     rows = -(-len(settings) // columns)
@@ -392,45 +398,46 @@ def draw(file):
     for axis, ((task, tolerance), runs) in zip(
         axes.flat, settings.items(), strict=False
     ):
-        for rank, rows in by_rank(runs).items():
-            curves = [row["parameters"] for row in rows]
-            points = list(zip(*curves, strict=True))
-            x = range(len(points))
-            mean = [statistics.mean(p) for p in points]
-            axis.annotate(
-                f"{rank}",
-                (0, mean[0]),
-                (-4, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=9,
-                color=STYLES.get(rank, {}).get("color"),
-            )
-            axis.plot(
-                x,
-                mean,
-                markersize=4,
-                markevery=max(1, len(points) // 8),
-                linewidth=1.3,
-                **STYLES.get(rank, {}),
-            )
-            axis.fill_between(
-                x,
-                [min(p) for p in points],
-                [max(p) for p in points],
-                color=STYLES.get(rank, {}).get("color"),
-                alpha=0.12,
-                linewidth=0,
-            )
-        axis.set(yscale="log", xlabel="epoch", xlim=(-0.12 * len(points), None))
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.set_title(f"{task}, tolerance {tolerance:g}", fontsize=10)
+        lines = draw_setting(axis, runs)
+        axis.set_title(f"{NAMES[task]}, tolerance {tolerance:g}", fontsize=10)
     for line in axes:
-        line[0].set_ylabel("parameters, by first rank")
+        line[0].set_ylabel("parameters of the adapters")
+    figure.legend(
+        lines.values(), lines, loc="outside lower center", ncols=len(lines)
+    )
     figure.savefig(file, dpi=110)
+
+
+def draw_setting(axis, runs):
+    """Draws one panel, returns the lines by their names in the legend."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    lines = {}
+    for rank, rows in by_rank(runs).items():
+        curves = [row["parameters"] for row in rows]
+        points = list(zip(*curves, strict=True))
+        x = range(len(points))
+        (lines[f"starting rank {rank}"],) = axis.plot(
+            x,
+            [statistics.mean(p) for p in points],
+            markersize=4,
+            markevery=max(1, len(points) // 8),
+            linewidth=1.3,
+            **STYLES.get(rank, {}),
+        )
+        axis.fill_between(
+            x,
+            [min(p) for p in points],
+            [max(p) for p in points],
+            color=STYLES.get(rank, {}).get("color"),
+            alpha=0.12,
+            linewidth=0,
+        )
+    axis.set(yscale="log", xlabel="epoch")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    return lines
 
 
 if __name__ == "__main__":

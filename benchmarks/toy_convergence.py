@@ -279,12 +279,20 @@ def long_line(key, row):
 
 
 STYLES = {
-    "geolora": dict(color="#0b3c8c", linestyle="-", marker="o"),
-    "geolora-6": dict(color="#3f7fd6", linestyle="--", marker="s"),
-    "usv-6": dict(color="#b03a00", linestyle="-", marker="^"),
-    "lora-6": dict(color="#7a5a00", linestyle="-", marker="v"),
-    "usv-16": dict(color="#d9742b", linestyle=":", marker="^"),
-    "lora-16": dict(color="#b8962e", linestyle=":", marker="v"),
+    "geolora": dict(color=measuring.BLUE, linestyle="-", marker="o"),
+    "geolora-6": dict(color=measuring.SKY, linestyle="--", marker="s"),
+    "usv-6": dict(color=measuring.VERMILION, linestyle="-", marker="^"),
+    "usv-16": dict(color=measuring.PURPLE, linestyle=":", marker="^"),
+    "lora-6": dict(color=measuring.GREEN, linestyle="-", marker="v"),
+    "lora-16": dict(color=measuring.ORANGE, linestyle=":", marker="v"),
+}
+NAMES = {
+    "geolora": "GeoLoRA that finds its rank, at most 16",
+    "geolora-6": "GeoLoRA that is told rank 6",
+    "usv-6": "three factors by plain descent, rank 6",
+    "usv-16": "three factors by plain descent, rank 16",
+    "lora-6": "LoRA, rank 6",
+    "lora-16": "LoRA, rank 16",
 }
 
 
@@ -299,13 +307,14 @@ def draw(file):
 def draw_grid(rows, file, points, xlabel, xscale):
     """Draws a panel for every problem and inner optimizer."""
     figure, axes = measuring.figure(2, 3, width=11.5, sharey=True)
-    for line, inner in zip(axes, RATES, strict=True):
-        for axis, problem in zip(line, PROBLEMS, strict=True):
-            lines = {}
+    drawn = {}
+    for row, inner in zip(axes, RATES, strict=True):
+        for axis, problem in zip(row, PROBLEMS, strict=True):
+            ends = []
             for method, style in STYLES.items():
                 by_rate = of_method(rows, problem, inner, method)
-                x, y, label = points(by_rate, method)
-                (lines[label],) = axis.plot(
+                x, y, label = points(by_rate)
+                (line,) = axis.plot(
                     x,
                     [min(max(loss, 1e-12), 30) for loss in y],
                     markersize=4,
@@ -313,29 +322,35 @@ def draw_grid(rows, file, points, xlabel, xscale):
                     linewidth=1.4,
                     **style,
                 )
+                drawn[NAMES[method]] = line
+                ends.append((label, line))
             axis.set(yscale="log", ylim=(1e-12, 30), xscale=xscale)
             axis.set_title(f"{problem}, {INNER_NAMES[inner]}", fontsize=11)
-            measuring.label_lines(axis, lines)
-        line[0].set_ylabel("loss, relative to the start")
+            if any(label for label, _ in ends):
+                measuring.label_lines(axis, ends)
+        row[0].set_ylabel("loss divided by the first")
     for axis in axes[-1]:
         axis.set_xlabel(xlabel)
+    figure.legend(
+        drawn.values(), drawn, loc="outside lower center", ncols=3, fontsize=9
+    )
     figure.savefig(file, dpi=110)
 
 
 INNER_NAMES = {"sgd": "SGD", "adam": "Adam"}
 
 
-def curve(by_rate, method):
-    """Returns the steps and the loss at the best rate, and a label."""
+def curve(by_rate):
+    """Returns the steps and the loss at the best rate, and that rate."""
     rate = best(by_rate)
     loss = medians(by_rate[rate])
     steps = by_rate[rate]["steps"] // POINTS
-    return [i * steps for i in range(len(loss))], loss, f"{method}, {rate:g}"
+    return [i * steps for i in range(len(loss))], loss, f"rate {rate:g}"
 
 
-def over_rates(by_rate, method):
-    """Returns the rates and the loss at the end, and a label."""
-    return list(by_rate), [final(row)[0] for row in by_rate.values()], method
+def over_rates(by_rate):
+    """Returns the rates and the loss at the end, and no label."""
+    return list(by_rate), [final(row)[0] for row in by_rate.values()], ""
 
 
 if __name__ == "__main__":
