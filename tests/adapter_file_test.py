@@ -534,7 +534,7 @@ print("ready", flush=True)
 i = 0
 while True:
     i += 1
-    whole_files.write_whole(sys.argv[2], bytes([i % 256]) * 3_000_000, b"end")
+    files.write_whole(sys.argv[2], bytes([i % 256]) * 3_000_000, b"end")
 """
 
 

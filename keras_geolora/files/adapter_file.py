@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_geolora.geometry.manifold import AVERAGE, check_factors, check_layers
 from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.registry import kernel_shape
 from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.adapted_model import (
@@ -37,17 +38,6 @@ DIGEST = "sha256"
 WIDER = {"bfloat16": "float32"}
 # How the keys of variables begin that are in a task, not in its backbone.
 HEAD = "head:"
-# The arguments for the adapter of a layer, and what they may be.
-OPTIONS = {
-    "rank": [int],
-    "max_rank": [int],
-    "min_rank": [int],
-    "scale": [int, float],
-    "dropout": [int, float],
-    "seed": [int, type(None)],
-}
-
-
 # What comes of looking at values that are not what they should be.
 CONTRADICTIONS = (
     ValueError,
@@ -236,7 +226,7 @@ def load_geolora(model, path, name=None, strict=True):
             model,
             name,
             fit.layers,
-            {p: plan["layers"][p] for p in fit.layers},
+            {p: AdapterOptions(**plan["layers"][p]) for p in fit.layers},
             fit.saved_layers,
             plan["train_bias"],
         )
@@ -490,8 +480,11 @@ def check_contents(description, tensors):
         shapes = (len(U), rank), (rank, rank), (len(V), rank)
         require((U.shape, S.shape, V.shape) == shapes, path)
         require(all(x.dtype == "float32" for x in (U, S, V)), path)
-        require(set(options) == set(OPTIONS), path)
-        require(all(type(options[o]) in OPTIONS[o] for o in options), path)
+        require(set(options) == set(AdapterOptions.TYPES), path)
+        require(
+            all(type(x) in AdapterOptions.TYPES[o] for o, x in options.items()),
+            path,
+        )
         require(1 <= options["min_rank"] <= rank <= options["max_rank"], path)
         require(
             np.isfinite([float(x) for x in options.values() if x]).all(), path

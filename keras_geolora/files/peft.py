@@ -23,6 +23,7 @@ from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.keras_internals import all_layers
 from keras_geolora.layers.adapted import DEFAULT
+from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.registry import (
     kernel_shape,
     kernel_view,
@@ -505,14 +506,8 @@ def add_products(model, name, layers, products):
     options = {}
     for path, (_, sigma, _) in factors.items():
         largest = min(kernel_shape(layers[path]))
-        options[path] = {
-            "rank": len(sigma),
-            "max_rank": min(2 * len(sigma), largest),
-            "min_rank": 1,
-            "scale": 1.0,
-            "dropout": 0.0,
-            "seed": None,
-        }
+        columns = min(2 * len(sigma), largest)
+        options[path] = AdapterOptions(len(sigma), max_rank=columns)
     for path, (U, _, V) in factors.items():
         if (len(U), len(V)) != kernel_shape(layers[path]):
             raise AdapterFileError(

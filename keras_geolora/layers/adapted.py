@@ -1,5 +1,6 @@
 """What every layer with an adapter shares."""
 
+import dataclasses
 import math
 import types
 
@@ -32,6 +33,7 @@ from keras_geolora.layers.in_place import (
     reading_itself,
     set_aside,
 )
+from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.products import (
     is_sparse,
     may_train,
@@ -326,10 +328,8 @@ class AdaptedLayer:
         return dict(self._adapters)
 
     def options_of(self, name):
-        """Returns the arguments for `adapt` that lead to an adapter."""
-        config = self._adapters[name].get_config()
-        options = "rank", "max_rank", "min_rank", "scale", "dropout", "seed"
-        return {option: config[option] for option in options}
+        """Returns the `AdapterOptions` of an adapter."""
+        return AdapterOptions.of(self._adapters[name])
 
     def set_weights(self, weights):
         """As the Keras layer; refuses factors that are not on the manifold."""
@@ -355,11 +355,9 @@ class AdaptedLayer:
         """
         old = self._adapters[name]
         rank = min(old.rank, max_rank)
-        options = dict(self.options_of(name), max_rank=max_rank)
-        options["rank"] = min(old.initial_rank, max_rank)
-        options["min_rank"] = min(old.min_rank, options["rank"])
+        options = self.options_of(name).with_columns(max_rank)
         with name_scopes_of(self):
-            new = self._new_adapter(name, options)
+            new = self._new_adapter(name, dataclasses.asdict(options))
         U, S, V = old.trimmed()
         for variable, value in ((new.U, U), (new.S, S[:rank]), (new.V, V)):
             buffer = np.zeros(variable.shape, "float32")
@@ -372,8 +370,12 @@ class AdaptedLayer:
             state.assign(value)
         new.trainable = old.trainable
         if self.adaptation is None:  # the layer's own, and so its config's
-            widths = {k: options[k] for k in ("rank", "max_rank", "min_rank")}
-            self._adapter_options = {**self._adapter_options, **widths}
+            self._adapter_options = {
+                **self._adapter_options,
+                "rank": options.rank,
+                "max_rank": options.max_rank,
+                "min_rank": options.min_rank,
+            }
         self._hold_adapters({**self._adapters, name: new})
 
     def delete_adapter(self, name):

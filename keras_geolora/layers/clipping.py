@@ -1,5 +1,6 @@
 """Ranks that no update of a kernel can have, and what they become."""
 
+import dataclasses
 import operator
 
 from keras_geolora.layers.registry import kernel_shape
@@ -11,7 +12,7 @@ def clipped(options, layer):
     Ranks that contradict each other are left for `LowRankAdapter` to refuse.
 
     Args:
-        options: Dict of the arguments of `LowRankAdapter`.
+        options: `AdapterOptions`.
         layer: Layer that can carry an adapter.
 
     Returns:
@@ -19,14 +20,15 @@ def clipped(options, layer):
     """
     largest = min(kernel_shape(layer))
     ranks = {
-        name: operator.index(options[name])
+        name: operator.index(getattr(options, name))
         for name in ("min_rank", "rank", "max_rank")
-        if is_count(options[name])
+        if is_count(getattr(options, name))
     }
     if len(ranks) < 2 or list(ranks.values()) != sorted(ranks.values()):
         return options, {}
     too_large = {name: n for name, n in ranks.items() if n > largest}
-    return {**options, **dict.fromkeys(too_large, largest)}, too_large
+    smaller = dict.fromkeys(too_large, largest)
+    return dataclasses.replace(options, **smaller), too_large
 
 
 def is_count(value):

@@ -1,6 +1,7 @@
 """What was done to a model: its adapters, and what trains beside them."""
 
 import contextlib
+import dataclasses
 import functools
 
 import keras
@@ -263,7 +264,7 @@ class Adaptation:
                 {
                     "name": name,
                     "layers": {
-                        path: layer.options_of(name)
+                        path: dataclasses.asdict(layer.options_of(name))
                         for path, layer in adapter.layers.items()
                     },
                     "modules_to_save": [

@@ -1,6 +1,7 @@
 """What an adapted model is: its class, its parts, and what it refuses."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -22,6 +23,7 @@ from keras_geolora.keras_internals import (
 )
 from keras_geolora.layers.factor import Factor
 from keras_geolora.layers.in_place import become_adapted, become_plain
+from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.registry import adapted_class
 from keras_geolora.layers.tree import (
     carriers,
@@ -473,7 +475,7 @@ def add_adapter(
         model: Built `keras.Model`.
         name: String, the name of the adapter.
         layers: Dict from path to layer to adapt.
-        options: Dict from path to a dict of the arguments of `LowRankAdapter`.
+        options: Dict from path to `AdapterOptions`.
         saved_layers: List of layers that train as they are.
         train_bias: Bool, whether the biases of the layers train.
         asked: Dict from path to the ranks that were asked for and are larger
@@ -498,7 +500,10 @@ def add_adapter(
         with tf_replicas.scope_of(model):
             for path, layer in layers.items():
                 adapted_class(layer).adapt(
-                    layer, name, train_bias=train_bias, **options[path]
+                    layer,
+                    name,
+                    train_bias=train_bias,
+                    **dataclasses.asdict(options[path]),
                 )
         adaptation.add(name, list(layers.values()), saved_layers, train_bias)
         adapter = adaptation.adapters[name]
@@ -556,7 +561,7 @@ def adapt_by_plan(model, plan):
             model,
             adapter["name"],
             {path: paths[path] for path in options},
-            options,
+            {path: AdapterOptions(**x) for path, x in options.items()},
             [paths[path] for path in adapter["modules_to_save"]],
             adapter["train_bias"],
             adapter.get("clipped"),  # early files have none

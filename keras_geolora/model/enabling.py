@@ -7,6 +7,7 @@ from keras import ops
 from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.layers.clipping import clipped
+from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.tree import adapted_layers, carriers
 from keras_geolora.model.adapted_model import (
     adaptations_of,
@@ -158,15 +159,15 @@ def enable_geolora(
 
     options, asked = {}, {}
     for index, (path, layer) in enumerate(chosen.items()):
-        wanted = {
-            "rank": ranks[path],
-            "max_rank": max_rank,
-            "min_rank": min_rank,
-            "scale": scale,
-            "dropout": dropout,
+        wanted = AdapterOptions(
+            rank=ranks[path],
+            max_rank=max_rank,
+            min_rank=min_rank,
+            scale=scale,
+            dropout=dropout,
             # Two seeds for the two bases of every layer.
-            "seed": None if seed is None else seed + 2 * index,
-        }
+            seed=None if seed is None else seed + 2 * index,
+        )
         options[path], asked[path] = clipped(wanted, layer)
     saved = list(saved.values())
     add_adapter(model, name, chosen, options, saved, train_bias, asked)
