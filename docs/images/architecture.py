@@ -30,9 +30,9 @@ ROWS = [
 ]
 SHELF = "for all of them: modules that import nothing of the package"
 
-WIDTH, SIDE, GAP = 900, 120, 30  # pixels
+WIDTH, SIDE, GAP = 900, 110, 30  # pixels
 TITLE, LINE, PADDING = 20, 16, 10
-LANE = 11  # between two lines beside the boxes
+LANE = 18  # between two lines beside the boxes
 BOX, EDGE, TEXT = "#dbe7f3", "#3b6ea5", "#14273a"
 ARROW, CLIMBS = "#7f8a96", "#d9822b"
 
@@ -138,42 +138,56 @@ def layout(wings):
 def arrows(boxes, imports):
     """Yields the lines between boxes.
 
-    Straight to the next row; beside the boxes where rows lie between.
+    Straight to the next row. Beside the boxes where rows lie between: a lane
+    for each box that is imported, and a dot where somebody enters it.
     """
     row_of = {name: i for i, row in enumerate(ROWS) for name in row}
-    pairs = [p for p in imports if p[0] in row_of and p[1] in row_of]
-    pairs.sort(key=lambda p: (abs(row_of[p[1]] - row_of[p[0]]), p))
-    lanes, enters = {"left": 0, "right": 0}, dict.fromkeys(boxes, 0)
-    for importer, imported in pairs:
-        start, end = boxes[importer], boxes[imported]
-        rows = row_of[imported] - row_of[importer]
+    sides = {"left": [], "right": [], "climbs": []}
+    for importer, imported in sorted(imports):
+        if importer not in row_of or imported not in row_of:
+            continue  # of the shelf
         if importer == "__init__":  # gathers names of all
             continue
+        start, end = boxes[importer], boxes[imported]
+        rows = row_of[imported] - row_of[importer]
         if rows == 1:
-            narrow = min(start, end, key=lambda box: box.width)
-            x = narrow.x + 60
-            path, color = f"M{x},{start.below} V{end.y - 7}", ARROW
+            x = min(start, end, key=lambda box: box.width).x + 60
+            yield line(f"M{x},{start.below} V{end.y - 7}", head="head")
+        elif rows < 1:
+            sides["climbs"].append((start, end))
         else:
             side = "right" if start.right == end.right else "left"
-            side = "left" if rows < 1 else side
-            lanes[side] += 1
-            away = LANE * lanes[side]
-            enters[imported] += 1
-            y_end = end.y + 6 + 8 * (enters[imported] % 5)
-            y_start = start.y + start.height // 2
-            if side == "right":
-                x, path_end = start.right + away, end.right + 7
-                path = f"M{start.right},{y_start} H{x} V{y_end} H{path_end}"
-            else:
-                x, path_end = SIDE - away, end.x - 7
-                path = f"M{start.x},{y_start} H{x} V{y_end} H{path_end}"
-            color = ARROW if rows > 0 else CLIMBS
-        dashed = ' stroke-dasharray="5 4"' if rows < 1 else ""
-        head = "head" if rows > 0 else "climbs"
-        yield (
-            f'<path d="{path}" stroke="{color}"{dashed} fill="none" '
-            f'stroke-width="1.5" marker-end="url(#{head})"/>'
-        )
+            sides[side].append((start, end))
+    yield from lanes(sides["right"], lambda box: box.right, 1)
+    yield from lanes(sides["left"], lambda box: box.x, -1)
+    for number, (start, end) in enumerate(sides["climbs"]):
+        x = start.x - LANE * (5 - number)
+        path = f"M{start.x},{start.below - 8} H{x} V{end.y + 20} H{end.x - 7}"
+        yield line(path, CLIMBS, "climbs", 'stroke-dasharray="5 4"')
+
+
+def lanes(pairs, edge, sign):
+    """Yields the lanes on one side of the boxes, nearest for the highest."""
+    targets = sorted({end for _, end in pairs}, key=lambda box: box.y)
+    for number, end in enumerate(targets, 1):
+        x = edge(end) + sign * LANE * number
+        starts = [start for start, target in pairs if target is end]
+        for start in starts:
+            y = start.y + start.height // 2
+            yield line(f"M{edge(start)},{y} H{x}")
+            yield f'<circle cx="{x}" cy="{y}" r="3" fill="{ARROW}"/>'
+        top = min(start.y + start.height // 2 for start in starts)
+        path = f"M{x},{top} V{end.y + 10} H{edge(end) + sign * 7}"
+        yield line(path, head="head")
+
+
+def line(path, color=ARROW, head=None, more=""):
+    """Returns a line, with an arrow at its end or without."""
+    end = f'marker-end="url(#{head})"' if head else ""
+    return (
+        f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.5" '
+        f"{more} {end}/>"
+    )
 
 
 def marker(name, color):
