@@ -5,7 +5,7 @@
     python -m nox -s tests -- --quick                     # in some minutes
     python -m nox -s tests -- --backend jax -k rank       # one, and a choice
     python -m nox -s example -- images --backend torch
-    python -m nox -s lint docs
+    python -m nox -s lint docs package
 
 `KERAS_BACKEND` chooses the backend where `--backend` does not.
 """
@@ -14,6 +14,7 @@ import argparse
 import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import filelock
@@ -40,13 +41,14 @@ EXTRAS = nox.project.load_toml()["project"]["optional-dependencies"]
 FRAMEWORKS = pathlib.Path(
     os.environ.get("KERAS_GEOLORA_ENV", ".nox/frameworks")
 ).absolute()
-LINT, DOCS = (
-    pathlib.Path(".nox", name).absolute() for name in ("lint", "docs")
+LINT, DOCS, PACKAGE = (
+    pathlib.Path(".nox", name).absolute()
+    for name in ("lint", "docs", "package")
 )
 JAX_CACHE = FRAMEWORKS / "jax-cache"
 JAX_CACHE_SIZE = 2 * 10**9  # bytes
 
-nox.options.sessions = ["lint", "docs", "tests"]
+nox.options.sessions = ["lint", "docs", "package", "tests"]
 
 
 @nox.session(venv_backend="none")
@@ -107,6 +109,53 @@ def docs(session):
             "NO_MKDOCS_2_WARNING": "1",  # the versions are pinned
         },
     )
+
+
+@nox.session(venv_backend="none")
+def package(session):
+    """Build what is published, and use it where there is no checkout."""
+    make(session, PACKAGE, [TESTED], ["-c", TESTED, *EXTRAS["package"]])
+    install(session)
+    tools = str(PACKAGE / "bin" / "python")
+    check = str(pathlib.Path("tests", "installed.py").absolute())
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        dist, user = folder / "dist", folder / "user"
+        # Builds the archive of the sources, and from that the wheel.
+        session.run(tools, "-m", "build", "-n", "-o", str(dist), ".")
+        files = sorted(map(str, dist.iterdir()))
+        session.run(tools, "-m", "twine", "check", "--strict", *files)
+        (wheel,) = map(str, dist.glob("*.whl"))
+        borrow_frameworks(session, user)
+        python = str(user / "bin" / "python")
+        pip = [tools, "-m", "pip", "--disable-pip-version-check"]
+        session.run(
+            *(*pip, "--python", python, "install", "-q", "--no-deps", wheel)
+        )
+        env = {"KERAS_BACKEND": "jax"}  # the fastest to import
+        with session.chdir(folder):
+            session.run(python, "-I", check, env=env)
+            session.run(
+                *(python, "-I", "-m", "keras_geolora", "--help"), env=env
+            )
+
+
+def borrow_frameworks(session, folder):
+    """Makes an environment with all of `FRAMEWORKS` but the library itself.
+
+    That is installed there by a `.pth` file, and Python reads such files only
+    where it looks for packages by itself.
+    """
+    shared = str(FRAMEWORKS / "bin" / "python")
+    session.run(
+        *(sys.executable, "-m", "virtualenv", "-q", "-p", shared, str(folder))
+    )
+    place = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    lender, borrower = (
+        session.run(python, "-c", place, silent=True).strip()
+        for python in (shared, str(folder / "bin" / "python"))
+    )
+    pathlib.Path(borrower, "frameworks.pth").write_text(f"{lender}\n")
 
 
 def parse(session):

@@ -20,7 +20,11 @@ from sybil.document import Document, PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 MODULES = sorted((ROOT / "keras_geolora").rglob("*.py"))
 
 # Name in the comment, the package, and what the name stands for inside it.

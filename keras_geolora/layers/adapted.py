@@ -713,7 +713,7 @@ def check_adaptable(layer, name=DEFAULT):
 
 def check_without_lora(layer):
     """Refuses a layer whose kernel is the sum that Keras' own LoRA makes."""
-    if layer.lora_enabled:
+    if getattr(layer, "lora_enabled", False):  # some have no LoRA
         raise ValueError(
             "A layer with Keras' own LoRA cannot be adapted. "
             f"Received: layer '{layer.name}' with lora_enabled=True"
