@@ -1,1 +1,1 @@
-"""Arrays only: the integrator, ranks, and how slots follow moving bases."""
+"""Pure array functions: the integrator, ranks and the transport of slots."""

@@ -1,6 +1,6 @@
-"""How many ranks, or parameters, all layers have together, and who gets them.
+"""Divides a budget of ranks or parameters among all layers.
 
-Pure functions of arrays, as the integrator.
+Pure functions of arrays, like the integrator.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from keras_geolora.geometry.integrator import count
 
 
 class Claim(NamedTuple):
-    """What the adapters of one shape ask for.
+    """What all adapters of one shape ask for.
 
     | name       | shape    | meaning                                      |
     | ---------- | -------- | -------------------------------------------- |
     | `sigma`    | (n, r)   | singular values of the updates, descending   |
     | `wanted`   | (n, 1)   | the rank asked for, int                      |
-    | `min_rank` | (n, 1)   | the rank that nobody takes away, int         |
-    | `cost`     | int      | the price of a rank: 1, or its parameters    |
+    | `min_rank` | (n, 1)   | the guaranteed rank, int                     |
+    | `cost`     | int      | the cost of a rank: 1, or its parameters     |
     """
 
     sigma: object
@@ -30,13 +30,13 @@ class Claim(NamedTuple):
 def spend(budget, claims):
     """Keeps the most valuable singular values of all layers within a budget.
 
-    First come those that `min_rank` guards, then the largest values of
-    `sigma ** 2 / cost`, as far as the budget goes. Equal ones are kept column
-    by column, so that layers in which nothing has grown yet share evenly.
+    The ranks that `min_rank` guarantees come first, then the largest values of
+    `sigma ** 2 / cost`, as far as the budget goes. Ties are resolved column by
+    column, so that layers whose updates are still zero share evenly.
 
     Args:
-        budget: Int scalar, the sum of `rank * cost` over all layers that must
-            not be exceeded. It covers at least the guarded ranks.
+        budget: Int scalar, the largest allowed sum of `rank * cost` over all
+            layers. It covers at least the guaranteed ranks.
         claims: List of `Claim`s.
 
     Returns:

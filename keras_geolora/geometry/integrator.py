@@ -8,12 +8,13 @@ number of operations does not grow with the number of layers.
 | ------------ | ------------------------ | -------------------------------- |
 | `U`          | (..., input_dim, r_max)  | first `rank` columns orthonormal |
 | `V`          | (..., output_dim, r_max) | as `U`                           |
-| `S`          | (..., r_max, r_max)      | diagonal, not negative           |
+| `S`          | (..., r_max, r_max)      | diagonal, nonnegative            |
 | `K` = U S    | as `U`                   | unknown of the K-step            |
 | `L` = V S.T  | as `V`                   | unknown of the L-step            |
 
-Columns beyond the rank are exactly zero, in the factors and in everything that
-is derived from them, so that shapes are static and the rank can be read off.
+Columns beyond the rank are exactly zero, in the factors and in everything
+derived from them. So shapes are static, and the rank is the number of nonzero
+columns.
 
 References:
     Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
@@ -25,8 +26,8 @@ from typing import NamedTuple
 
 from keras import ops
 
-# Numbers below `ROUNDING` times the largest of their kind are rounding noise
-# in float32: a few units in the last place, accumulated over a small matrix.
+# Values below `ROUNDING` times the largest one are float32 rounding noise: a
+# few units in the last place, accumulated over a small matrix.
 ROUNDING = 2e-6
 
 
@@ -39,10 +40,10 @@ class Point(NamedTuple):
 
 
 class Unknowns(NamedTuple):
-    """What the inner optimizer moves: `K = U S`, `S` and `L = V S.T`.
+    """What the inner optimizer updates: `K = U S`, `S` and `L = V S.T`.
 
-    The same three shapes describe a tangent vector `M` by its products
-    `M V`, `U.T M V` and `M.T U`, as gradients and first moments do.
+    Also holds a tangent vector `M`, such as a gradient or a first moment, as
+    its products `M V`, `U.T M V` and `M.T U`.
     """
 
     K: object
@@ -78,7 +79,7 @@ def active_columns(basis):
     """Returns which columns of a basis are in use.
 
     Args:
-        basis: Array of shape `(..., dim, r_max)`, as `U` or `V`.
+        basis: Array of shape `(..., dim, r_max)`, `U` or `V`.
 
     Returns:
         Boolean array of shape `(..., r_max)`; its sum is the rank.
@@ -97,7 +98,7 @@ def core_values(point):
 
 
 def lift(point):
-    """Changes to the coordinates of the inner optimizer.
+    """Converts a point to the coordinates of the inner optimizer.
 
     Args:
         point: `Point`.
@@ -111,12 +112,12 @@ def lift(point):
 
 
 class Extension(NamedTuple):
-    """A basis and what a step adds to it, as `both @ mix`.
+    """A basis and the directions that a step adds to it, as `both @ mix`.
 
-    `both = [basis, extra]`, `(..., dim, 2 r)`, has columns of any length in
-    its second half. Those of `both @ mix` are orthonormal or zero, the first
-    half being the basis. Large arrays are touched as rarely as possible: what
-    follows is computed with the Gram matrix of `both`, and with `mix`.
+    In `both = [basis, extra]` the columns of `extra` have any length. The
+    columns of `both @ mix` are orthonormal or zero, and the first half is the
+    basis. `gram` and `mix` are small: computing with them touches the large
+    arrays as rarely as possible.
 
     | name    | shape           | meaning                                    |
     | ------- | --------------- | ------------------------------------------ |
@@ -125,7 +126,7 @@ class Extension(NamedTuple):
     | `mix`   | (..., 2 r, 2 r) | makes the columns orthonormal              |
     | `used`  | (..., 2 r)      | which columns of `both @ mix` are not zero |
     | `gain`  | (..., r, r)     | new directions, transposed, times the step |
-    | `finite`| (...)           | whether the step was; if not it is zero    |
+    | `finite`| (...)           | false if the step was replaced by zero     |
     """
 
     both: object
@@ -137,32 +138,31 @@ class Extension(NamedTuple):
 
 
 def extend(basis, active, change, known):
-    """Finds an orthonormal basis of what a step adds to a basis.
+    """Finds an orthonormal basis of the directions that a step adds.
 
-    That is a basis of the range of `(I - basis basis.T) change`. Directions
-    that are rounding noise, or not there because the residual is
-    rank-deficient, become zero columns: orthonormalising them would give
-    arbitrary columns that overlap `basis`.
+    They span the range of `(I - basis basis.T) change`. Directions that are
+    rounding noise, or missing because the residual is rank-deficient, become
+    zero columns: orthonormalising them would give arbitrary columns that
+    overlap `basis`.
 
-    The residual goes twice through its Gram matrix. The first pass separates
-    the directions, the second, with columns scaled to length one, makes them
+    Two passes use the Gram matrix of the residual. The first separates the
+    directions. The second, with columns scaled to unit length, makes them
     orthonormal to each other and to `basis`, so that small directions are as
-    clean as large ones.
+    accurate as large ones.
 
     Args:
         basis: Array of shape `(..., dim, r)`, columns orthonormal or zero.
-        active: Bool array of shape `(..., r)`, the columns of `change` that
-            count.
+        active: Bool array of shape `(..., r)`, the columns of `change` to use.
         change: Array of shape `(..., dim, r)`, the change of `K`.
-        known: Array of shape `(..., 1, 1)`, the norm of `K` before: what is
-            small beside it is rounding noise.
+        known: Array of shape `(..., 1, 1)`, the norm of `K` before the step:
+            anything small relative to it is rounding noise.
 
     Returns:
         `Extension`.
     """
     r = basis.shape[-1]
     in_use, active = active, active[..., None, :]
-    # Scaled, squares of very small or large values stay finite.
+    # Scaling avoids underflow and overflow of the squares.
     sizes = ops.mean(ops.abs(change), axis=-2, keepdims=True)
     size = ops.sum(ops.where(active, sizes, 0.0), axis=-1, keepdims=True)
     finite = ops.isfinite(size)
@@ -183,7 +183,7 @@ def extend(basis, active, change, known):
     overlap = gram[..., :r, r:] * unit
     apart = T(unit) * gram[..., r:, r:] * unit - ops.matmul(T(overlap), overlap)
     eigenvalues, Q = ops.eigh(apart)
-    # A unit column that the others nearly explain is noise as well.
+    # A unit column that is almost in the span of the others is noise as well.
     used = ops.concatenate([in_use, eigenvalues > 1e-2], axis=-1)
     clear = used[..., None, r:]
     eigenvalues = eigenvalues[..., None, :]
@@ -205,17 +205,17 @@ def extend(basis, active, change, known):
 
 
 def turn(extension, rotation, stay, keep):
-    """Returns the basis `both @ mix @ rotation`, and how it overlaps the old.
+    """Returns the basis `both @ mix @ rotation` and its overlap with the old.
 
-    One Newton-Schulz pass keeps rounding errors from adding up: it moves
-    columns that are orthonormal up to `error` to columns that are orthonormal
-    up to `error ** 2`. Zero columns stay zero.
+    One Newton-Schulz pass keeps rounding errors from accumulating: columns
+    that are orthonormal up to `error` become orthonormal up to `error ** 2`.
+    Zero columns stay zero.
 
     Args:
         extension: `Extension`.
         rotation: Array of shape `(..., 2 r, r)`, columns orthonormal or zero.
-        stay: Bool array of shape `(..., 1, 1)`, where the old basis stays.
-        keep: Bool array of shape `(..., 1, r)`, the columns of it that do.
+        stay: Bool array of shape `(..., 1, 1)`, where to keep the old basis.
+        keep: Bool array of shape `(..., 1, r)`, which of its columns to keep.
 
     Returns:
         Tuple of the basis, `(..., dim, r)`, and `basis_old.T @ basis`.
@@ -230,7 +230,7 @@ def turn(extension, rotation, stay, keep):
 
 
 def norm(X, axis):
-    """Euclidean norm over `axis`, which is kept with length one."""
+    """Returns the Euclidean norm over `axis`, with `keepdims=True`."""
     return ops.sqrt(ops.sum(ops.square(X), axis=axis, keepdims=True))
 
 
@@ -249,47 +249,47 @@ def truncated_rank(sigma, tolerance, min_rank, max_rank):
         sigma: Array of shape `(..., r)`, descending.
         tolerance: Scalar in [0, 1), the share of the norm to discard.
         min_rank: Int array of shape `(..., 1)`.
-        max_rank: Int or int array of shape `(..., 1)`, which goes before
-            `min_rank`.
+        max_rank: Int or int array of shape `(..., 1)`, which takes precedence
+            over `min_rank`.
 
     Returns:
         Int array of shape `(..., 1)`.
     """
     energy = ops.square(divide(sigma, sigma[..., :1]))
     tails = ops.sqrt(ops.flip(ops.cumsum(ops.flip(energy, -1), axis=-1), -1))
-    # A schedule has the dtype of `keras.config.floatx()`.
+    # The value of a schedule has the dtype `keras.config.floatx()`.
     tolerance = ops.cast(tolerance, sigma.dtype)
     rank = count(tails > tolerance * tails[..., :1])
     return ops.minimum(ops.maximum(rank, min_rank), max_rank)
 
 
 def count(mask):
-    """Counts the true values of the last axis, which is kept."""
+    """Counts the true values along the last axis, with `keepdims=True`."""
     return ops.sum(ops.cast(mask, "int32"), axis=-1, keepdims=True)
 
 
 def in_turn(x, earlier):
     """Returns `x`, but not before `earlier` has been computed.
 
-    On CPU, jaxlib computes a batch of decompositions on the threads that run
-    the program, and waits for them there: as many decompositions at a time as
-    there are threads wait for each other for ever (seen with jaxlib 0.10.2 on
-    two cores). So one waits for the other.
+    On CPU, jaxlib computes a batch of decompositions on the thread pool that
+    also runs the program, and one of these threads waits for the result. As
+    many decompositions at once as there are threads therefore deadlock (seen
+    with jaxlib 0.10.2 on two cores). This runs them one after the other.
     """
     spoilt = ops.cast(ops.any(ops.isnan(earlier)), x.dtype)
-    return x + 1e-30 * spoilt  # zero, but no compiler knows
+    return x + 1e-30 * spoilt  # adds zero, but no compiler knows
 
 
 class Augmented(NamedTuple):
-    """A step, before truncation, as a singular value decomposition.
+    """The point after a step, before truncation, as an SVD.
 
-    With bases `U_hat` and `V_hat` of twice as many columns as the buffers,
-    which two `Extension`s describe, the step is
-    `U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`. `sigma` is descending and
-    relative to `size`, `(..., 1, 1)`, which is zero where the point stays:
-    nothing is known about any direction, or the step was not `finite`.
-    `longest`, as `size` in shape, is the length of the longest step so far, as
-    the inner optimizer proposed it: the norm by the root of the rank it had.
+    The bases `U_hat` and `V_hat`, two `Extension`s, have twice as many columns
+    as the buffers. The point is
+    `size * U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`, with `sigma` descending.
+    `size`, `(..., 1, 1)`, is zero where the point must not move: no gradient,
+    or a step that is not `finite`. `longest`, of the same shape, is the length
+    of the longest step that the inner optimizer has proposed so far: its norm
+    divided by the root of its rank.
     """
 
     point: Point
@@ -305,25 +305,25 @@ class Augmented(NamedTuple):
 
 
 def augment(point, change, max_change=None, longest=0.0):
-    """Writes a step in bases that hold the old and the new directions.
+    """Expresses a step in bases that span the old and the new directions.
 
     The bases are augmented by the directions `U_tilde` and `V_tilde` that the
-    K- and L-step found, and the step in them is
+    K- and L-step found. The core in the augmented bases is
 
         S_hat = [[S_new,             L_new.T V_tilde],
                  [U_tilde.T K_new,   0              ]]
 
     Args:
         point: `Point` before the step.
-        change: `Unknowns`, by how much the inner step moved them. What it did
-            to columns that are not in use does not count.
-        max_change: Array of shape `(..., 1, 1)` or `None`, the bound of the
-            Frobenius norm of a step. Where the longest step so far, this one
-            included, would be longer at the rank of this one, the step is
-            shortened by what that one needs.
+        change: `Unknowns`, the change by the inner step. Columns that are not
+            in use are ignored.
+        max_change: Array of shape `(..., 1, 1)` or `None`, the bound on the
+            Frobenius norm of a step. If the longest step so far, this one
+            included, exceeds it when rescaled to the current rank, the step
+            is scaled down by that factor.
         longest: Array of shape `(..., 1, 1)` or 0, the length of the longest
-            step before this one, by the root of its rank: more directions
-            make a step longer, and where training began shall not matter.
+            step before this one. Divided by the root of the rank, so that the
+            bound does not depend on the initial rank.
 
     Returns:
         `Augmented`.
@@ -365,16 +365,16 @@ def augment(point, change, max_change=None, longest=0.0):
 def truncate(augmented, rank):
     """Returns to the manifold: keeps the largest singular values of a step.
 
-    `U = U_hat P`, `S = diag(sigma)`, `V = V_hat Q` with their first columns.
-    Without truncation and with plain gradient descent the step is
-    `W - lr * P(W) G`, where `P(W)` projects on the tangent space.
+    `U = U_hat P`, `S = diag(sigma)`, `V = V_hat Q`, cut to the first columns.
+    Without truncation, plain gradient descent gives `W - lr * P(W) G`, where
+    `P(W)` projects onto the tangent space.
 
     Args:
         augmented: `Augmented`, the step.
         rank: Int array of shape `(..., 1)`.
 
     Returns:
-        `Move`. A point that stays keeps its first columns as they were.
+        `Move`. Where the point must not move, only its columns are cut.
     """
     max_rank = augmented.point.S.shape[-1]
     keep = ops.arange(max_rank, dtype="int32") < rank
@@ -392,8 +392,8 @@ def truncate(augmented, rank):
 def cut(point, rank):
     """Truncates a point without a step.
 
-    Its core is diagonal and descending, so that truncating takes columns
-    away and turns nothing.
+    Its core is diagonal and descending, so truncation only drops columns and
+    rotates nothing.
 
     Args:
         point: `Point`.
@@ -409,7 +409,7 @@ def cut(point, rank):
 
 
 def singular_values(augmented):
-    """Returns the singular values after a step, `(..., r)`, before a cut."""
+    """Returns the singular values after a step, `(..., r)`, untruncated."""
     before = core_values(augmented.point)
     size = augmented.size[..., 0]
     after = augmented.sigma[..., : before.shape[-1]] * size
@@ -425,8 +425,8 @@ def wanted_rank(augmented, tolerance, min_rank):
         min_rank: Int array of shape `(..., 1)`.
 
     Returns:
-        Int array of shape `(..., 1)`. Where the point stays, the number of
-        columns in use.
+        Int array of shape `(..., 1)`. Where the point must not move, the
+        number of columns in use.
     """
     possible = usable_columns(augmented)
     rank = truncated_rank(augmented.sigma, tolerance, min_rank, possible)
@@ -435,12 +435,12 @@ def wanted_rank(augmented, tolerance, min_rank):
 
 
 def usable_columns(augmented):
-    """Counts the first singular vectors that bases can be made of.
+    """Counts the leading singular vectors that can become basis columns.
 
-    The bases of a step have zero columns, and singular vectors of values that
-    are zero, or rounding noise, may point there. A small value alone is no
-    reason to drop a direction: in its first step it is second order, the
-    product of what the K- and the L-step found.
+    The augmented bases have zero columns, and singular vectors whose values
+    are zero or rounding noise may point there. A small value alone is no
+    reason to drop a direction: in its first step the value is of second order,
+    the product of what the K- and the L-step found.
 
     Args:
         augmented: `Augmented`, the step.
@@ -465,7 +465,7 @@ def usable_columns(augmented):
 def wanted_rank_at_rest(point, tolerance, min_rank):
     """Returns the rank that `tolerance` asks for, without a step.
 
-    As `wanted_rank`, for the singular values of the point itself.
+    Like `wanted_rank`, for the singular values of the point itself.
     """
     sigma = core_values(point)
     in_use = count(active_columns(point.U))
@@ -489,17 +489,17 @@ def discarded_share(sigma, rank):
 
 
 def discarded_in_step(augmented, rank):
-    """As `discarded_share`, when a step is truncated to a rank."""
+    """Like `discarded_share`, for a step that is truncated to a rank."""
     stay = ops.equal(augmented.size[..., 0, 0], 0)
     at_rest = discarded_share(core_values(augmented.point), rank)
     return ops.where(stay, at_rest, discarded_share(augmented.sigma, rank))
 
 
 def choose(mask, these, those):
-    """Takes `these` arrays where a mask is true, `those` elsewhere.
+    """Selects `these` arrays where a mask is true, `those` elsewhere.
 
     Args:
-        mask: Bool array, of the shape of the leading axes of the others.
+        mask: Bool array with the shape of the leading axes of the others.
         these: Tuple of arrays.
         those: Tuple of arrays of the same shapes.
 

@@ -1,4 +1,4 @@
-"""The factors of a sum of products, without the sum."""
+"""Factors a sum of low-rank products without forming the sum."""
 
 import numpy as np
 
@@ -6,16 +6,16 @@ import numpy as np
 def svd_of_sum(products, rank=None, min_rank=1):
     """Returns `U, sigma, V` with `U diag(sigma) V.T = sum of A @ C @ B.T`.
 
-    With stacked factors the sum is `[A1, A2] diag(C1, C2) [B1, B2].T`; two QR
-    decompositions leave a small matrix, whose singular value decomposition is
-    that of the sum. Singular values that are rounding noise are left out.
+    With stacked factors the sum is `[A1, A2] diag(C1, C2) [B1, B2].T`. Two QR
+    decompositions reduce it to a small matrix, whose SVD gives that of the
+    sum. Singular values that are rounding noise are dropped.
 
     Args:
         products: List of `(A, C, B)`, arrays of shapes `(input_dim, r)`,
             `(r, s)` and `(output_dim, s)`, finite.
         rank: Int, the largest number of singular values. Defaults to all.
-        min_rank: Int, how many are kept at least, also of value zero, if
-            the products have so many columns. Defaults to 1.
+        min_rank: Int, the smallest number to keep, zeros included, if the
+            products have that many columns. Defaults to 1.
 
     Returns:
         Float64 arrays of shapes `(input_dim, k)`, `(k,)`, descending, and
@@ -34,7 +34,7 @@ def svd_of_sum(products, rank=None, min_rank=1):
 
 
 def block_diagonal(blocks):
-    """Returns the matrix with blocks along its diagonal, and zeros beside."""
+    """Returns a matrix with blocks along its diagonal and zeros elsewhere."""
     rows, columns = np.sum([block.shape for block in blocks], axis=0)
     matrix = np.zeros((rows, columns))
     row = column = 0

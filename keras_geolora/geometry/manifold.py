@@ -1,26 +1,26 @@
-"""Where the factors of an adapter belong, and how far they are from there.
+"""Checks whether the factors of an adapter are on the manifold.
 
-The first `rank` columns of `U` and `V` are orthonormal, `S` is diagonal, and
-all that is beyond is zero. Every step of `GeoLoRA` keeps it so. Means of
-factors and steps of other optimizers do not, although nothing shows in the
-outputs; truncation, transport and the ranks would be wrong from then on.
+There the first `rank` columns of `U` and `V` are orthonormal, `S` is diagonal,
+and everything beyond the rank is zero. Every step of `GeoLoRA` keeps this
+true; averaging factors, or training them with another optimizer, does not. The
+outputs look fine, but truncation, transport and ranks are wrong from then on.
 """
 
 import numpy as np
 from keras import ops
 
-# Training stays below 1e-5. A mean of two adapters is off by 0.1 to 1, a step
+# Training stays below 1e-5. The mean of two adapters is off by 0.1 to 1, a step
 # of another optimizer by about its learning rate times the root of the width.
 TOLERANCE = 1e-3
 
 RULE = (
-    "The factors of an adapter are bases `U` and `V` with orthonormal columns "
-    "and a diagonal core `S`. Means of factors, and optimizers other than "
-    "`GeoLoRA`, leave that."
+    "The factors of an adapter must be bases `U` and `V` with orthonormal "
+    "columns and a diagonal core `S`. Averaging factors, or training them "
+    "without `GeoLoRA`, breaks this."
 )
-AVERAGE = "Average updates by `model.average_geolora(clients)`, not factors."
+AVERAGE = "Average updates, not factors: `model.average_geolora(clients)`."
 MEND = (
-    "To keep the updates `U S V.T` of an adapter as they are, write "
+    "To repair an adapter without changing its updates `U S V.T`, write "
     "`model.combine_geolora('mended', {name: 1.0})` and "
     "`model.delete_geolora(name)`."
 )
@@ -45,7 +45,7 @@ def basis_error(basis, rank):
 
 
 def distance(U, S, V):
-    """Returns how far factors are from where they belong.
+    """Returns how far factors are from the manifold.
 
     Only products of thin matrices are formed.
 
@@ -55,9 +55,9 @@ def distance(U, S, V):
         V: Array of shape `(output_dim, max_rank)`.
 
     Returns:
-        Float: the largest `basis_error`, or the largest entry of `S` beside
-        its diagonal, relative to the largest of all. At least 1 where what
-        is not in use is not zero, infinite for numbers that are not finite.
+        Float: the largest `basis_error`, or the largest off-diagonal entry of
+        `S` relative to its largest entry. At least 1 if an unused entry is
+        not zero, infinite if a number is not finite.
     """
     U, S, V = (np.asarray(x, "float64") for x in (U, S, V))
     if not all(np.isfinite(x).all() for x in (U, S, V)):
@@ -75,7 +75,7 @@ def distance(U, S, V):
 
 
 def far_off(factors):
-    """Returns those that are not where they belong, and how far they are off.
+    """Returns the factors that are off the manifold, and how far.
 
     Args:
         factors: Dict from name to `(U, S, V)`, arrays or variables.
@@ -91,7 +91,7 @@ def far_off(factors):
 
 
 def described(far):
-    """Returns a few words on what `far_off` found."""
+    """Describes what `far_off` found, in a few words."""
     worst = max(far.values())
     off = f"off by {worst:.1g}" if np.isfinite(worst) else "not finite"
     listed = ", ".join(f"'{name}'" for name in list(far)[:4])
@@ -100,7 +100,7 @@ def described(far):
 
 
 def check_factors(factors, then):
-    """Refuses factors that are not where they belong.
+    """Refuses factors that are off the manifold.
 
     Args:
         factors: As in `far_off`.
@@ -112,7 +112,7 @@ def check_factors(factors, then):
 
 
 def name_of(factor):
-    """Returns what the adapter of a factor is called in messages."""
+    """Returns the name of a factor's adapter for messages."""
     return factor.path.rpartition("/")[0]
 
 
@@ -132,22 +132,22 @@ def factors_of(layers, name=None):
 
 
 def check_layers(layers, not_done, name=None):
-    """Refuses layers with factors that are not where they belong.
+    """Refuses layers with factors that are off the manifold.
 
     Args:
         layers: Iterable of adapted layers.
-        not_done: Sentence on what was not done.
+        not_done: Sentence that says what was not done.
         name: String, the one adapter to look at. Defaults to all.
     """
     check_factors(factors_of(layers, name), f"{not_done} {MEND} {AVERAGE}")
 
 
 def check_values(variables, values):
-    """Refuses values for variables with such factors among them.
+    """Refuses values of variables if factors among them are off the manifold.
 
     Args:
-        variables: List of variables, of which some are factors.
-        values: List of as many arrays.
+        variables: List of variables, some of them factors.
+        values: List of their arrays.
     """
     factors = {}
     for variable, value in zip(variables, values, strict=False):
@@ -163,7 +163,7 @@ def check_values(variables, values):
 
 
 def have_shapes(U, S, V):
-    """Says whether arrays have the shapes of factors."""
+    """Returns whether arrays have the shapes of factors."""
     columns = np.shape(S)[-1:]
     return (
         np.ndim(U) == np.ndim(V) == 2

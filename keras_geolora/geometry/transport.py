@@ -1,22 +1,21 @@
 """How the slots of the inner optimizer follow the moving bases.
 
-The columns of `U` and `V` change at every step, so a moment buffer that
-stays put refers to directions that no longer exist. What happens to a slot
-depends on what it means. That is data: a table by optimizer class, open to
-others through `register_slot_rules`.
+The columns of `U` and `V` change at every step, so an unchanged moment buffer
+would refer to directions that no longer exist. How a slot moves depends on its
+kind, which `register_slot_rules` declares for each optimizer class.
 
 | kind          | the slot                       | how it moves               |
 | ------------- | ------------------------------ | -------------------------- |
-| `"linear"`    | adds up gradients or steps     | projected on the tangents  |
-| `"quadratic"` | adds up their squares or sizes | mean over the rank axis    |
-| `"row"`       | one number per row             | stays, but for `S`: mean   |
+| `"linear"`    | sum of gradients or steps      | projected, see below       |
+| `"quadratic"` | sum of their squares or sizes  | mean over the rank axis    |
+| `"row"`       | one number per row             | unchanged; for `S`: mean   |
 | `"column"`    | one number per column          | mean over the rank axis    |
 
-A linear slot stands for a tangent vector of the old point. Its projection on
-the tangent space of the new point is the nearest vector that the new
-coordinates can express. No row takes more of it than its own.
+A linear slot represents a tangent vector at the old point. Its projection onto
+the tangent space at the new point is the nearest vector that the new
+coordinates can express. `limited_sum` bounds what a row gets from others.
 
-A mean over the rank axis counts the columns in use only. It makes the second
+A mean over the rank axis covers only the columns in use. It makes the second
 moment the same in every basis; squaring the rotation instead would lose
 energy for new directions and make their steps too large.
 """
@@ -31,32 +30,32 @@ _REFUSALS = {}
 
 
 def register_slot_rules(optimizer_class, rules, elementwise=False):
-    """Tells how the slots of an optimizer follow the moving bases.
+    """Registers how the slots of an optimizer follow the moving bases.
 
     `GeoLoRA` needs to know what every slot of its inner optimizer means. The
-    optimizers of Keras are registered; for your own, name the attribute that
+    optimizers of Keras are registered. For your own, name the attribute that
     holds each list of slots (one per variable, in the order of `build`) and
     its kind.
 
     Args:
         optimizer_class: Subclass of `keras.optimizers.Optimizer`. The rules
-            hold for its subclasses too, unless they have rules of their own.
+            apply to its subclasses too, unless they have their own.
         rules: Dict from attribute name to one of
 
-            - `"linear"`: adds up gradients or steps, as a momentum does.
-              It is projected on the new tangent space.
-            - `"quadratic"`: adds up squares or absolute values, as Adam's
-              velocity does. It is averaged over the rank axis.
-            - `"row"`: one value per row of the variable. It stays, except
-              for `S`, where rows are an axis of the rank too.
+            - `"linear"`: accumulates gradients or steps, like a momentum.
+              It is projected onto the new tangent space.
+            - `"quadratic"`: accumulates squares or absolute values, like
+              Adam's velocity. It is averaged over the rank axis.
+            - `"row"`: one value per row of the variable. It is unchanged,
+              except for `S`, whose rows are a rank axis too.
             - `"column"`: one value per column. It is averaged.
-        elementwise: Bool, whether the step treats every number by itself, as
-            Adam does, and looks at no norm or shape of a variable. Adapters
-            of equal shape then take their step as one variable, which is
-            faster. It holds for this class only, not for its subclasses.
+        elementwise: Bool, whether the step treats every number independently,
+            as Adam does, and uses no norm or shape of a variable. Adapters of
+            equal shape are then updated as one variable, which is faster.
+            Applies to this class only, not to its subclasses.
 
     Raises:
-        TypeError: If `optimizer_class` is no optimizer class.
+        TypeError: If `optimizer_class` is not an optimizer class.
         ValueError: If a kind is unknown.
 
     Example:
@@ -93,7 +92,7 @@ def register_slot_rules(optimizer_class, rules, elementwise=False):
     for attribute, kind in rules.items():
         if kind not in _MOVES:
             raise ValueError(
-                f"A slot is of one of the kinds {sorted(_MOVES)}. "
+                f"The kind of a slot must be one of {sorted(_MOVES)}. "
                 f"Received: {attribute}={kind!r}"
             )
     _RULES[optimizer_class] = dict(rules), bool(elementwise)
@@ -101,17 +100,17 @@ def register_slot_rules(optimizer_class, rules, elementwise=False):
 
 
 def is_elementwise(optimizer):
-    """Says whether an optimizer treats every number by itself.
+    """Returns whether an optimizer treats every number independently.
 
-    A `global_clipnorm` is one factor for all numbers; the `clipnorm` of a
-    variable is not.
+    `global_clipnorm` allows that, because it scales all numbers by one factor;
+    `clipnorm` does not, because its factor depends on the variable.
     """
     if optimizer.clipnorm is not None:
         return False
     for cls in type(optimizer).__mro__:
         if cls in _RULES:
             return _RULES[cls][1]
-        # On torch, Keras has subclasses of its own for its optimizers.
+        # On torch, Keras replaces its optimizers by its own subclasses.
         if cls.__module__.partition(".")[0] != "keras":
             break
     return False
@@ -131,7 +130,7 @@ def slot_rules(optimizer):
             return _RULES[cls][0]
     raise ValueError(
         "GeoLoRA must know how the slots of its inner optimizer follow the "
-        "moving bases. Tell it once, for example with "
+        "moving bases. Register rules once, for example with "
         "`keras_geolora.register_slot_rules("
         f"{type(optimizer).__name__}, {{'momentums': 'linear'}})`. "
         f"Received: inner_optimizer={type(optimizer).__name__}, which has "
@@ -140,11 +139,12 @@ def slot_rules(optimizer):
 
 
 def check_options(optimizer):
-    """Refuses options of an optimizer that do not go with adapters."""
+    """Refuses options of an optimizer that do not work with adapters."""
     if optimizer.use_ema:
         raise ValueError(
-            "The average of factors is not a factor of the average. Create "
-            "the inner optimizer without `use_ema`. Received: use_ema=True"
+            "`use_ema` averages the factors of an adapter one by one, but "
+            "their product is not the average update. Create the inner "
+            "optimizer without it. Received: use_ema=True"
         )
 
 
@@ -157,13 +157,13 @@ def find_slots(optimizer, variables):
 
     Returns:
         Dict from attribute name to the list of slots, for the attributes
-        that this optimizer uses with its present options.
+        that this optimizer uses with its current options.
     """
     rules = slot_rules(optimizer)
     if getattr(optimizer, "centered", False):
         raise ValueError(
             "Centered RMSprop subtracts a squared mean, which depends on the "
-            "basis, from a second moment, which must not. Write "
+            "basis, from a second moment, which must not depend on it. Write "
             "`RMSprop(..., centered=False)`. Received: centered=True"
         )
     slots = {name: getattr(optimizer, name, None) or [] for name in rules}
@@ -180,18 +180,18 @@ def find_slots(optimizer, variables):
             "Every slot of the inner optimizer needs a rule, see "
             "`keras_geolora.register_slot_rules`. "
             f"Received: inner_optimizer={type(optimizer).__name__} with "
-            f"rules {rules}, which say nothing of {unknown[:3]}"
+            f"rules {rules}, which do not cover {unknown[:3]}"
         )
     return slots
 
 
 def has_factored_moments(optimizer):
-    """Says whether an optimizer multiplies moments of rows and columns."""
+    """Returns whether an optimizer multiplies moments of rows and columns."""
     return "column" in slot_rules(optimizer).values()
 
 
 def gradient_accumulators(optimizer):
-    """Returns the sums of gradients between two updates, if there are any."""
+    """Returns the accumulated gradients of an optimizer; may be empty."""
     return getattr(optimizer, "_accumulated_gradients", [])
 
 
@@ -210,10 +210,10 @@ def transport(kind, slots, move):
 
 
 def _project(slots, move):
-    """Projects `M = m_K V.T + U m_L.T - U m_S V.T` on a new tangent space.
+    """Projects `M = m_K V.T + U m_L.T - U m_S V.T` onto a new tangent space.
 
-    The slots are `M V`, `U.T M V` and `M.T U` in the old bases, and become
-    the same in the new ones; `M` is never formed.
+    The slots are `M V`, `U.T M V` and `M.T U`, given in the old bases and
+    returned in the new ones; `M` is never formed.
     """
     m_K, m_S, m_L = slots
     old, new, _, A, B = move
@@ -228,10 +228,10 @@ def _project(slots, move):
 
 
 def limited_sum(own, others):
-    """Adds to every row what others say of it, but no more than its own.
+    """Adds `others` to `own`, each row scaled down to at most its own norm.
 
-    A row without a gradient, as of a token that was not seen, has a second
-    moment of zero: whatever else its first moment becomes would be divided by
+    A row without a gradient, such as that of an unseen token, has a second
+    moment of zero: anything added to its first moment would be divided by
     that.
     """
     share = divide(norm(own, -1), norm(others, -1))
@@ -258,7 +258,7 @@ def _keep_rows(slots, move):
 
 
 def mean_of_row(x, active):
-    """As `mean_of_active`, for arrays without rows, `(..., r)`."""
+    """Like `mean_of_active`, for arrays without rows, `(..., r)`."""
     return mean_of_active(x[..., None, :], active)[..., 0, :]
 
 
@@ -288,7 +288,7 @@ _MOVES = {
 
 
 def _refuse(name, reason):
-    """Refuses an optimizer, where this version of Keras has it."""
+    """Refuses an optimizer, if this version of Keras has it."""
     optimizer_class = getattr(keras.optimizers, name, None)
     if optimizer_class is not None:
         _REFUSALS[optimizer_class] = reason
@@ -349,20 +349,20 @@ register_slot_rules(
 )
 _refuse(
     "Ftrl",
-    "Ftrl computes a variable anew from the sum of all its gradients, which "
-    "says nothing once the bases have moved.",
+    "Ftrl recomputes a variable from the sum of all its gradients, which is "
+    "meaningless once the bases have moved.",
 )
 _refuse(
     "ScheduleFreeAdamW",
-    "ScheduleFreeAdamW keeps a second copy of every variable; the copies of "
-    "three factors are not the factors of a copy.",
+    "ScheduleFreeAdamW keeps a second copy of every variable; copies of the "
+    "three factors are not the factors of a copy of the update.",
 )
 _refuse(
     "LossScaleOptimizer",
-    "Loss scaling goes around the geometric step: "
+    "Loss scaling must wrap the geometric step: "
     "`LossScaleOptimizer(GeoLoRA(...))`.",
 )
 _refuse(
     "MultiOptimizer",
-    "The three factors of an adapter are moved by one optimizer.",
+    "One optimizer must update all three factors of an adapter.",
 )
