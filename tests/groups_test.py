@@ -217,7 +217,7 @@ def test_the_state_is_set_as_a_whole():
     weights = to_numpy(one.variables)
     other.set_weights(weights)
     assert_identical(to_numpy(other.variables), weights)
-    with pytest.raises(ValueError, match=f"Received: 3 for {len(weights)}"):
+    with pytest.raises(ValueError, match=f"Received: 3 .* {len(weights)} var"):
         other.set_weights(weights[:3])
 
 

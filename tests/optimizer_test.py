@@ -883,7 +883,7 @@ def test_a_slot_that_the_rules_do_not_know_is_refused():
 def test_an_inner_optimizer_that_is_built_is_refused():
     inner = keras.optimizers.Adam(name="veteran")
     inner.build(plain_variables())
-    with pytest.raises(ValueError, match="Received: 'veteran', which is built"):
+    with pytest.raises(ValueError, match="='veteran', which is built"):
         GeoLoRA(inner)
 
 

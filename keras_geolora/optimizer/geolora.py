@@ -20,7 +20,7 @@ from keras_geolora.optimizer.groups import (
     plain_variables,
 )
 
-# A budget of so much, the largest float32 that is an int32, is none.
+# Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
@@ -30,12 +30,12 @@ SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 class GeoLoRA(keras.optimizers.Optimizer):
     """Trains low-rank adapters on their manifold and finds their ranks.
 
-    Wraps any Keras optimizer. Every step writes the factors of an adapter,
-    `U @ S @ V.T`, in the coordinates `K = U S`, `S` and `L = V S.T`, lets the
-    inner optimizer update these with its own rule, and returns to the
-    manifold by a small singular value decomposition: new directions join the
-    bases, negligible ones are cut, and the slots of the inner optimizer move
-    along. Variables that belong to no adapter get the inner optimizer's step
+    Wraps any Keras optimizer. Every step expresses an adapter, `U @ S @ V.T`,
+    in the coordinates `K = U S`, `S` and `L = V S.T` and lets the inner
+    optimizer update these with its own rule. A small singular value
+    decomposition then returns to the manifold: new directions join the bases,
+    negligible ones are cut, and the slots of the inner optimizer follow.
+    Variables that belong to no adapter get the inner optimizer's step
     unchanged, bit for bit.
 
     Options of the step, such as `learning_rate`, `weight_decay`, `clipnorm`
@@ -50,39 +50,38 @@ class GeoLoRA(keras.optimizers.Optimizer):
             may discard. Larger means lower ranks. Defaults to 0.1. Or a
             schedule, as below.
         rank_budget: Int or `None`, the largest sum of the ranks of all
-            adapters. The largest singular values of all layers are kept, in
-            every step, so that training may stop at any time. `tolerance`
+            adapters. Every step keeps the largest singular values of all
+            layers within it, so training may stop at any time. `tolerance`
             applies too. Or a schedule: a `LearningRateSchedule`, or any
-            callable that takes the number of updates and returns a number; a
-            value below the sum of all `min_rank` means that sum, and `inf`
-            that there is no budget yet.
+            callable that takes the number of updates and returns a number.
+            Values below the sum of all `min_rank` mean that sum, and `inf`
+            means no budget yet.
         parameter_budget: Int or `None`, the largest number of parameters of
-            all adapters at their ranks, in place of `rank_budget`: layers get
-            ranks by singular values squared, per parameter. Or a schedule.
+            all adapters at their ranks, instead of `rank_budget`. Singular
+            values are ranked by their square per parameter. Or a schedule.
         cut_interval: Int, number of steps between two cuts. In between the
             rank only grows, which gives slow directions time. Defaults
             to 20. `fit` of an adapted model also cuts at the end of every
-            epoch of at least so many steps, before it validates.
+            epoch of at least this many steps, before validation.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
             layer in one step, relative to the Frobenius norm of its kernel.
-            Where the longest step so far would be longer at the rank of
-            today, all from then on are shortened by the share that it needs,
-            in their directions: as a smaller learning rate of the layer
-            would. This makes training tolerant of large learning rates and
-            leaves schedules their effect. `None` means no bound. `"auto"`,
-            the default, means 0.008, and no bound around `SGD`, whose step is
-            in proportion to the gradient. Layers with a kernel of zeros have
-            no bound.
+            If the longest step so far, rescaled to the current rank, exceeds
+            the bound, this and all later steps are scaled down by that
+            factor, like a smaller learning rate for the layer. This makes
+            training tolerant of large learning rates, while schedules keep
+            their effect. `None` means no bound. `"auto"`, the default, means
+            0.008, but no bound for `SGD`, whose step is proportional to the
+            gradient. Layers with an all-zero kernel have no bound.
         name: String or `None`.
 
     Raises:
-        ValueError: If an option is out of range, belongs on the inner
-            optimizer, or the inner optimizer cannot follow moving bases.
+        ValueError: If an option is out of range or belongs on the inner
+            optimizer, or if the inner optimizer cannot follow moving bases.
 
     An adapter whose step is not finite keeps its factors and slots;
-    `skipped_steps` counts the steps in which that happened to any. (Steps
-    that a `LossScaleOptimizer` around this one drops as a whole do not reach
-    it and are not counted.)
+    `skipped_steps` counts the steps in which this happened to any adapter.
+    (Steps that a `LossScaleOptimizer` around this one drops as a whole never
+    reach it and are not counted.)
 
     Example:
 
@@ -136,9 +135,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         slot_rules(inner_optimizer)
         if inner_optimizer.built:
             raise ValueError(
-                "GeoLoRA needs a new inner optimizer, because slots of "
-                "earlier training do not follow its steps. "
-                f"Received: '{inner_optimizer.name}', which is built"
+                "`inner_optimizer` must be new: slots of earlier training do "
+                "not follow the steps of GeoLoRA. Received: "
+                f"inner_optimizer='{inner_optimizer.name}', which is built"
             )
         with apart_from_map():
             super().__init__(learning_rate=0.0, name=name)
@@ -148,14 +147,14 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.parameter_budget = parameter_budget
         self.cut_interval = cut_interval
         self.max_update_ratio = max_update_ratio
-        self._without_weight_decay = None  # places of variables, once known
+        self._without_weight_decay = None  # indices of variables, once known
 
     def build(self, variables):
         """Creates the state of both optimizers.
 
         Args:
-            variables: List of the variables to train. Of an adapter either
-                all three factors or none are in it.
+            variables: List of the variables to train, with all three factors
+                of an adapter or none.
         """
         if self.built:
             return
@@ -193,17 +192,17 @@ class GeoLoRA(keras.optimizers.Optimizer):
         return self.rank_budget, "rank_budget", "ranks"
 
     def budget_of(self, adapters, updates=None):
-        """Returns what adapters may have together, and what it counts.
+        """Returns the budget of adapters and its unit.
 
         Args:
             adapters: List of `keras_geolora.LowRankAdapter`s.
-            updates: Int scalar, the number of updates; that of now if not
-                given.
+            updates: Int scalar, the number of updates. Defaults to the
+                current one.
 
         Returns:
-            Tuple of the budget, an int scalar that is at least what their
-            `min_rank` takes, or `None` without one, and of `"ranks"` or
-            `"parameters"`.
+            Tuple of the budget and its unit, `"ranks"` or `"parameters"`. The
+            budget is an int scalar that covers at least the `min_rank` of
+            every adapter, or `None` if there is none.
         """
         budget, _, unit = self._budget
         if budget is None:
@@ -214,9 +213,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         return ops.maximum(budget, smallest(adapters, unit)), unit
 
     def _add_group_state(self, group, name):
-        """Adds what is remembered of a group, under names of its own.
+        """Adds the state of a group, under unique names.
 
-        `get_state_tree` of Keras knows variables by their paths.
+        `get_state_tree` of Keras identifies variables by their paths.
         """
         group.max_change = self._add_max_change(group, f"{name}_max_change")
         if group.max_change is not None:
@@ -224,13 +223,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
         group.discarded = self._add_numbers(group, f"{name}_discarded_share")
 
     def _add_numbers(self, group, name):
-        """Adds a variable of zeros, one for each adapter of a group."""
+        """Adds a variable with a zero for each adapter of a group."""
         return self.add_variable(
             shape=(len(group.adapters),), dtype="float32", name=name
         )
 
     def _add_max_change(self, group, name):
-        """Adds a variable with the bounds of the steps of a group."""
+        """Adds a variable with the bounds on the steps of a group."""
         ratio = self.max_update_ratio
         if ratio == "auto":
             proportional = isinstance(
@@ -241,7 +240,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             return None
 
         def bounds(shape, dtype=None):
-            # The bound is for `scale * U S V.T`, the step moves `U S V.T`.
+            # The bound is on `scale * U S V.T`, but the step moves `U S V.T`.
             norms = [a.kernel_norm() / abs(a.scale) for a in group.adapters]
             norms = ops.convert_to_tensor(norms, dtype)
             return ops.where(norms > 0, ratio * norms, float("inf"))
@@ -254,7 +253,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
 
     def _beside_groups(self):
-        """Returns what the inner optimizer keeps beside what is of groups."""
+        """Returns the variables of the inner optimizer outside of groups."""
         of_groups = {
             id(variable)
             for group in self._groups.content
@@ -309,8 +308,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         variables = self.variables
         if not self.built or len(weights) != len(variables):
             raise ValueError(
-                "`weights` must be as many as `variables` of the built "
-                f"optimizer. Received: {len(weights)} for {len(variables)}"
+                "`weights` must hold an array for each of `variables`, and "
+                f"the optimizer must be built. Received: {len(weights)} "
+                f"weights for {len(variables)} variables"
             )
         for variable, value in zip(variables, weights, strict=True):
             variable.assign(value)
@@ -318,23 +318,23 @@ class GeoLoRA(keras.optimizers.Optimizer):
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         """Excludes variables from the weight decay of the inner optimizer.
 
-        Call it before the optimizer is built, as with any other.
+        Call it before the optimizer is built, as for any Keras optimizer.
         """
         if self.built:
             raise ValueError(
-                "What decays is decided before the optimizer is built: call "
-                "`exclude_from_weight_decay` before `fit`. Received: "
+                "`exclude_from_weight_decay` must be called before the "
+                "optimizer is built, so before `fit`. Received: "
                 f"optimizer '{self.name}', which is built"
             )
         self._without_weight_decay = None
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def finalize_variable_values(self, var_list):
-        """Does what the inner optimizer does at the end of training."""
+        """Finalizes variables as the inner optimizer does."""
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def apply_gradients(self, grads_and_vars):
-        """As `apply`, on pairs; returns `iterations`."""
+        """Like `apply`, for pairs; returns `iterations`."""
         pairs = list(grads_and_vars)
         self.apply([g for g, _ in pairs], [v for _, v in pairs])
         return self.iterations
@@ -343,17 +343,17 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """Takes one step.
 
         Args:
-            grads: List of gradients, as `keras.optimizers.Optimizer.apply`.
+            grads: List of gradients, as in `keras.optimizers.Optimizer.apply`.
             trainable_variables: List of the variables, or `None` for those
                 that the optimizer was built on.
         """
         if trainable_variables is None:
             if not self.built:
                 raise ValueError(
-                    "Without variables the optimizer must already be built: "
-                    "call `optimizer.build(trainable_variables)` before, or "
-                    "write `optimizer.apply(grads, trainable_variables)`. "
-                    "Received: trainable_variables=None"
+                    "Without `trainable_variables` the optimizer must already "
+                    "be built: call `optimizer.build(trainable_variables)` "
+                    "first, or write `optimizer.apply(grads, "
+                    "trainable_variables)`. Received: trainable_variables=None"
                 )
             trainable_variables = self._trainable_variables
         grads, trainable_variables = list(grads), list(trainable_variables)
@@ -361,7 +361,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             return
         if len(grads) != len(trainable_variables):
             raise ValueError(
-                "There must be one gradient, or `None`, for each variable. "
+                "`grads` must hold a gradient, or `None`, for each variable. "
                 f"Received: {len(grads)} gradients for "
                 f"{len(trainable_variables)} variables"
             )
@@ -381,7 +381,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
 
         updates = ops.cast(self.iterations, "int32")
-        # Between two updates of gradient accumulation nothing moves.
+        # While gradients are accumulated, nothing moves.
         accumulates = self.inner_optimizer.gradient_accumulation_steps
         updated = updates > updates_before if accumulates else None
         finite, previous = [], None
@@ -408,7 +408,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
 
         Args:
             steps: List of `GroupStep`s.
-            tolerance: Scalar, share of the norm of each that may be cut.
+            tolerance: Scalar, share of each adapter's norm that may be cut.
             updates: Int scalar, number of updates so far.
         """
         adapters = [a for step in steps for a in step.group.adapters]
@@ -419,11 +419,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
         return spend(budget, claims)
 
     def cut(self):
-        """Cuts every adapter to the rank that it needs, now.
+        """Cuts every adapter to the rank that it needs now.
 
-        Between two cuts of a training, ranks grow; this shows which of them
-        `tolerance` asks for. Nothing else moves, and training can go on.
-        `model.fit` of an adapted model does it at the end of an epoch.
+        Between two cuts ranks only grow; this cuts them to those that
+        `tolerance` asks for. Nothing else changes, and training can go on.
+        `model.fit` of an adapted model calls it at the end of an epoch.
         """
         if not self.built:
             return
@@ -442,8 +442,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
 
         Returns:
             Float in [0, 1), the share of the Frobenius norm of the update,
-            or `None` if this optimizer does not train the adapter, or not
-            yet.
+            or `None` if this optimizer does not train the adapter (yet).
         """
         for group in self._groups.content if self.built else ():
             if adapter in group.adapters:
@@ -452,11 +451,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
         return None
 
     def get_config(self):
-        """Returns the configuration, the inner optimizer's included.
+        """Returns the configuration, including that of the inner optimizer.
 
         Raises:
-            ValueError: If it was built for adapters that were merged, removed
-                or exchanged since: a file could not be loaded.
+            ValueError: If it was built for adapters that have since been
+                merged, removed or exchanged: a file could not be loaded.
         """
         if self.built:
             check_active(self._groups.content)
@@ -475,7 +474,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             "cut_interval": self.cut_interval,
             "max_update_ratio": self.max_update_ratio,
         }
-        if self._without_weight_decay:  # which Keras itself forgets
+        if self._without_weight_decay:  # Keras does not save it
             places = list(self._without_weight_decay)
             config["without_weight_decay"] = places
         return config
@@ -497,20 +496,20 @@ class GeoLoRA(keras.optimizers.Optimizer):
 
 
 def check_active(groups):
-    """Refuses to save an optimizer whose adapters are no longer there."""
+    """Refuses to save an optimizer whose adapters are no longer active."""
     gone = [a.path for g in groups for a in g.adapters if not a.is_active]
     if gone:
         raise ValueError(
-            "The optimizer was built for adapters that were merged, removed "
-            "or exchanged since, so that what is saved with it could not be "
+            "The optimizer was built for adapters that have since been "
+            "merged, removed or exchanged, so a file with it could not be "
             "loaded. Compile the model that holds it again, then save. "
-            f"Received: an optimizer for {len(gone)} adapters that no longer "
-            f"act, such as '{gone[0]}'"
+            f"Received: an optimizer for {len(gone)} adapters that are no "
+            f"longer active, such as '{gone[0]}'"
         )
 
 
 def find_geolora(optimizer):
-    """Returns the `GeoLoRA`, which a `LossScaleOptimizer` may hold, or `None`.
+    """Returns the `GeoLoRA`, maybe inside a `LossScaleOptimizer`, or `None`.
 
     Args:
         optimizer: Any optimizer, or `None`.
@@ -522,10 +521,9 @@ def find_geolora(optimizer):
 
 
 def renewed(optimizer):
-    """Creates an optimizer with the options of another, which is not built.
+    """Creates an optimizer, not built, with the options of another.
 
-    Not by way of a configuration, which functions and classes that are not
-    registered would not survive.
+    Unlike with a configuration, functions and classes need not be registered.
 
     Args:
         optimizer: `GeoLoRA`, its inner optimizer, or a wrapper around it.
@@ -538,7 +536,7 @@ def renewed(optimizer):
         )
         new._without_weight_decay = optimizer._without_weight_decay
         return new
-    with warnings.catch_warnings():  # of functions, which are not used
+    with warnings.catch_warnings():  # about functions, which are not used
         warnings.simplefilter("ignore")
         config = optimizer.get_config()
     if config.pop("inner_optimizer", None) is not None:
@@ -552,16 +550,16 @@ def renewed(optimizer):
 
 
 def rebuild(optimizer, new, variables):
-    """Builds an optimizer anew, in place, on variables of other shapes.
+    """Rebuilds an optimizer, in place, on variables of other shapes.
 
-    What it knows goes over: slots are cut, or continued by zeros, to the new
-    shapes of their variables.
+    Its state is kept: slots are cut or zero-padded to the new shapes of their
+    variables.
 
     Args:
-        optimizer: Built `GeoLoRA`, or a wrapper with one inside.
-        new: What `renewed` made of it.
-        variables: List that replaces the variables it was built on, in their
-            order; they differ in the width of the buffers of adapters.
+        optimizer: Built `GeoLoRA`, or a wrapper around one.
+        new: The result of `renewed(optimizer)`.
+        variables: List that replaces the variables it was built on, in the
+            same order; they differ in the width of the buffers of adapters.
     """
     new.build(variables)
     carry_state(optimizer, new)
@@ -569,13 +567,13 @@ def rebuild(optimizer, new, variables):
 
 
 def carry_state(old, new):
-    """Assigns the state of one optimizer to another, in its shapes."""
+    """Copies the state of one optimizer to another, fitted to its shapes."""
     if not isinstance(old, GeoLoRA):
         carry_variables(old._variables, new._variables)
         if hasattr(old, "inner_optimizer"):
             carry_state(old.inner_optimizer, new.inner_optimizer)
         return
-    # The bounds of steps come from the kernels.
+    # The bounds on steps are not copied: they come from the kernels.
     new.skipped_steps.assign(old.skipped_steps)
     carry_variables(old._beside_groups(), new._beside_groups())
     carry_groups(old._groups.content, new._groups.content)
@@ -588,9 +586,10 @@ def carry_variables(old, new):
 
 
 def take_attributes(optimizer, other):
-    """Lets an optimizer be what another is, and stay the same object.
+    """Replaces an optimizer's attributes by another's, in place.
 
-    So do the optimizers inside: people may hold them to set their options.
+    Inner optimizers stay the same objects, too: users may hold references to
+    them to set options.
     """
     wrapped = getattr(optimizer, "inner_optimizer", None)
     if wrapped is not None:
@@ -601,21 +600,21 @@ def take_attributes(optimizer, other):
 
 
 class Untracked:
-    """Holds what Keras must not track, because others own the variables."""
+    """Hides objects from Keras, because others own their variables."""
 
     def __init__(self, content):
         self.content = content
 
 
 def value_at(value, updates):
-    """Returns a number, or what a schedule says after some updates."""
+    """Returns a number, or the value of a schedule after some updates."""
     return value(updates) if callable(value) else value
 
 
 def as_count(value):
-    """Returns a number as int32; what is too large is as large as can be.
+    """Casts a number to int32, clipped to its largest value.
 
-    Backends make an error, or the smallest int, of what is too large.
+    Otherwise backends raise an error, or return the smallest int.
     """
     if isinstance(value, numbers.Real):
         return ops.cast(int(min(max(0, value), 2**31 - 1)), "int32")
@@ -626,14 +625,14 @@ def as_count(value):
 
 
 def as_config(value):
-    """Returns a number or a schedule as JSON can hold it."""
+    """Returns a number or a schedule in a form that JSON can hold."""
     if callable(value):
         return keras.saving.serialize_keras_object(value)
     return value
 
 
 def check_tolerance(tolerance):
-    """Refuses what is neither a share of a norm nor a schedule."""
+    """Refuses a tolerance that is neither in [0, 1) nor a schedule."""
     number = is_number(tolerance, (int, float)) and 0 <= tolerance < 1
     if not number and not callable(tolerance):
         raise ValueError(
@@ -644,7 +643,7 @@ def check_tolerance(tolerance):
 
 
 def check_budgets(rank_budget, parameter_budget):
-    """Refuses what is no budget, and two of them."""
+    """Refuses invalid budgets, and two of them."""
     budgets = {"rank_budget": rank_budget, "parameter_budget": parameter_budget}
     given = {k: v for k, v in budgets.items() if v is not None}
     if len(given) == 2:
@@ -657,14 +656,14 @@ def check_budgets(rank_budget, parameter_budget):
             is_number(budget, int) and 0 < budget < 2**31
         ):
             raise ValueError(
-                f"`{name}` counts what all adapters may have together, so it "
-                "must be a positive integer, or a schedule of them. "
+                f"`{name}` is shared by all adapters, so it must be a "
+                "positive integer or a schedule. "
                 f"Received: {name}={budget!r}"
             )
 
 
 def check_floor(budget, name, unit, adapters):
-    """Refuses a budget that does not cover the smallest ranks."""
+    """Refuses a budget that does not cover every `min_rank`."""
     floor = smallest(adapters, unit)
     if budget is None or callable(budget) or budget >= floor:
         return
@@ -677,7 +676,7 @@ def check_floor(budget, name, unit, adapters):
 
 
 def smallest(adapters, unit):
-    """Returns the price of the smallest ranks of adapters.
+    """Returns the cost of adapters at their `min_rank`.
 
     Args:
         adapters: List of adapters.
@@ -689,7 +688,7 @@ def smallest(adapters, unit):
 
 
 def check_update_ratio(ratio):
-    """Refuses what is no bound on the change of a layer."""
+    """Refuses an invalid bound on the change of a layer."""
     if ratio is None or ratio == "auto":
         return
     if not is_number(ratio, (int, float)) or not ratio > 0:
@@ -701,10 +700,10 @@ def check_update_ratio(ratio):
 
 
 def as_python(value):
-    """Returns a number of NumPy as one of Python, which JSON can hold."""
+    """Converts a NumPy number to a Python number, which JSON can hold."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def is_number(value, kinds):
-    """Says whether a value is a number of some kinds, and no bool."""
+    """Returns whether a value is a number of some kinds and not a bool."""
     return isinstance(value, kinds) and not isinstance(value, bool)

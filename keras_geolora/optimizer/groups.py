@@ -2,7 +2,7 @@
 
 The inner optimizer sees neither adapters nor their factors. Its variables for
 a group are the unknowns `K`, `S` and `L`: scratch, written before its step and
-read after it. Where the optimizer treats every number by itself, one variable
+read after it. If the optimizer treats every number independently, one variable
 holds the unknowns of all adapters, and its slots are stacked the same way, so
 that the number of operations does not grow with the number of layers.
 """
@@ -27,7 +27,7 @@ from keras_geolora.layers.adapter import Factor
 
 
 class Store:
-    """Where the arrays of all adapters of a group are kept, factor by factor.
+    """Holds the arrays of all adapters of a group, factor by factor.
 
     Args:
         variables: `Point` or `Unknowns` of lists of variables: one variable
@@ -63,7 +63,7 @@ class Store:
             variable.assign(value)
 
     def pair(self, arrays):
-        """Returns pairs of an array and the variable that it is for."""
+        """Returns pairs of an array and its variable."""
         pairs = []
         for variables, array in zip(self.variables, arrays, strict=True):
             values = [array] if self.stacked else ops.unstack(array)
@@ -76,15 +76,14 @@ class AdapterGroup:
 
     Attributes:
         adapters: Tuple of the adapters.
-        places: Tuple of their places among all adapters of the optimizer.
+        places: Tuple of their positions among all adapters of the optimizer.
         factors: `Store` of their `U`, `S` and `V`.
         unknowns: `Store` of the variables of the inner optimizer.
-        slots: List of pairs of the kind of a slot and a `Store`.
-        accumulators: List of none or one `Store`, the sums of gradients
-            between two updates.
-        max_change: Variable `(adapters,)`, the bounds of the steps, or `None`.
+        slots: List of pairs of a slot's kind and its `Store`.
+        accumulators: List of at most one `Store`, the accumulated gradients.
+        max_change: Variable `(adapters,)`, the bounds on the steps, or `None`.
         longest: Variable `(adapters,)`, the lengths of the longest steps that
-            the inner optimizer proposed so far, or `None` without bounds.
+            the inner optimizer has proposed so far, or `None` without bounds.
         discarded: Variable `(adapters,)`, the shares of the norms that the
             last truncation discarded.
     """
@@ -96,13 +95,13 @@ class AdapterGroup:
         self.unknowns = unknowns
         self.slots, self.accumulators = [], []
         self.max_change = self.longest = self.discarded = None
-        # Keras takes long to look through lists.
+        # Arrays, because Keras is slow to search lists for variables.
         self.min_rank = np.array([[a.min_rank] for a in adapters], "int32")
         self.scale = np.array([[abs(a.scale)] for a in adapters], "float32")
 
     @classmethod
     def collect(cls, variables, inner_optimizer):
-        """Finds the adapters behind variables, and makes their unknowns.
+        """Groups the adapters behind variables and creates their unknowns.
 
         Args:
             variables: List of variables, the factors of adapters among them.
@@ -110,8 +109,8 @@ class AdapterGroup:
                 `unknowns.variables`.
 
         Returns:
-            List of groups: of adapters of equal shape where they share
-            variables, of one adapter each otherwise.
+            List of groups: adapters of equal shape if they can share
+            variables, otherwise one adapter each.
         """
         stacked = is_elementwise(inner_optimizer)
         members = {}
@@ -128,14 +127,14 @@ class AdapterGroup:
         return groups
 
     def find_slots(self, found, sums, rules, place):
-        """Finds what the inner optimizer keeps for the unknowns.
+        """Finds the slots and accumulated gradients of the unknowns.
 
         Args:
             found: Dict from names of slots to lists of them, one for each
                 variable of the inner optimizer.
-            sums: Such a list, of sums of gradients, or an empty one.
+            sums: List of accumulated gradients, likewise, or an empty list.
             rules: Dict from names of slots to their kinds.
-            place: Dict from ids of variables to places in the lists.
+            place: Dict from ids of variables to positions in these lists.
         """
 
         def select(source):
@@ -154,13 +153,13 @@ class AdapterGroup:
         self.accumulators = [select(sums)] if sums else []
 
     def cost(self, unit):
-        """Returns the price of a rank, in `"ranks"` or `"parameters"`."""
+        """Returns the cost of a rank, in `"ranks"` or `"parameters"`."""
         if unit == "ranks":
             return 1
         return self.adapters[0].parameters_per_rank
 
     def state(self):
-        """Returns the `Store`s of what goes along with the adapters."""
+        """Returns the `Store`s of slots and accumulated gradients."""
         return [*(store for _, store in self.slots), *self.accumulators]
 
     def numbers(self):
@@ -189,7 +188,7 @@ def find_adapters(variables):
     for key, adapter in adapters.items():
         if set(factors[key]) != set(Point._fields):
             raise ValueError(
-                "An adapter trains with all its factors U, S and V, or with "
+                "An adapter must train all of its factors U, S and V, or "
                 "none: set `trainable` on the adapter, not on its variables. "
                 f"Received: {sorted(factors[key])} of adapter "
                 f"'{adapter.path}'"
@@ -225,16 +224,16 @@ def shape_of(adapter):
 
 
 def create_unknowns(factors, stacked, number):
-    """Creates the variables that the inner optimizer moves.
+    """Creates the variables that the inner optimizer updates.
 
     Args:
         factors: `Point` of lists of variables.
-        stacked: Bool, whether one variable holds all.
-        number: Int, tells groups of one shape apart.
+        stacked: Bool, whether one variable holds all adapters.
+        number: Int, distinguishes groups of one shape.
 
     Returns:
-        `Store`. Variables for one adapter each have the paths of its factors,
-        which some optimizers ask for.
+        `Store`. Variables that are not stacked have the paths of the factors,
+        which some optimizers look at.
     """
     if not stacked:
         return Store(Unknowns(*([alike(v) for v in vs] for vs in factors)))
@@ -249,7 +248,7 @@ def create_unknowns(factors, stacked, number):
 
 
 def alike(variable):
-    """Creates a variable of the shape and the path of another."""
+    """Creates a variable with the shape and the path of another."""
     *parents, scope, name = variable.path.split("/")
     layout = layout_of(variable)
     with keras.name_scope(scope, override_parent="/".join(parents)):
@@ -257,7 +256,7 @@ def alike(variable):
 
 
 def alike_stacked(variables, name):
-    """Creates a variable for others of one shape, stacked."""
+    """Creates one variable for several of one shape, stacked."""
     shape = len(variables), *variables[0].shape
     layout = stacked_layout([layout_of(v) for v in variables])
     return empty(shape, variables[0].dtype, name, layout)
@@ -271,13 +270,13 @@ def empty(shape, dtype, name, layout):
 
 
 class GroupStep:
-    """One step of one group: remembers the state before, moves it after.
+    """One step of one group: reads the state before it, updates it after.
 
     Args:
         group: `AdapterGroup`.
         gradients: Dict from the ids of factors to their gradients. Adapters
-            without gradients rest: their factors and slots stay. `None` to
-            cut without a step.
+            without gradients keep their factors and slots. `None` to cut
+            without a step.
     """
 
     def __init__(self, group, gradients=None):
@@ -295,7 +294,7 @@ class GroupStep:
             self.gradients = stack_gradients(group, gradients)
 
     def lift(self, inner_optimizer):
-        """Writes the unknowns, for the inner optimizer to move.
+        """Writes the unknowns, for the inner optimizer to update.
 
         Returns:
             List of pairs of a gradient and a variable.
@@ -307,13 +306,12 @@ class GroupStep:
         return self.group.unknowns.pair(gradients)
 
     def _fill_padding(self, gradients):
-        """Repeats columns where a gradient is zero for lack of rank.
+        """Fills the zero columns beyond the rank with copies of the others.
 
-        Moments of rows times moments of columns underflow to zero in the
-        padding, and zero by zero is no step. What the inner optimizer does
-        with the padding is thrown away after its step, but it looks at all
-        columns together. So the filling is linear: replicas fill before their
-        gradients are summed.
+        In this padding, row moments times column moments would underflow to
+        zero, and zero divided by zero is not finite. After the step it is
+        discarded, yet the optimizer's statistics span all columns. The
+        filling is linear because replicas fill before gradients are summed.
         """
         K, S, L = gradients
         rank = integrator.count(integrator.active_columns(self.point.U))
@@ -327,10 +325,10 @@ class GroupStep:
         )
 
     def clear_gradients(self):
-        """Clears the gradients that torch keeps with the factors.
+        """Clears the gradients that torch stores on the factors.
 
         A model that was built before a part of it was adapted does not know
-        the factors, so its `zero_grad` would let gradients add up.
+        the factors: its `zero_grad` misses them, and gradients would add up.
         """
         for variables in self.group.factors.variables:
             for variable in variables:
@@ -338,15 +336,15 @@ class GroupStep:
                     variable.value.grad = None
 
     def augment(self, previous=None):
-        """Computes the step, before it is known to what rank to truncate.
+        """Computes the step, before its rank is chosen.
 
-        An adapter whose step is not finite steps nowhere.
+        An adapter whose step is not finite does not move.
 
         Args:
-            previous: The `GroupStep` that has to be computed before, if any.
+            previous: The `GroupStep` to compute first, if any.
 
         Returns:
-            Bool array `(adapters,)`, whose steps were finite, or rested.
+            Bool array `(adapters,)`, false where a step was not finite.
         """
         moved = self.group.unknowns.read()
         change = Unknowns(
@@ -377,7 +375,7 @@ class GroupStep:
     def claim(self, tolerance, unit):
         """Returns the `Claim` of the group on a budget.
 
-        Adapters that rest in this step keep what they have.
+        Adapters without gradients keep their ranks.
 
         Args:
             tolerance: Scalar, share of the norm that may be cut.
@@ -410,20 +408,20 @@ class GroupStep:
         group.factors.write(move.new)
         for (kind, store), slots in zip(group.slots, self.slots, strict=True):
             store.write(transport(kind, slots, move))
-        # Sums of gradients, where an update is not complete.
+        # Gradients accumulated for an update that is not complete yet.
         for store in group.accumulators:
             store.write(transport("linear", store.read(), move))
 
     def retract(self, rank, updated=None):
-        """Returns to the manifold and moves the slots along.
+        """Returns to the manifold and transports the slots.
 
-        Adapters whose step was not finite keep their factors, as far as the
-        rank allows, and slots.
+        Adapters whose step was not finite keep their slots, and as much of
+        their factors as the rank allows.
 
         Args:
             rank: Int array `(adapters, 1)`.
             updated: Bool scalar, whether the inner optimizer took a step;
-                `None` where it always does.
+                `None` if it always does.
         """
         group = self.group
         move = integrator.truncate(self.augmented, rank)
@@ -446,8 +444,8 @@ class GroupStep:
         ):
             if updated is not None:
                 old = choose(self.steps, slots, old)
-            # Columns of old slots beyond a smaller rank do no harm: the bases
-            # are zero there.
+            # Columns of old slots beyond a smaller rank are harmless: the
+            # bases are zero there.
             slots = transport(kind, slots, move)
             store.write(choose(turned, slots, old))
         for store in group.accumulators:
@@ -458,7 +456,7 @@ class GroupStep:
 
 
 def find_moving(group, gradients):
-    """Says of every adapter of a group whether it has gradients.
+    """Returns for each adapter of a group whether it has gradients.
 
     Returns:
         NumPy array of bools `(adapters,)`.
@@ -468,7 +466,7 @@ def find_moving(group, gradients):
         found = [v.path for v in factors if id(v) in gradients]
         if len(found) not in (0, 3):
             raise ValueError(
-                "The three factors of an adapter move together. "
+                "The three factors of an adapter must be updated together. "
                 f"Received: gradients for {found} only"
             )
         moving.append(bool(found))
@@ -487,7 +485,7 @@ def stack_gradients(group, gradients):
 
 
 def all_finite(arrays):
-    """Says of every adapter whether all its numbers are finite."""
+    """Returns for each adapter whether all its numbers are finite."""
     sums = ops.stack(
         [ops.sum(x, axis=tuple(range(1, len(x.shape)))) for x in arrays]
     )
@@ -495,7 +493,7 @@ def all_finite(arrays):
 
 
 def build_inner(inner_optimizer, variables):
-    """Builds the inner optimizer on unknowns in the place of factors.
+    """Builds the inner optimizer on unknowns in place of factors.
 
     Args:
         inner_optimizer: The inner optimizer, not built.
@@ -514,7 +512,7 @@ def build_inner(inner_optimizer, variables):
         ):
             own += unknowns
             without_decay += [] if decays(factors[0]) else unknowns
-    if groups:  # names that stand for factors do not name the unknowns
+    if groups:  # names of factors do not match those of the unknowns
         inner_optimizer.exclude_from_weight_decay(without_decay)
     inner_optimizer.build(own)
     if not groups:
@@ -528,18 +526,19 @@ def build_inner(inner_optimizer, variables):
 
 
 def plain_variables(variables):
-    """Returns the variables that are no factors of adapters."""
+    """Returns the variables that are not factors of adapters."""
     return [v for v in variables if not isinstance(v.constraint, Factor)]
 
 
 def carry_groups(old, new):
-    """Assigns what goes along with adapters to groups of other shapes.
+    """Copies the state of groups to groups of other shapes.
 
-    What does not fit into the new shapes is cut; what is missing is zero.
+    Arrays are cut or zero-padded to the new shapes.
 
     Args:
         old: List of `AdapterGroup`s.
-        new: List of `AdapterGroup`s of as many adapters, in the same order.
+        new: List of `AdapterGroup`s of the same number of adapters, in the
+            same order.
     """
     states = {}
     for group in old:
@@ -568,7 +567,7 @@ def to_numpy(arrays):
 
 
 def fitted(value, shape):
-    """Cuts an array, or continues it by zeros, to a shape."""
+    """Cuts or zero-pads an array to a shape."""
     value = value[tuple(slice(size) for size in shape)]
     missing = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
     return np.pad(value, missing)
