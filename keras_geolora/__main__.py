@@ -1,4 +1,4 @@
-"""The command line: look into adapter files, convert and compare them."""
+"""The command line: inspect, convert and compare adapter files."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def main(arguments=None):
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("inspect", help="show what is in a file")
+    command = commands.add_parser("inspect", help="show the content of a file")
     command.add_argument("file")
     command.add_argument(
         "--json", action="store_true", help="print the description as JSON"
@@ -29,15 +29,15 @@ def main(arguments=None):
     command.add_argument("file")
     command.add_argument("--to", choices=["peft"], required=True)
     command.add_argument(
-        "--output", help="folder, by default that of the file without ending"
+        "--output", help="folder, by default the file name without its ending"
     )
     command.add_argument(
         "--names", help='JSON file: {"path of a layer": "name of a module"}'
     )
     command.add_argument("--prefix", default="", help='for example "bert"')
-    command.add_argument("--base-model", help="Hugging Face name of the base")
+    command.add_argument("--base-model", help="base model on Hugging Face")
     command.add_argument(
-        "--pad", action="store_true", help="give all layers the largest rank"
+        "--pad", action="store_true", help="pad all layers to the largest rank"
     )
     command.set_defaults(run=convert)
 
@@ -55,7 +55,7 @@ def main(arguments=None):
 
 
 def inspect(args):
-    """Prints what is in a file."""
+    """Prints the content of a file."""
     description, tensors = read_adapter(args.file)
     if args.json:
         print(json.dumps(description, indent=2))
@@ -92,7 +92,7 @@ def inspect(args):
     )
     others = other_tensors(description, tensors)
     if others:
-        print(f"{sum(x.size for x in others.values()):,} trained beside:")
+        print(f"{sum(x.size for x in others.values()):,} other parameters:")
         for key, x in others.items():
             print(f"  {key} {tuple(x.shape)}")
 
@@ -108,7 +108,7 @@ def convert(args):
             isinstance(name, str) for name in names.values()
         ):
             raise ValueError(
-                f"'{args.names}' must be an object of paths and names, "
+                f"'{args.names}' must map paths of layers to names, "
                 'for example {"dense": "classifier"}.'
             )
     family = description["backbone"]
@@ -180,7 +180,7 @@ def update(description, tensors, path):
 
 
 def other_tensors(description, tensors):
-    """Returns the arrays of a file that are no factors."""
+    """Returns the arrays of a file that are not factors."""
     factors = {
         f"{path}.{role}" for path in paths(description) for role in "USV"
     }

@@ -80,7 +80,7 @@ PROBE = keras.layers.Layer(name="probe")
 
 
 def in_layer_call():
-    """Says whether the `__call__` of any layer is running, in this thread.
+    """Returns whether the `__call__` of any layer is running, in this thread.
 
     Keras keeps a context for the outermost call, to pass on `training`. A
     layer that asks for it gets that of the call which is running, and begins
@@ -141,7 +141,7 @@ def unlist_attributes(layer, names):
 
 
 def is_computed_again(layer):
-    """Says whether the backward pass may call the layer once more."""
+    """Returns whether the backward pass may call the layer once more."""
     return layer._remat_mode is not None
 
 
@@ -211,7 +211,7 @@ def rate_as_given(optimizer):
 
 
 def decays(optimizer, variable):
-    """Says whether weight decay acts on a variable."""
+    """Returns whether weight decay acts on a variable."""
     return optimizer._use_weight_decay(variable)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files atomically: whole or not at all."""
 
 import contextlib
 import os
@@ -7,9 +7,9 @@ import tempfile
 
 
 def write_whole(path, *parts):
-    """Writes a file so that nobody ever sees half of it.
+    """Writes a file atomically.
 
-    Killed at any moment, what was at `path` before is whole.
+    If the process is killed, `path` has its old or its new content, whole.
 
     Args:
         path: String or path.
@@ -23,10 +23,10 @@ def write_whole(path, *parts):
 
 
 def write_together(files):
-    """Writes files that belong to each other; none if one cannot be written.
+    """Writes files that belong together; none if one cannot be written.
 
-    The bytes go to files of other names in the same folders and to the disk.
-    When all are there, each goes in one step to its place.
+    The bytes are flushed to temporary files in the same folders. When all are
+    on the disk, each is renamed.
 
     Args:
         files: Dict from string or path to a list of `bytes`.
@@ -47,7 +47,7 @@ def write_together(files):
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-        # Temporary files are for their owner alone; these are like others.
+        # Only the owner may read temporary files; these get the usual mode.
         mask = os.umask(0)
         os.umask(mask)
         for path, name in temporaries.items():

@@ -320,7 +320,7 @@ def test_a_schedule_of_keras_works_in_fit():
     model.fit(x, y, batch_size=16, epochs=2, verbose=0)
     at_the_end = deltas(model)[0]
     assert float(model.optimizer.learning_rate) == pytest.approx(0, abs=1e-6)
-    with pytest.warns(UserWarning, match="look at the learning rate"):
+    with pytest.warns(UserWarning, match="check the learning rate"):
         model.fit(x, y, batch_size=16, verbose=0)
     np.testing.assert_allclose(deltas(model)[0], at_the_end, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Callbacks that show how the adapters of a model do while it trains."""
+"""Callbacks that show, check, cut and compact adapters during training."""
 
 from keras_geolora.callbacks.epoch_compaction import EpochCompaction
 from keras_geolora.callbacks.epoch_cut import EpochCut

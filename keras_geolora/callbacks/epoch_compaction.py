@@ -9,16 +9,16 @@ from keras_geolora.layers.tree import adapted_layers
 class EpochCompaction(keras.callbacks.Callback):
     """Cuts the buffers of adapters to their ranks, at the end of epochs.
 
-    Training then goes on with smaller adapters, exactly where it was. What is
-    compiled compiles anew, so it happens only where it saves enough.
-    Checkpoints of before and after fit a model with either buffers, if it is
-    the model on which `enable_geolora` was called.
+    Training continues with smaller adapters, exactly where it was. Compiled
+    functions are compiled again, so buffers are cut only if that saves enough.
+    A model on which `enable_geolora` was called loads checkpoints from before
+    and after, whatever the size of its buffers.
 
     Args:
         multiple: Int, as in `keras_geolora.compact_geolora`. Defaults to 8.
-        min_saving: Float in [0, 1), the smallest share of the buffers for
-            which it is done. Defaults to 0.25.
-        verbose: 0 or 1, whether to say so. Defaults to 0.
+        min_saving: Float in [0, 1), the smallest share of the buffers that is
+            worth cutting. Defaults to 0.25.
+        verbose: 0 or 1, whether to print the savings. Defaults to 0.
 
     Example:
 
@@ -45,7 +45,7 @@ class EpochCompaction(keras.callbacks.Callback):
         self.verbose = verbose
 
     def on_epoch_end(self, epoch, logs=None):
-        """Compacts, after the cut of the epoch."""
+        """Compacts, after the cut at the end of the epoch."""
         synchronize(self.model)
         before = self._count()
         self.model.compact_geolora(self.multiple, min_saving=self.min_saving)

@@ -1,4 +1,4 @@
-"""Ranks as validation, checkpoints and people should see them."""
+"""Cuts ranks before validation and checkpoints."""
 
 import keras
 
@@ -9,14 +9,13 @@ from keras_geolora.optimizer.of_model import geolora_optimizers
 class EpochCut(keras.callbacks.Callback):
     """Cuts all adapters to the ranks they need, at the end of every epoch.
 
-    Ranks grow between two cuts of the optimizer. With this callback the model
-    that is validated, saved and handed over has no directions that the next
-    cut would take away. `fit` of a model with `enable_geolora` adds it by
-    itself.
+    Ranks grow between two cuts of the optimizer. With this callback, the model
+    that is validated, saved and returned has no directions that the next cut
+    would remove. `fit` of a model with `enable_geolora` adds it automatically.
 
     Epochs of fewer updates than the `cut_interval` of the optimizer end
-    without a cut: new directions would not have had the time to grow. Nor is
-    there another one where the last step of an epoch was a cut.
+    without a cut: new directions have not had time to grow. Neither is there
+    another cut if the last step of an epoch was one.
 
     Example:
 
@@ -42,7 +41,7 @@ class EpochCut(keras.callbacks.Callback):
         self._updates_before = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Notes how many updates there were."""
+        """Records the number of updates so far."""
         self._updates_before = updates_of(self.model)
 
     def on_test_begin(self, logs=None):
@@ -50,7 +49,7 @@ class EpochCut(keras.callbacks.Callback):
         self._cut()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Cuts where nothing was validated."""
+        """Cuts if there was no validation."""
         self._cut()
 
     def _cut(self):

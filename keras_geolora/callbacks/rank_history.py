@@ -1,4 +1,4 @@
-"""Ranks over the course of a training."""
+"""Ranks during training."""
 
 import os
 import pathlib
@@ -11,25 +11,23 @@ from keras_geolora.viewing.summary import plot_ranks
 
 
 class RankHistory(IntervalCallback):
-    """Remembers the rank of every layer, and draws it as a heat map.
+    """Records the rank of every layer, and draws it as a heat map.
 
     Ranks are read before the first batch, every `interval` batches and at the
-    end of every epoch, after its cut. Files are written at the end of
-    every epoch, whole or not at all, so that a run that is interrupted has
-    them.
+    end of every epoch, after its cut. Files are written atomically at the end
+    of every epoch, so that an interrupted run has them.
 
-    A second `fit` goes on with the same history. A training that is resumed
-    in another process, by `keras.callbacks.BackupAndRestore` for example,
-    goes on with the file. One that starts at a step that was read before,
-    because it starts anew or from an older checkpoint, replaces what came
-    after that step.
+    A second `fit` continues the same history. Training that is resumed in
+    another process, by `keras.callbacks.BackupAndRestore` for example,
+    continues the file. Training that starts at an earlier step, from scratch
+    or from an older checkpoint, replaces the history from that step on.
 
     Args:
         filename: String or path of a CSV file, with a line for each step
             and a column for each layer. Optional.
         heat_map: String or path of a PNG file, see
             `keras_geolora.plot_ranks`. Optional; needs `matplotlib`.
-        interval: Int, how many batches apart the ranks are read. Each reading
+        interval: Int, number of batches between two readings. Each of them
             waits for the device and copies a basis of every layer. Defaults
             to 20, the `cut_interval` of `GeoLoRA`; in between ranks only grow.
 
@@ -70,7 +68,7 @@ class RankHistory(IntervalCallback):
         self.ranks = {}
 
     def on_train_begin(self, logs=None):
-        """Refuses a model that has no ranks."""
+        """Refuses a model without adapters."""
         super().on_train_begin(logs)
         if not adapted_layers(self.model):
             raise ValueError(
@@ -93,7 +91,7 @@ class RankHistory(IntervalCallback):
             ranks.append(found.get(path))
 
     def on_epoch_end(self, epoch, logs=None):
-        """Reads, and writes the files."""
+        """Reads the ranks and writes the files."""
         super().on_epoch_end(epoch, logs)
         if self.filename is not None:
             write_ranks(self.filename, self.steps, self.ranks)
@@ -116,10 +114,10 @@ class RankHistory(IntervalCallback):
 
 
 def check_folder(argument, filename):
-    """Refuses a file that could not be written at the end of an epoch."""
+    """Refuses early a file that could not be written after an epoch."""
     folder = pathlib.Path(filename).absolute().parent
     if not os.access(folder, os.W_OK) or not folder.is_dir():
         raise ValueError(
-            f"`{argument}` must lie in a folder that exists and can be "
-            f"written; create it first. Received: {argument}='{filename}'"
+            f"`{argument}` must be in an existing, writable folder; create "
+            f"it first. Received: {argument}='{filename}'"
         )

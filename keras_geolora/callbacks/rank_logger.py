@@ -1,4 +1,4 @@
-"""The mean rank, where Keras shows its metrics."""
+"""The mean rank as a metric of `fit`."""
 
 import keras
 
@@ -8,22 +8,22 @@ from keras_geolora.optimizer.of_model import geolora_optimizers
 
 
 class RankLogger(IntervalCallback):
-    """Puts the mean rank and the skipped steps into the logs of `fit`.
+    """Adds the mean rank and the skipped steps to the logs of `fit`.
 
-    `fit` of a model with `enable_geolora` adds it by itself. Add it by hand
-    where an adapted model is a part of the model that you train:
+    `fit` of a model with `enable_geolora` adds it automatically. Add it
+    yourself if the adapted model is only a part of the model that you train:
     `model.fit(..., callbacks=[keras_geolora.callbacks.RankLogger()])`.
 
-    After every epoch the logs, and with them `History`, the progress bar and
-    the callbacks that come later, hold
+    After every epoch, the logs contain two more entries, which `History`, the
+    progress bar and later callbacks see:
 
     - `mean_rank`: the mean over all adapted layers,
-    - `skipped_steps`: how many steps were not finite so far, so that at
-      least one adapter kept its factors.
+    - `skipped_steps`: the number of steps so far in which at least one adapter
+      kept its factors, because its step was not finite.
 
     Args:
-        interval: Int, how many batches apart the progress bar gets a fresh
-            mean rank. Reading it waits for the device. Defaults to 20.
+        interval: Int, number of batches between two updates of the mean rank
+            in the progress bar. Each waits for the device. Defaults to 20.
 
     Example:
 

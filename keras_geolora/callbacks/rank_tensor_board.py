@@ -1,4 +1,4 @@
-"""What adapters do, for TensorBoard."""
+"""Ranks and the health of adapters in TensorBoard."""
 
 import os
 import time
@@ -15,33 +15,33 @@ from keras_geolora.viewing.summary import describe
 class RankTensorBoard(IntervalCallback):
     """Writes ranks and the health of adapters for TensorBoard.
 
-    Into the folder `geolora` of `log_dir`, beside the `train` and
-    `validation` of `keras.callbacks.TensorBoard`, go
+    It writes to the folder `geolora` of `log_dir`, beside `train` and
+    `validation` of `keras.callbacks.TensorBoard`:
 
     - before the first batch, every `interval` batches and at the end of every
       epoch: `geolora/mean_rank`, `geolora/total_rank`, `geolora/parameters`
       at these ranks, `geolora/skipped_steps`, and `rank/` of every layer,
-    - at the end of every epoch: `discarded_share/`, what the last
-      truncation of a layer discarded of the norm of its update, and
-      `orthogonality_error/` of every layer, which should stay below 1e-5,
+    - at the end of every epoch, for every layer: `discarded_share/`, the share
+      of the norm of its update that the last truncation discarded, and
+      `orthogonality_error/`, which should stay below 1e-5,
     - every `histogram_freq` epochs: histograms of `singular_values/` of
       every layer.
 
-    The step is the number of updates. A training that is resumed goes on in
-    the same folder; what another run wrote of later steps is hidden.
+    The step is the number of updates. Training that is resumed continues in
+    the same folder; later steps that another run wrote are hidden.
 
     The files are written by `tensorboardX`, which needs no backend:
-    `pip install "keras_geolora[tensorboard]"`. Look at them with
+    `pip install "keras_geolora[tensorboard]"`. View them with
     `tensorboard --logdir logs`.
 
     Args:
         log_dir: String or path of a folder, that of
             `keras.callbacks.TensorBoard` for example. Defaults to `"logs"`.
-        interval: Int, how many batches apart ranks are written. Each reading
+        interval: Int, number of batches between two readings. Each of them
             waits for the device and copies a basis of every layer. Defaults
             to 20, the `cut_interval` of `GeoLoRA`; in between ranks only grow.
-        histogram_freq: Int, how many epochs apart histograms are written; 0
-            for none. Defaults to 1.
+        histogram_freq: Int, number of epochs between two histograms; 0 for
+            none. Defaults to 1.
 
     Example:
 
@@ -72,7 +72,7 @@ class RankTensorBoard(IntervalCallback):
         self._writer = None
 
     def on_train_begin(self, logs=None):
-        """Begins a new file, also after a training that broke off."""
+        """Starts a new file, also after an interrupted training."""
         super().on_train_begin(logs)
         self._close()
 
@@ -97,7 +97,7 @@ class RankTensorBoard(IntervalCallback):
             writer.add_scalar(f"rank/{path}", rank, step)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes the ranks, and what takes longer to read."""
+        """Writes the ranks, and the values that are slower to read."""
         super().on_epoch_end(epoch, logs)
         step = updates_of(self.model)
         writer = self._writer_at(step)
@@ -122,7 +122,7 @@ class RankTensorBoard(IntervalCallback):
             self._writer = summary_writer()(
                 os.path.join(self.log_dir, "geolora"),
                 purge_step=step,
-                # Two files of one second must not be one.
+                # Two files of the same second need different names.
                 filename_suffix=f".{time.time_ns()}",
             )
         return self._writer
@@ -139,7 +139,7 @@ def summary_writer():
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            "Files for TensorBoard are written by tensorboardX. Write: "
+            "Files for TensorBoard are written by tensorboardX. Run: "
             '`pip install "keras_geolora[tensorboard]"`'
         ) from error
     return SummaryWriter

@@ -1,4 +1,4 @@
-"""How callbacks read a model that trains."""
+"""How callbacks read a model during training."""
 
 import keras
 
@@ -6,12 +6,12 @@ from keras_geolora.optimizer.of_model import geolora_optimizers
 
 
 class IntervalCallback(keras.callbacks.Callback):
-    """Reads something now and then while `fit` runs.
+    """Reads something at intervals while `fit` runs.
 
     Before the first batch, every `interval` batches, and at the end of every
-    epoch. Batches are counted through all epochs, as updates are, so that an
-    interval that is the `cut_interval` of `GeoLoRA` meets its cuts. What is
-    read before and after the cut of an epoch has the same step.
+    epoch. Like updates, batches are counted across epochs, so that an interval
+    equal to the `cut_interval` of `GeoLoRA` coincides with its cuts. Readings
+    before and after the cut at the end of an epoch have the same step.
     """
 
     def __init__(self, interval):
@@ -28,7 +28,7 @@ class IntervalCallback(keras.callbacks.Callback):
         raise NotImplementedError
 
     def on_train_begin(self, logs=None):
-        """Other callbacks may load a checkpoint now: it is read later."""
+        """Defers the first reading: other callbacks may load a checkpoint."""
         self._begins = True
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -42,7 +42,7 @@ class IntervalCallback(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Reads every `interval` batches."""
-        # `batch` moves in strides where Keras does several steps at once.
+        # `batch` skips numbers if Keras executes several steps at once.
         done = self._done + batch + 1 - self._done_in_epoch
         self._done_in_epoch = batch + 1
         due = done >= self._next
@@ -55,14 +55,14 @@ class IntervalCallback(keras.callbacks.Callback):
         self._next = (done // self.interval + 1) * self.interval
 
     def on_epoch_end(self, epoch, logs=None):
-        """Reads what the cut of the epoch has left."""
+        """Reads after the cut at the end of the epoch."""
         self.read(updates_of(self.model))
 
 
 def synchronize(model):
     """Brings the weights up to date.
 
-    The JAX trainer keeps the weights to itself between two batches.
+    Between two batches, the JAX trainer does not write to the variables.
     """
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
@@ -79,7 +79,7 @@ def updates_of(model):
 
 
 def check_interval(interval):
-    """Refuses what cannot count batches."""
+    """Refuses an interval that is not a positive integer."""
     if (
         not isinstance(interval, int)
         or isinstance(interval, bool)

@@ -1,4 +1,4 @@
-"""Warnings where nothing is learned."""
+"""Warnings if nothing is learned."""
 
 import warnings
 
@@ -13,8 +13,8 @@ from keras_geolora.layers.tree import adapted_layers
 class SilentFailureGuard(keras.callbacks.Callback):
     """Warns after the first epoch of `fit` if nothing was learned.
 
-    `fit` of a model with `enable_geolora` adds it by itself. It says so, in
-    one sentence with the likely cause, when
+    `fit` of a model with `enable_geolora` adds it automatically. It warns, in
+    one sentence with the likely cause, if
 
     - an adapter has not moved,
     - the last layer, a `Dense`, is frozen and not adapted,
@@ -47,17 +47,17 @@ class SilentFailureGuard(keras.callbacks.Callback):
         self._waits = False
 
     def on_train_begin(self, logs=None):
-        """Waits for the first epoch: other callbacks may restore a model."""
+        """Waits for the first epoch: other callbacks may load a checkpoint."""
         self._waits = True
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Remembers where the adapters stand, once."""
+        """Records the singular values of the adapters, once."""
         if not self._waits:
             return
         self._waits = False
         synchronize(self.model)
         layers = adapted_layers(self.model)
-        # Those that somebody froze are meant to stand still, but not all.
+        # Frozen adapters are not meant to move, unless all are frozen.
         train = {p: x for p, x in layers.items() if x.adapter.trainable}
         self._cores = {
             path: core_of(layer) for path, layer in (train or layers).items()
@@ -65,7 +65,7 @@ class SilentFailureGuard(keras.callbacks.Callback):
         self._losses = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        """Remembers the first loss of the first epoch."""
+        """Records the first loss of the first epoch."""
         if self._cores is None or not logs:
             return
         self._losses += 1
@@ -73,7 +73,7 @@ class SilentFailureGuard(keras.callbacks.Callback):
             self._first_loss = float(logs.get("loss", np.nan))
 
     def on_epoch_end(self, epoch, logs=None):
-        """Compares, once."""
+        """Compares and warns, once."""
         if self._cores is None:
             return
         synchronize(self.model)
@@ -100,15 +100,15 @@ class SilentFailureGuard(keras.callbacks.Callback):
         if not moved:
             return (
                 f"None of the {len(still)} adapters has moved in the first "
-                "epoch: look at the learning rate, at `skipped_steps` in the "
-                "logs (steps that were not finite), and whether the loss "
-                "depends on the adapted layers."
+                "epoch: check the learning rate, `skipped_steps` in the logs "
+                "(steps that were not finite), and whether the loss depends "
+                "on the adapted layers."
             )
         return (
             f"{len(still)} of {len(still) + moved} adapters have not moved in "
             f"the first epoch ({', '.join(still[:3])}"
             f"{', ...' if len(still) > 3 else ''}): the loss does not seem to "
-            "depend on these layers, which `exclude` would leave out."
+            "depend on these layers. Leave them out with `exclude`."
         )
 
     def _about_the_head(self):
@@ -133,8 +133,8 @@ class SilentFailureGuard(keras.callbacks.Callback):
             return None
         return (
             f"The loss has not changed in the first epoch (it is {loss:.6g}): "
-            "look whether the labels vary, and whether `from_logits` of the "
-            "loss fits the last activation."
+            "check whether the labels vary, and whether `from_logits` of the "
+            "loss matches the last activation."
         )
 
 
@@ -144,9 +144,9 @@ def core_of(layer):
 
 
 def is_same(core, other):
-    """Says whether two cores differ by rounding errors only.
+    """Returns whether two cores differ by rounding errors only.
 
-    Their buffers may be of other widths, if they were resized.
+    Their widths may differ, if the buffers were resized.
     """
     width = max(len(core), len(other))
     core, other = (np.pad(x, (0, width - len(x))) for x in (core, other))

@@ -1,10 +1,10 @@
-"""Layouts of what belongs to adapters, under `keras.distribution`.
+"""Layouts of adapters and optimizer state under `keras.distribution`.
 
-A `ModelParallel` distribution asks a `LayoutMap` for the layout of every new
-variable, by its path. The map was written for the pretrained model: a key such
-as `".*attention.*"` means the kernels of these layers, and would catch the
-factors of their adapters by accident. So these get layouts that follow from
-that of the kernel:
+A `ModelParallel` distribution looks up the layout of every new variable in a
+`LayoutMap`, by its path. The map was written for the pretrained model: a key
+such as `".*attention.*"` means the kernels of these layers, but would also
+match the factors of their adapters by accident. So their layouts are derived
+from that of the kernel instead:
 
 | variable        | shape                  | layout                            |
 | --------------- | ---------------------- | --------------------------------- |
@@ -14,7 +14,7 @@ that of the kernel:
 | `K`, `S`, `L`   | as `U`, `S`, `V`       | as any of these, stacked          |
 | all other state |                        | replicated                        |
 
-Under any other distribution, and without one, nothing here does anything.
+Under any other distribution, and without one, this module does nothing.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import keras
 
 from keras_geolora.keras_internals import set_layout
 
-# Stands for a weight of a layer that nobody thought of.
+# A weight that no key of a map was written for.
 UNFORESEEN = "unforeseen/weight"
 
 
@@ -37,7 +37,7 @@ def model_parallel():
 
 
 def layout_of(variable):
-    """Returns the `TensorLayout` of a variable, `None` if nothing is spread.
+    """Returns the `TensorLayout` of a variable, `None` if nothing is sharded.
 
     Args:
         variable: `keras.Variable`.
@@ -51,10 +51,10 @@ def layout_of(variable):
 def stacked_layout(layouts):
     """Returns the layout of stacked variables.
 
-    They are spread along an axis if any of them is: a piece of what is
-    replicated costs no device more than the whole. So what is stacked, and
-    with it the names and the number of variables in a file, does not depend
-    on layouts.
+    The stack is sharded along an axis if any of the variables is: a shard of
+    a replicated variable costs no device more than the whole. So the stacks,
+    and with them the names and the number of variables in a file, do not
+    depend on layouts.
 
     Args:
         layouts: List of `TensorLayout`s, or of `None`s.
@@ -70,7 +70,7 @@ def stacked_layout(layouts):
 
 @contextlib.contextmanager
 def apart_from_map(layouts=None):
-    """Keeps the user's `LayoutMap` from new variables.
+    """Does not apply the user's `LayoutMap` to new variables.
 
     Args:
         layouts: Dict from paths of variables to layouts. All other variables
@@ -91,10 +91,10 @@ def apart_from_map(layouts=None):
 
 
 def settle(variables):
-    """Gives variables the layouts that they have in the current scope.
+    """Sets the layouts of variables to those of the current scope.
 
-    Keras does so when it computes their values. That is later, outside of the
-    scope, for what is created while a model is traced.
+    Keras does so when it computes their values. For variables created while a
+    model is traced, that is later, outside of the scope.
 
     Args:
         variables: List of `keras.Variable`s.
@@ -110,14 +110,14 @@ def factor_layouts(layer, adapter, kernel, axes):
     Args:
         layer: String, the path of the layer.
         adapter: String, the name of the adapter in it.
-        kernel: What the layer computes with, a variable of it or a tensor.
+        kernel: Variable or tensor, the kernel that the layer computes with.
         axes: Pair of lists, the axes of the kernel that become the rows and
             the columns of its matrix.
 
     Returns:
         Dict from the paths of `U`, `S` and `V` to their `TensorLayout`s;
-        empty if nothing is spread. What keys of the user's map say of
-        adapters comes first, see `stated_layout`.
+        empty if nothing is sharded. Keys of the user's map that are meant for
+        adapters take precedence, see `stated_layout`.
     """
     distribution = model_parallel()
     if distribution is None:
@@ -136,17 +136,16 @@ def factor_layouts(layer, adapter, kernel, axes):
 
 
 def kernel_sharding(distribution, kernel, axes):
-    """Finds along which axes of the mesh a kernel is spread, as a matrix.
+    """Finds the mesh axes along which a kernel, as a matrix, is sharded.
 
     Args:
         distribution: `ModelParallel`.
-        kernel: Variable. Of a tensor, as quantized layers compute it, nothing
-            is known.
+        kernel: Variable. The layout of a tensor, which quantized layers
+            compute, is not known.
         axes: Pair of lists of axes of the kernel.
 
     Returns:
-        Pair of the names of an axis of the mesh, or `None`, for rows and
-        columns.
+        Pair of the mesh axis, or `None`, of the rows and of the columns.
     """
     if not isinstance(kernel, keras.Variable):
         return None, None
@@ -154,7 +153,7 @@ def kernel_sharding(distribution, kernel, axes):
     names += (None,) * (len(kernel.shape) - len(names))
 
     def leading(axes):
-        # Pieces of a later axis would not be neighbours in the matrix.
+        # Shards of a later axis would not be contiguous in the matrix.
         long = [axis for axis in axes if kernel.shape[axis] > 1]
         return names[long[0]] if long else None
 
@@ -165,8 +164,8 @@ def kernel_sharding(distribution, kernel, axes):
 def stated_layout(distribution, layer, path):
     """Returns the layout that a key of the map states for an adapter.
 
-    A key that would mean any other weight of the layer, too, was not written
-    for adapters.
+    A key that matches any other weight of the layer, too, was not written for
+    adapters.
 
     Args:
         distribution: `ModelParallel`.
@@ -177,7 +176,7 @@ def stated_layout(distribution, layer, path):
         `TensorLayout`, or `None` if there is no such key.
 
     Raises:
-        ValueError: If there is such a key, and another that is in its way.
+        ValueError: If there is such a key, but another one matches, too.
     """
     by_accident = find_layout(distribution, f"{layer}/{UNFORESEEN}")
     layout = find_layout(distribution, path)
@@ -186,15 +185,15 @@ def stated_layout(distribution, layer, path):
     if isinstance(by_accident, ValueError):
         return None
     raise ValueError(
-        "One key of a layout map may mean an adapter. Use the whole path, "
-        "which comes before all other keys: "
+        "Only one key of a layout map may match an adapter. Use the whole "
+        "path, which takes precedence over all other keys: "
         f"`layout_map['{path}'] = (None, None)`. Received: {layout}"
     ) from layout
 
 
 def find_layout(distribution, path):
-    """Returns what the map has for a path: a layout, `None`, or its error."""
+    """Looks up a path in the map: a layout, `None`, or the error it raises."""
     try:
         return distribution.get_tensor_layout(path)
-    except ValueError as error:  # several keys
+    except ValueError as error:  # several keys match
         return error

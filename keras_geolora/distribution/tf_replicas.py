@@ -1,8 +1,8 @@
 """What a step under `tf.distribute` needs beyond what Keras does.
 
-Keras sums gradients over replicas inside of the inner optimizer. What the
-geometric step does before and after is the same on every replica: each works
-on its own copy of the variables, and nothing but gradients is exchanged.
+Keras sums gradients over replicas inside the inner optimizer. Before and after
+that, the geometric step is the same on every replica: each works on its own
+copy of the variables, and only gradients are exchanged.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ if keras.backend.backend() == "tensorflow":
 
 
 def scope_of(model):
-    """Returns a context in which variables are made as those of a model are.
+    """Returns a context in which variables are created like a model's own.
 
     It is the scope of the strategy under which the model was created.
     """
@@ -30,7 +30,7 @@ def scope_of(model):
 
 
 def check_strategy(variables):
-    """Refuses replicas that could not take the same steps.
+    """Refuses strategies whose replicas could not take the same steps.
 
     Args:
         variables: List of the variables that an optimizer is built on.
@@ -40,8 +40,8 @@ def check_strategy(variables):
     strategy = tf.distribute.get_strategy()
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
         raise ValueError(
-            "Workers that update variables each in its own time would take "
-            "the factors of an adapter apart. Train with "
+            "Asynchronous workers would update the factors U, S and V of an "
+            "adapter inconsistently. Train with "
             "`tf.distribute.MirroredStrategy` or "
             "`tf.distribute.MultiWorkerMirroredStrategy`. Received: "
             f"{type(strategy).__name__}"
@@ -51,29 +51,28 @@ def check_strategy(variables):
             raise ValueError(
                 "Replicas would all write to the same variable. Create, load "
                 "and adapt the model inside `with strategy.scope():`. "
-                f"Received: variable '{variable.path}', which is not of "
-                f"{type(strategy).__name__}"
+                f"Received: variable '{variable.path}', which was not created "
+                f"under {type(strategy).__name__}"
             )
 
 
 def on_tensorflow():
-    """Says whether there may be strategies of `tf.distribute`."""
+    """Returns whether `tf.distribute` may be in use."""
     return keras.backend.backend() == "tensorflow"
 
 
 def apply(optimizer, gradients, variables):
     """Takes a step of a Keras optimizer, on all replicas together.
 
-    Where gradients are accumulated, each replica of Keras decides by itself
-    whether it is time for an update, and TensorFlow lets nothing be summed
-    over replicas behind such a decision
-    (https://github.com/keras-team/keras/issues/20582). Here one decision
-    holds for all, as in `keras.optimizers.LossScaleOptimizer`.
+    With gradient accumulation, each replica of Keras decides for itself
+    whether to update, and TensorFlow cannot sum over replicas inside such a
+    condition (https://github.com/keras-team/keras/issues/20582). Here one
+    decision is made for all, as in `keras.optimizers.LossScaleOptimizer`.
 
     Args:
         optimizer: Built `keras.optimizers.Optimizer`.
         gradients: List of gradients.
-        variables: List of as many variables.
+        variables: List of their variables.
     """
     if not optimizer.gradient_accumulation_steps or decides_alone():
         optimizer.apply(gradients, variables)
@@ -91,14 +90,14 @@ def apply(optimizer, gradients, variables):
 
 
 def decides_alone():
-    """Says whether a replica may sum over all behind a decision of its own."""
+    """Returns whether a replica may sum over all inside its own condition."""
     if not on_tensorflow():
         return True
     return tf.__internal__.distribute.strategy_supports_no_merge_call()
 
 
 def accumulate_or_update(strategy, optimizer, gradients, variables):
-    """Decides for all replicas what each does with its gradients."""
+    """Decides for all replicas whether to accumulate or to update."""
     steps = optimizer.gradient_accumulation_steps
 
     def on_each(function):
@@ -113,10 +112,10 @@ def accumulate_or_update(strategy, optimizer, gradients, variables):
 
 
 def accumulate(optimizer, gradients, variables):
-    """Adds up gradients of all replicas.
+    """Accumulates the gradients of all replicas.
 
-    The sums are the same on every replica, so that a cut or a file may take
-    those of any.
+    The sums are the same on every replica, so that a cut or a file may use
+    those of any one.
     """
     context = tf.distribute.get_replica_context()
     gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
@@ -127,10 +126,10 @@ def accumulate(optimizer, gradients, variables):
 
 
 def update(optimizer, gradients, variables):
-    """Takes a step with the mean of what was accumulated."""
+    """Takes a step with the mean of the accumulated gradients."""
     context = tf.distribute.get_replica_context()
     steps = optimizer.gradient_accumulation_steps
-    # The optimizer sums over replicas: each brings its share.
+    # The optimizer sums over replicas: each contributes its share.
     share = 1 / context.num_replicas_in_sync
     totals = sums_of_gradients(optimizer, variables)
     gradients = [

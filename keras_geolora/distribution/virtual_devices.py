@@ -1,10 +1,10 @@
-"""Virtual devices of one processor, on which JAX may wait for ever.
+"""Virtual devices of one CPU, on which JAX may deadlock.
 
-On CPU, jaxlib computes a batch of decompositions on the threads that run the
-program, and one of them waits for the result. As many devices as there are
-threads, each with its own batch, leave nobody to compute (seen with jaxlib
-0.10.2). By default there are as many threads as cores, or as devices if these
-are more.
+On CPU, jaxlib computes a batch of decompositions on the thread pool that also
+runs the program, and one of these threads waits for the result. As many
+devices as threads, each with its own batch, leave no thread to compute (seen
+with jaxlib 0.10.2). By default there are as many threads as cores, or as
+devices if these are more.
 """
 
 import os
@@ -12,12 +12,12 @@ import warnings
 
 import keras
 
-# What XLA asks for the number of threads, in this order.
+# Where XLA looks up the number of threads, in this order.
 THREADS = ("PJRT_NPROC", "NPROC")
 
 
 def warn_of_virtual_devices():
-    """Warns if a program may wait for itself, and says what helps."""
+    """Warns if a program may deadlock, and says what helps."""
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
         return
@@ -27,8 +27,8 @@ def warn_of_virtual_devices():
     if not on_cpu or count < 2 or threads() > count:
         return
     warnings.warn(
-        "Training may stop for ever: while the geometric step waits for its "
-        "decompositions, each virtual device keeps one of the threads that "
+        "Training may deadlock: while the geometric step waits for its "
+        "decompositions, each virtual device blocks one of the threads that "
         f"would compute them. There are {count} devices and no more threads. "
         f"Before you import Keras, write `os.environ['{THREADS[0]}'] = "
         f"'{4 * count}'`.",
@@ -37,7 +37,7 @@ def warn_of_virtual_devices():
 
 
 def threads():
-    """Returns how many threads JAX has on a processor, or fewer."""
+    """Returns how many threads JAX has on CPU, or fewer."""
     for name in THREADS:
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])

@@ -613,7 +613,7 @@ def plain_class_name(layer):
 
 
 def is_float(dtype):
-    """Says whether a type is one of real numbers."""
+    """Returns whether a type is one of real numbers."""
     return keras.backend.is_float_dtype(dtype)
 
 

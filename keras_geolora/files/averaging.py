@@ -269,7 +269,7 @@ def mean_values(clients, shares):
 
 
 def is_float(variable):
-    """Says whether a variable holds real numbers."""
+    """Returns whether a variable holds real numbers."""
     return keras.backend.is_float_dtype(variable.dtype)
 
 

@@ -614,7 +614,7 @@ def fused(blocks):
 
 
 def is_product(name):
-    """Says whether a layer of a class multiplies its inputs with a kernel."""
+    """Returns whether a layer of a class multiplies inputs with a kernel."""
     return not any(word in name for word in ("Conv", "Embedding"))
 
 

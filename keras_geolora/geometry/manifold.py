@@ -163,7 +163,7 @@ def check_values(variables, values):
 
 
 def have_shapes(U, S, V):
-    """Says whether arrays have the shapes of factors."""
+    """Returns whether arrays have the shapes of factors."""
     columns = np.shape(S)[-1:]
     return (
         np.ndim(U) == np.ndim(V) == 2

@@ -32,7 +32,7 @@ def clipped(options, layer):
 
 
 def is_count(value):
-    """Says whether a value is an integer."""
+    """Returns whether a value is an integer."""
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 

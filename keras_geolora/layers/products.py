@@ -120,7 +120,7 @@ def sparse_product(x, U, S, V, scale):
 
 
 def is_sparse(x):
-    """Says whether a tensor is sparse, of TensorFlow or JAX."""
+    """Returns whether a tensor is sparse, of TensorFlow or JAX."""
     return keras.backend.backend() != "torch" and hasattr(x, "indices")
 
 
@@ -201,7 +201,7 @@ def merged_product(x, kernel, U, S, V, scale, transpose=False):
 
 
 def is_known(training):
-    """Says whether the argument `training` of a layer has a value.
+    """Returns whether the argument `training` of a layer has a value.
 
     Under `keras.RematScope` it may be a bool that JAX traces.
     """
@@ -214,7 +214,7 @@ def may_train(training):
 
 
 def merging_pays(rows, input_dim, output_dim):
-    """Says whether `merged_product` is likely to beat a product apart.
+    """Returns whether `merged_product` is likely to beat a product apart.
 
     A product apart works on all rows of inputs and outputs once more, the sum
     on all entries of the kernel. On torch these are new memory every time.

@@ -35,7 +35,7 @@ def walk(layer, path="", name_of=operator.attrgetter("name")):
 
 
 def is_leaf(layer):
-    """Says whether a layer has no layers inside."""
+    """Returns whether a layer has no layers inside."""
     return next(walk(layer), None) is None
 
 
@@ -84,5 +84,5 @@ def carriers(model):
 
 
 def is_carrier(layer):
-    """Says whether a layer has any adapter, active or not."""
+    """Returns whether a layer has any adapter, active or not."""
     return bool(getattr(layer, "adapter_names", []))

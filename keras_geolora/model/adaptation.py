@@ -424,11 +424,11 @@ class Adaptation:
         return list(companions.values())
 
     def is_companion(self, variable):
-        """Says whether a variable belongs to any adapter."""
+        """Returns whether a variable belongs to any adapter."""
         return id(variable) in self._pretrained
 
     def is_statistic(self, variable):
-        """Says whether a companion is one that no gradient moves."""
+        """Returns whether a companion is one that no gradient moves."""
         return id(variable) not in self._trains
 
     @functools.cached_property
@@ -507,10 +507,10 @@ class Adaptation:
 
 
 def contains(variables, variable):
-    """Says whether a variable itself is in a list."""
+    """Returns whether a variable itself is in a list."""
     return any(v is variable for v in variables)
 
 
 def are_same(variables, others):
-    """Says whether two lists hold the same variables."""
+    """Returns whether two lists hold the same variables."""
     return list(map(id, variables)) == list(map(id, others))

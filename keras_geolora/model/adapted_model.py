@@ -391,7 +391,7 @@ def argument(function, name, args, kwargs):
 
 
 def takes_any(parameters):
-    """Says whether a function takes arguments by any name.
+    """Returns whether a function takes arguments by any name.
 
     Args:
         parameters: Mapping of `inspect.signature`.

@@ -23,7 +23,7 @@ OURS = ("geolora_auto_compiled",)
 
 
 def fits(model):
-    """Says whether the optimizers of a model fit what the model trains."""
+    """Returns whether the optimizers of a model fit what the model trains."""
     adapters = {
         id(adapter): layer.adapter is adapter
         for layer in carriers(model).values()
@@ -44,7 +44,7 @@ def fits(model):
 
 
 def knows_all(optimizer, model, active, exactly):
-    """Says whether an optimizer was built on variables that a model trains.
+    """Returns whether an optimizer was built on variables that a model trains.
 
     Args:
         optimizer: Built optimizer.

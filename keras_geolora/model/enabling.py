@@ -362,7 +362,7 @@ class MergedLayer:
             self.before = None
 
     def has_changed(self):
-        """Says whether a kernel has changed since merging."""
+        """Returns whether a kernel has changed since merging."""
         return [digest(kernel) for kernel in self.kernels] != self.after
 
     def put_back(self):

@@ -35,7 +35,7 @@ def exchanged_values(pairs):
 
 
 def is_traced(variable):
-    """Says whether a variable has no value to read, inside a traced function.
+    """Returns whether a variable has no value to read, as in a trace.
 
     Args:
         variable: `keras.Variable`.

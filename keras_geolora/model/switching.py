@@ -73,7 +73,7 @@ def geolora_disabled(model):
 
 
 def in_a_trace(model):
-    """Says whether a function of a model is being traced at the moment."""
+    """Returns whether a function of a model is being traced at the moment."""
     layer = next(iter(carriers(model).values()))
     adapter = next(iter(layer.adapters_by_name().values()))
     return is_traced(adapter.S)

@@ -16,7 +16,7 @@ WORDS = ("all-linear", "attention", "all")
 
 
 def matches(pattern, path, layer):
-    """Says whether a layer itself is meant by one pattern."""
+    """Returns whether a layer itself is meant by one pattern."""
     if isinstance(pattern, str):
         if pattern in (layer.name, path):
             return True

@@ -712,5 +712,5 @@ def as_python(value):
 
 
 def is_number(value, kinds):
-    """Says whether a value is a number of some kinds and not a bool."""
+    """Returns whether a value is a number of some kinds and not a bool."""
     return isinstance(value, kinds) and not isinstance(value, bool)

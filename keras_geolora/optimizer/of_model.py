@@ -24,7 +24,7 @@ def geolora_optimizers(model):
 
 
 def trains_as_keras(model):
-    """Says whether a model takes the steps that Keras takes.
+    """Returns whether a model takes the steps that Keras takes.
 
     A model with a `train_step` of its own may train with other optimizers
     than `model.optimizer`, each on a part of the variables.

@@ -82,7 +82,7 @@ def register_slot_rules(optimizer_class, rules, elementwise=False):
 
 
 def is_elementwise(optimizer):
-    """Says whether an optimizer treats every number independently.
+    """Returns whether an optimizer treats every number independently.
 
     `global_clipnorm` allows that, because it scales all numbers by one factor;
     `clipnorm` does not, because its factor depends on the variable.
@@ -168,7 +168,7 @@ def find_slots(optimizer, variables):
 
 
 def has_factored_moments(optimizer):
-    """Says whether an optimizer multiplies moments of rows and columns."""
+    """Returns whether an optimizer multiplies moments of rows and columns."""
     return "column" in slot_rules(optimizer).values()
 
 

@@ -1,4 +1,4 @@
-"""Exports models for serving: SavedModels, the same from every backend."""
+"""Exports models for serving as SavedModels, from every backend."""
 
 import contextlib
 import errno
@@ -34,15 +34,15 @@ from keras_geolora.version import __version__
 from keras_geolora.whole_files import write_whole
 
 REPORT = "geolora_report.json"
-# How far answers may be apart, relative to the largest of them.
+# The allowed difference of outputs, relative to the largest of them.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
 LOW_PRECISION = 2e-2
-# Packages whose classes are there wherever this one is.
+# Packages that are installed wherever this one is.
 AT_HOME = {"keras", "keras_hub", "keras_geolora", "builtins"}
 
 
 class ExportError(RuntimeError):
-    """A model could not be exported, or its export answers differently."""
+    """A model could not be exported, or its export has other outputs."""
 
 
 def export(
@@ -61,39 +61,39 @@ def export(
 ):
     """Writes a SavedModel for TF Serving, with a report on its parity.
 
-    The SavedModel goes to `path/VERSION`, the folder that TF Serving watches.
-    It holds the merged function, with the operations of the model before it
-    was adapted; the model in memory stays as it is. What is written is loaded
-    again and asked: if its answers are not those of the model, nothing is
-    left behind and an error says how far they are apart.
+    The SavedModel goes to `path/VERSION`, in the folder that TF Serving
+    watches. It contains the merged model, with the operations of the model
+    before it was adapted; the model in memory does not change. The SavedModel
+    is loaded again and compared: if its outputs are not those of the model,
+    it is deleted and an error reports the difference.
 
-    On JAX and PyTorch the writing happens in a process of its own, where
-    Keras runs on TensorFlow, which has to be installed. Batches and sequences
-    of any length are served, from every backend.
+    On JAX and PyTorch a separate process writes it, in which Keras runs on
+    TensorFlow, which has to be installed. From every backend, batches and
+    sequences of any length can be served.
 
     Args:
         model: Built `keras.Model`, adapted, merged, or without any adapter.
         path: String or path of the folder of the model.
         version: Int of at least 1, or `None` for the next free one. An
             existing version is never overwritten.
-        adapters: List of names, or `"all"`. Each adapter gets a signature of
-            its name beside one copy of the pretrained weights. The active one
-            is served by default, too. Defaults to `None`: the active adapter
-            alone, merged.
-        preprocess: Bool, whether the preprocessor of a KerasHub task becomes
-            a part of the graph, which then takes strings, `text`. The server
+        adapters: List of names, or `"all"`. Each adapter gets a signature
+            with its name; all share one copy of the pretrained weights. The
+            active one is also the default signature. Defaults to `None`: the
+            active adapter alone, merged.
+        preprocess: Bool, whether to include the preprocessor of a KerasHub
+            task in the graph, which then takes strings, `text`. The server
             needs the operations of tensorflow-text. Defaults to `False`.
-        samples: Inputs to compare the answers on, as for `model.predict`.
+        samples: Inputs to compare the outputs on, as for `model.predict`.
             Defaults to random ones of two sizes.
         input_signature: `keras.InputSpec`, or a list or dict of them, for a
             model without a graph. Defaults to `None`.
-        tolerance: Float, how far answers may be apart, relative to the
-            largest answer (or to 1 if that is larger). Defaults to 1e-4, and
+        tolerance: Float, the allowed difference of outputs, relative to the
+            largest output (or to 1 if that is larger). Defaults to 1e-4, and
             to 0.02 for models that compute in less than float32.
         baseline: Bool, whether to export the model without adapters as well,
             to compare operations, size and latency. It is deleted afterwards.
             Defaults to `True`.
-        timeout: Float, seconds after which a process of its own is stopped.
+        timeout: Float, seconds after which a separate process is stopped.
             Defaults to 1800.
         verbose: Bool, whether to print progress and the report.
 
@@ -107,12 +107,12 @@ def export(
         and `same_operations`.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If an argument does not fit the model.
-        FileExistsError: If there is such a version.
+        FileExistsError: If the version exists.
         ImportError: If TensorFlow is not installed.
-        ExportError: If the model cannot be exported, or answers differ. Then
-            nothing is left at `path` that was not there.
+        ExportError: If the model cannot be exported, or outputs differ. Then
+            nothing new is left at `path`.
 
     Example:
 
@@ -145,21 +145,21 @@ def export(
     text = preprocess or needs_tokens(samples, signature)
     if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
-            "Strings are for KerasHub tasks, whose preprocessor makes tokens "
-            "of them, with `preprocess=True` inside the graph. Received: "
+            "Strings need a KerasHub task, whose preprocessor makes tokens of "
+            "them, with `preprocess=True` inside the graph. Received: "
             f"preprocess={preprocess}, samples={samples!r} for model "
             f"'{model.name}' without a preprocessor"
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
-            "A SavedModel is written by TensorFlow, also from other backends: "
-            "`python -m pip install tensorflow`. Received: no such package"
+            "SavedModels are written by TensorFlow, also from other backends. "
+            "Run: `python -m pip install tensorflow`. Received: no such package"
         )
     if tolerance is None:
         tolerance = TOLERANCES.get(model.compute_dtype, LOW_PRECISION)
     path.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that one step brings the result to its place; a
-    # server passes over names that are no numbers.
+    # In the same folder, so that one rename publishes the result. Servers
+    # ignore names that are not numbers.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path) as folder:
         folder = pathlib.Path(folder)
         progress = print if verbose else lambda line: None
@@ -191,7 +191,7 @@ def export(
 
 
 def check_version(path, version):
-    """Refuses what is no version, or one that exists."""
+    """Refuses an invalid version, or one that exists."""
     if version is None:
         return
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
@@ -203,21 +203,21 @@ def check_version(path, version):
     if (path / str(version)).exists():
         raise FileExistsError(
             errno.EEXIST,
-            "A version that is there is never overwritten. Leave `version` "
-            f"out for the next free one. Received: version={version}",
+            "An existing version is never overwritten. Leave `version` out "
+            f"for the next free one. Received: version={version}",
             str(path / str(version)),
         )
 
 
 def chosen_adapters(model, adapters):
-    """Returns the names of the adapters that get signatures of their own."""
+    """Returns the names of the adapters that get their own signatures."""
     if adapters is None:
         return []
     known = geolora_adapters(model)
     names = known if adapters == "all" else adapters
     if isinstance(names, str) or not names or not set(names) <= set(known):
         raise ValueError(
-            "`adapters` is a list of names of adapters of this model, or "
+            "`adapters` must be a list of names of adapters of this model, or "
             f"'all'. Received: adapters={adapters!r}; the adapters of model "
             f"'{model.name}' are {known}"
         )
@@ -225,7 +225,7 @@ def chosen_adapters(model, adapters):
 
 
 def save_samples(model, folder, signature, samples, preprocess, names):
-    """Writes samples and what the model says to them, with every adapter."""
+    """Writes samples and the model's outputs for them, with every adapter."""
     if samples is not None:
         batches = [samples]
     elif preprocess:
@@ -260,25 +260,25 @@ def save_samples(model, folder, signature, samples, preprocess, names):
 
 
 def check_strings(model, signature):
-    """Refuses strings where Keras has none."""
+    """Refuses strings on backends on which Keras does not support them."""
     if signature.takes_strings() and keras.backend.backend() != "tensorflow":
         raise ValueError(
             "Keras calls models on strings on TensorFlow only, and an export "
-            "is compared with what the model says. Save the model by "
-            "`model.save('model.keras')`, and load and export it where "
+            "is compared with the outputs of the model. Save the model by "
+            "`model.save('model.keras')`, then load and export it with "
             f"`KERAS_BACKEND=tensorflow`. Received: model '{model.name}', "
             f"which takes strings, on {keras.backend.backend()}"
         )
 
 
 def needs_tokens(samples, signature):
-    """Says whether samples are strings for a model that takes tokens."""
+    """Returns whether samples are strings for a model that takes tokens."""
     return is_text(samples) and not signature.takes_strings()
 
 
 @contextlib.contextmanager
 def restored_adapter(model):
-    """Activates again what was active, at the end of a `with` block."""
+    """Activates the active adapter again at the end of a `with` block."""
     active = geolora_adapters(model)[0]
     try:
         yield
@@ -287,7 +287,7 @@ def restored_adapter(model):
 
 
 def custom_modules(model):
-    """Returns the modules that a process must import to know the model."""
+    """Returns the modules that a process must import to load the model."""
     classes = {type(layer) for layer in (model, *inside(model))}
     known = [*classes, *keras.saving.get_custom_objects().values()]
     names = {getattr(x, "__module__", None) for x in known} - {None}
@@ -311,7 +311,7 @@ def run_writer(folder, progress, timeout):
     job = json.loads((folder / "job.json").read_text())
     if "__main__" in job["modules"]:
         raise ExportError(
-            "The SavedModel is written in a process of its own, which cannot "
+            "The SavedModel is written in a separate process, which cannot "
             "see the classes and functions of a script or notebook. Move "
             "them to a module and import it. Received: a model with custom "
             f"objects of '__main__', exported on {keras.backend.backend()}"
@@ -320,7 +320,7 @@ def run_writer(folder, progress, timeout):
         os.environ,
         KERAS_BACKEND="tensorflow",
         TF_CPP_MIN_LOG_LEVEL="3",
-        CUDA_VISIBLE_DEVICES="-1",  # the caller has it
+        CUDA_VISIBLE_DEVICES="-1",  # the caller uses them
         PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
     )
     log = folder / "log.txt"
@@ -337,7 +337,7 @@ def run_writer(folder, progress, timeout):
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            start_new_session=True,  # to end all that it may have started
+            start_new_session=True,  # to kill its child processes, too
         )
     reader = threading.Thread(target=forward, args=(process.stdout, progress))
     reader.start()
@@ -348,8 +348,8 @@ def run_writer(folder, progress, timeout):
         process.wait()
         if isinstance(error, subprocess.TimeoutExpired):
             raise ExportError(
-                "The process that writes the SavedModel did not come to an "
-                "end in time. Give it more by `timeout=...`, in seconds. "
+                "The process that writes the SavedModel did not finish in "
+                "time. Allow more seconds by `timeout=...`. "
                 f"Received: timeout={timeout}"
             ) from error
         raise
@@ -360,12 +360,12 @@ def run_writer(folder, progress, timeout):
         last = log.read_text(errors="replace").splitlines()[-15:]
         raise ExportError(
             "The process that writes the SavedModel failed with status "
-            f"{status}. Its last words:\n" + "\n".join(last)
+            f"{status}. Its last output:\n" + "\n".join(last)
         )
 
 
 def forward(lines, progress):
-    """Hands on the lines of a process as they come."""
+    """Passes on the lines of a process as they arrive."""
     for line in lines:
         progress(line.rstrip("\n"))
 
@@ -390,21 +390,21 @@ def finished_report(model, folder):
 
 
 def check_parity(report):
-    """Refuses a SavedModel whose answers are not those of the model."""
+    """Refuses a SavedModel whose outputs are not those of the model."""
     for name, found in report["signatures"].items():
         far, allowed = found["max_difference"], found["allowed_difference"]
         if not far <= allowed:
-            how = f"{far:.2g}" if math.isfinite(far) else "not finite or more"
+            how = f"{far:.2g}" if math.isfinite(far) else "inf (not finite)"
             raise ExportError(
-                "The answers of the SavedModel are not those of the model, so "
-                "it was deleted. Allow for more by `tolerance=...` if you "
-                f"know why. Received: a difference of {how} in signature "
-                f"'{name}', where {allowed:.2g} is allowed"
+                "The outputs of the SavedModel are not those of the model, so "
+                "it was deleted. If you know why, allow more by "
+                f"`tolerance=...`. Received: a difference of {how} in "
+                f"signature '{name}', where {allowed:.2g} is allowed"
             )
 
 
 def publish(folder, path, version, report):
-    """Brings a SavedModel to its place, in one step; returns the version."""
+    """Moves a SavedModel to its place atomically; returns the version."""
     while True:
         number = next_version(path) if version is None else version
         target = path / str(number)
@@ -416,7 +416,7 @@ def publish(folder, path, version, report):
         except OSError as error:
             taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY)
             if taken and version is None:
-                continue  # somebody else was faster
+                continue  # another process was faster
             raise
         return number
 
@@ -428,7 +428,7 @@ def next_version(path):
 
 
 def table(report):
-    """Yields the lines of a report for people."""
+    """Yields the lines of a readable report."""
     yield (
         f"Version {report['version']} of {report['model']}, "
         f"{report['bytes'] / 1e6:.1f} MB, adapters {report['form']}: "

@@ -1,9 +1,9 @@
 """Writes SavedModels: the part of an export that runs on TensorFlow.
 
-`keras_geolora.export` calls it, on other backends than TensorFlow in a process
-of its own, `python -m keras_geolora.saved_model FOLDER`. The folder holds
-`model.keras`, `samples.npz` and `job.json`; the result goes to `saved_model`
-and `report.json` inside it.
+`keras_geolora.export` calls it; on other backends than TensorFlow in a separate
+process, `python -m keras_geolora.serving.saved_model FOLDER`. The folder holds
+`model.keras`, `samples.npz` and `job.json`; the results, `saved_model` and
+`report.json`, go into it.
 """
 
 import collections
@@ -27,7 +27,7 @@ from keras_geolora.model.enabling import merge_geolora, remove_geolora
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
 from keras_geolora.serving.signature import Signature, named_outputs
 
-# Nodes that hold a graph together and compute nothing.
+# Nodes that compute nothing.
 BOOKKEEPING = {
     "Const",
     "Identity",
@@ -38,12 +38,12 @@ BOOKKEEPING = {
     "StatefulPartitionedCall",
 }
 DEFAULT = "serving_default"
-# Most of the seconds that one latency may take to measure.
+# The most seconds that measuring one latency may take.
 PATIENCE = 2.0
 
 
 def write(folder, progress=print):
-    """Does one job of an export.
+    """Writes, compares and measures the SavedModel of one export.
 
     Args:
         folder: Path of the folder with the job.
@@ -115,7 +115,7 @@ def loaded(folder):
     with warnings.catch_warnings():
         # Tasks of KerasHub come with an optimizer, which is not needed here.
         warnings.filterwarnings("ignore", "Skipping variable loading")
-        # The file is our own: its functions are those of the caller's model.
+        # We wrote the file: its functions are those of the caller's model.
         model = keras.saving.load_model(
             folder / "model.keras", compile=False, safe_mode=False
         )
@@ -124,7 +124,7 @@ def loaded(folder):
 
 
 def mergeable(model):
-    """Says whether every update can be added to its kernel."""
+    """Returns whether every update can be added to its kernel."""
     try:
         for layer in adapted_layers(model).values():
             layer.check_mergeable()
@@ -134,7 +134,7 @@ def mergeable(model):
 
 
 def keep_beside(model):
-    """Lets every adapter act beside the kernel, with columns in use only."""
+    """Keeps adapters unmerged, with only the columns in use."""
     for layer in carriers(model).values():
         layer.keeps_update_apart = True
         for name, adapter in layer.adapters_by_name().items():
@@ -142,12 +142,12 @@ def keep_beside(model):
 
 
 class Endpoint:
-    """A function with named inputs and outputs, traced at once.
+    """A function with named inputs and outputs, traced on creation.
 
     Args:
         model: `keras.Model`.
         job: Dict, the description of the job.
-        adapter: String, the adapter that acts, or `None` where none is left.
+        adapter: String, the adapter to activate, or `None` if there is none.
     """
 
     def __init__(self, model, job, adapter=None):
@@ -155,7 +155,7 @@ class Endpoint:
         adaptations = adaptations_of(model)
         if adaptations:
             activate_geolora(model, adapter)
-        # What trained beside one adapter has other values for another one.
+        # Variables trained along with an adapter have values for each one.
         self.values = [
             (variable, tf.Variable(value, trainable=False))
             for adaptation in adaptations
@@ -189,14 +189,14 @@ class Endpoint:
 
 
 def tables(model):
-    """Returns what of a model is neither a variable nor made of numbers."""
+    """Returns the lookup tables and similar resources of a model."""
     resource = tf.saved_model.experimental.TrackableResource
     held = tf.train.TrackableView(model).descendants()
     return [x for x in held if isinstance(x, resource)]
 
 
 def save(endpoints, path):
-    """Writes endpoints to a SavedModel; what they share is there once."""
+    """Writes endpoints to a SavedModel; what they share is stored once."""
     root = tf.Module()
     root.tracked = [x for e in endpoints.values() for x in e.tracked]
     root.values = [v for e in endpoints.values() for _, v in e.values]
@@ -205,7 +205,7 @@ def save(endpoints, path):
 
 
 def operations(function):
-    """Counts the operations of a function and of those that it calls."""
+    """Counts the operations of a function and of the functions it calls."""
     graph = function.graph.as_graph_def()
     library = {f.signature.name: f.node_def for f in graph.library.function}
 
@@ -227,7 +227,7 @@ def operations(function):
 
 
 def described(structure):
-    """Returns shapes and dtypes by name, as JSON can hold them."""
+    """Returns shapes and dtypes by name, in a form that JSON can hold."""
     return {
         name: {
             "shape": list(x.shape) if x.shape.rank is not None else None,
@@ -243,9 +243,9 @@ def size_of(path):
 
 
 class Samples:
-    """Inputs and what the model in memory said to them.
+    """Inputs, and the outputs of the model in memory for them.
 
-    The arrays of the file are called `inputs/NUMBER/NAME` and
+    The arrays in the file are named `inputs/NUMBER/NAME` and
     `SIGNATURE/NUMBER/NAME`.
     """
 
@@ -266,7 +266,7 @@ class Samples:
         ]
 
     def difference(self, function, signature):
-        """Compares answers: largest difference, and what is allowed."""
+        """Returns the largest difference of outputs, and the allowed one."""
         largest, allowed = 0.0, 0.0
         for i, inputs in enumerate(self.inputs()):
             outputs = function(**inputs)
@@ -278,7 +278,7 @@ class Samples:
                         f"SavedModel and {expected.shape} in the model."
                     )
                 far = np.abs(found - expected).max(initial=0.0)
-                # Not a number is further than any number.
+                # NaN counts as an infinite difference.
                 far = float(far) if np.isfinite(far) else float("inf")
                 size = float(np.abs(expected).max(initial=0.0))
                 largest = max(largest, far)
@@ -287,11 +287,11 @@ class Samples:
 
 
 def latencies(functions, samples):
-    """Returns the median milliseconds of a call, by turns, without the first.
+    """Measures, in turns, the median milliseconds of a call after the first.
 
     Args:
         functions: Dict from name to function.
-        samples: `Samples`; the first one is asked.
+        samples: `Samples`; the first one is used.
     """
     inputs = samples.inputs()[0]
     times = {name: [] for name in functions}
@@ -309,7 +309,7 @@ def latencies(functions, samples):
 
 
 def main(folder):
-    """Does a job in a process of its own, with the settings of the caller."""
+    """Runs a job in a separate process, with the settings of the caller."""
     settings = json.loads((pathlib.Path(folder) / "job.json").read_text())
     keras.config.set_floatx(settings["floatx"])
     keras.config.set_image_data_format(settings["image_data_format"])

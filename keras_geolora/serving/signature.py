@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: names, shapes and samples."""
+"""Inputs and outputs of a model: names, shapes and samples."""
 
 import re
 
@@ -23,8 +23,8 @@ class Signature:
     Args:
         specs: List of dicts with `name`, `shape` (a list, `None` is free) and
             `dtype`, one for each input.
-        kind: `"one"`, `"list"` or `"dict"`, how inputs are handed to a model
-            whose own graph does not say so.
+        kind: `"one"`, `"list"` or `"dict"`, how to pass inputs to a model
+            without a graph, or `"graph"`.
     """
 
     def __init__(self, specs, kind):
@@ -33,22 +33,22 @@ class Signature:
 
     @classmethod
     def of(cls, model, input_signature=None):
-        """Finds the signature of a model, or takes the one that is given.
+        """Finds the signature of a model, or takes the given one.
 
         Args:
             model: `keras.Model`.
             input_signature: A `keras.InputSpec` or a list or dict of them,
-                or `None` for a model whose graph is known.
+                or `None` for a model with a graph.
 
         Raises:
-            ValueError: If the graph is not known and nothing is given, or
-                what is given says too little.
+            ValueError: If there is neither a graph nor an `input_signature`,
+                or if the latter lacks a shape or a dtype.
         """
         if input_signature is None:
             if not has_graph(model):
                 raise ValueError(
-                    "The inputs of a model without a graph have to be "
-                    "described: `export(model, path, input_signature="
+                    "A model without a graph needs a description of its "
+                    "inputs: `export(model, path, input_signature="
                     "keras.InputSpec(shape=(None, 8), dtype='float32'))`, or "
                     "a list or dict of these, as `model.call` takes them. "
                     f"Received: input_signature=None for model '{model.name}'"
@@ -80,7 +80,7 @@ class Signature:
         """
         flat = [tensors[x["name"]] for x in self.specs]
         if self.kind == "graph":
-            # A Sequential keeps its graph to itself; it takes one tensor.
+            # A Sequential may lack `input`; it takes one tensor.
             structure = getattr(model, "input", model.inputs[0])
             return keras.tree.pack_sequence_as(structure, flat)
         if self.kind == "one":
@@ -93,14 +93,14 @@ class Signature:
         return {x["name"]: as_array(tensors[x["name"]], x) for x in self.specs}
 
     def takes_strings(self):
-        """Says whether any input is made of strings."""
+        """Returns whether any input is made of strings."""
         return any(x["dtype"] == STRING for x in self.specs)
 
     def named_tensors(self, inputs):
         """Returns the inputs of a call by name.
 
         Raises:
-            ValueError: If they are others than those of the signature.
+            ValueError: If they are not those of the signature.
         """
         names = [x["name"] for x in self.specs]
         if is_text(inputs):
@@ -113,7 +113,7 @@ class Signature:
             given = {names[0]: inputs}
         if set(given) != set(names):
             raise ValueError(
-                "Inputs of the model are given by name if there are several: "
+                "Several inputs of a model must be given by name: "
                 f"{names}. Received: {sorted(given)}"
             )
         return given
@@ -121,9 +121,9 @@ class Signature:
     def draw(self, vocabulary_size=None):
         """Returns random samples, of two sizes where axes are free.
 
-        Strings are sentences. Integers are tokens below `vocabulary_size`
-        where that is known, and otherwise 0 or 1, which stand for something
-        in every vocabulary. A mask leaves out the end of every second row.
+        Strings are sentences. Integers are tokens below `vocabulary_size` if
+        that is known, and otherwise 0 or 1, which every vocabulary has. A mask
+        hides the end of every second row.
 
         Args:
             vocabulary_size: Int or `None`.
@@ -142,14 +142,14 @@ class Signature:
 
 
 def is_text(inputs):
-    """Says whether inputs are a list, or an array, of strings."""
+    """Returns whether inputs are a list, or an array, of strings."""
     if not isinstance(inputs, (list, tuple, np.ndarray)):
         return False
     return isinstance(next(iter(inputs), None), (str, bytes))
 
 
 def as_array(tensor, spec):
-    """Returns an input as an array; strings as bytes, as files can hold them.
+    """Returns an input as an array; strings as bytes, so files can hold them.
 
     Args:
         tensor: Tensor, array or nested list.
@@ -160,13 +160,13 @@ def as_array(tensor, spec):
     array = np.asarray(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
     texts = [x.encode() if isinstance(x, str) else x for x in array.ravel()]
     array = np.array(texts, "bytes").reshape(array.shape)
-    # A column may be given as a list.
+    # A list may stand for a column.
     one_less = array.ndim + 1 == len(spec["shape"]) and spec["shape"][-1] == 1
     return array[..., np.newaxis] if one_less else array
 
 
 def spec(tensor, name):
-    """Describes an input by what JSON can hold."""
+    """Describes an input in a form that JSON can hold."""
     return {
         "name": plain_name(name),
         "shape": list(tensor.shape),
@@ -175,12 +175,12 @@ def spec(tensor, name):
 
 
 def plain_name(name):
-    """Returns a name that TensorFlow does not have to change."""
+    """Returns a name that TensorFlow leaves unchanged."""
     return re.sub(r"\W", "_", name)
 
 
 def has_graph(model):
-    """Says whether a model knows its inputs."""
+    """Returns whether a model has a graph, and so knows its inputs."""
     return bool(getattr(model, "inputs", None))
 
 
@@ -209,8 +209,8 @@ def draw(spec, batch, which, vocabulary_size, rng):
 def named_outputs(model, outputs):
     """Returns the outputs of a model as a dict from name to tensor.
 
-    The names are the keys of a dict, those of the layers of a model with a
-    graph, and otherwise `output_0`, `output_1` and so on.
+    The names are the keys of a dict, the layers of a model with a graph, or
+    otherwise `output_0`, `output_1` and so on.
     """
     if isinstance(outputs, dict):
         return {plain_name(name): x for name, x in outputs.items()}
@@ -222,7 +222,7 @@ def named_outputs(model, outputs):
 
 
 def answers(model, signature, samples):
-    """Returns what the model says to samples, as float arrays by name."""
+    """Returns the outputs of the model for samples, as float arrays by name."""
     outputs = model(signature.pack(model, samples), training=False)
     return {
         name: np.array(ops.convert_to_numpy(ops.cast(x, "float32")))

@@ -1,22 +1,22 @@
-"""Paths of layers, short enough for a column of a table."""
+"""Shortens paths of layers to fit a column of a table."""
 
 import re
 
 
 def abbreviated(paths, width):
-    """Shortens paths together, so that they stay different.
+    """Shortens paths together, so that they stay distinct.
 
-    What all have in front goes first. Then every word is cut to as many
+    First, the common prefix is removed. Then every word is cut to as many
     letters as there is room for; numbers stay.
 
     Args:
         paths: List of strings, names joined by `/`.
-        width: Int, how long they should be at most. Where they would not
-            differ any more they are longer.
+        width: Int, the length to aim at. Paths stay longer if they would
+            otherwise not be distinct.
 
     Returns:
-        `(common, names)`: what they have in front, `"backbone/"` for example
-        or `""`, and the list of the shortened paths.
+        `(common, names)`: the common prefix, `"backbone/"` for example or
+        `""`, and the list of the shortened paths.
     """
     if max(map(len, paths)) <= width:
         return "", list(paths)

@@ -1,4 +1,4 @@
-"""Draws the ranks of layers over a training."""
+"""Draws the ranks of layers during training."""
 
 import pathlib
 
@@ -8,12 +8,12 @@ from keras_geolora.viewing.abbreviation import abbreviated
 
 # Characters for the path of a layer.
 LABEL_WIDTH = 44
-# Columns whose numbers can still be read side by side.
+# The most columns whose numbers are readable side by side.
 MAX_COLUMNS = 24
 
 
 def check_can_draw(filename):
-    """Refuses to draw into what is no PNG file, or without matplotlib."""
+    """Refuses a file name that is not PNG, or a missing matplotlib."""
     if pathlib.Path(filename).suffix.lower() != ".png":
         raise ValueError(
             "The heat map is a PNG file, so its name must end in '.png'. "
@@ -23,7 +23,7 @@ def check_can_draw(filename):
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError(
-            "The heat map is drawn by matplotlib. Write: "
+            "The heat map is drawn by matplotlib. Run: "
             '`pip install "keras_geolora[plot]"`'
         ) from error
 
@@ -31,8 +31,7 @@ def check_can_draw(filename):
 def heat_map(steps, paths, table, title=None):
     """Returns the `matplotlib.figure.Figure` of the ranks.
 
-    It has a canvas of its own, so that the figures and the backend that
-    others chose stay as they are.
+    It has its own canvas, so that pyplot's figures and backend do not change.
 
     Args:
         steps: List of ints, the number of updates of each column.
@@ -87,7 +86,7 @@ def heat_map(steps, paths, table, title=None):
 
 
 def write_numbers(axes, table, dark):
-    """Writes the rank into every cell, in white where it is dark."""
+    """Writes the rank into every cell, in white if the cell is dark."""
     for (row, column), rank in np.ndenumerate(table):
         if np.isfinite(rank):
             axes.text(
@@ -109,7 +108,7 @@ def write_labels(axes, steps, names):
 
 
 def draw_lines(axes, names, columns):
-    """Draws white between cells, black where a part of the model begins."""
+    """Draws white lines between cells, black ones between model parts."""
     axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1)

@@ -1,4 +1,4 @@
-"""Ranks over the course of a training, as a file that anybody can read."""
+"""Ranks during training, as a CSV file."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def read_ranks(filename):
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file is no such table.
+        ValueError: If the file is not such a table.
     """
     try:
         text = pathlib.Path(filename).read_text("utf-8")
@@ -48,7 +48,7 @@ def read_ranks(filename):
         return steps, dict(zip(paths, columns, strict=True))
     except (ValueError, IndexError) as error:
         raise ValueError(
-            "A table of ranks has the columns `step` and one for each layer, "
-            "as `keras_geolora.callbacks.RankHistory` writes it. "
+            "A table of ranks must have a column `step` and one for each "
+            "layer, as `keras_geolora.callbacks.RankHistory` writes it. "
             f"Received: '{filename}' ({error})"
         ) from error

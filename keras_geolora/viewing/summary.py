@@ -1,4 +1,4 @@
-"""What a person wants to see of an adapted model."""
+"""Summary and plot of an adapted model."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from keras_geolora.viewing.rank_table import read_ranks
 from keras_geolora.whole_files import write_whole
 
 BARS = "▁▂▃▄▅▆▇█"
-# Characters for a spectrum, and for a path.
+# Width of a spectrum and of a path, in characters.
 BAR_WIDTH = 16
 PATH_WIDTH = 40
 
@@ -28,43 +28,41 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
     Also a method of every `keras.Model`: `model.geolora_summary()`. The
     columns are
 
-    - the path of the layer, and its kernel as a matrix,
-    - the rank found and the largest rank, with a bar for each singular value
-      that is kept, relative to the largest of the layer, and a dot for each
-      rank that is free,
-    - the largest and the smallest singular value that is kept, `scale`
-      included,
+    - the path of the layer, and the shape of its kernel as a matrix,
+    - the current rank and the largest possible one, with a bar for each
+      singular value, relative to the largest of the layer, and a dot for each
+      free rank,
+    - the largest and the smallest singular value, `scale` included,
     - `dropped`: the share of the Frobenius norm of the update that its last
       truncation discarded,
     - `params`: the parameters of the update at its rank,
-    - `share`: their share of those of all adapters. With a `rank_budget` or
-      `parameter_budget` it is `budget`, the share of that.
+    - `share`: their share of the parameters of all adapters. With a
+      `rank_budget` or `parameter_budget` it is `budget`, the share of that.
 
-    Below stand totals, how far a basis is from orthonormal at most, which
-    should stay below 1e-5, and what LoRA would take on the same layers: with
-    the mean rank (rounded) in every one, and with the largest rank that was
-    found, which it would need to give every layer the rank that it has here.
-    Notes follow where there is something to say: ranks that `enable_geolora`
-    clipped to the smaller side of a kernel, and factors that are not what a
-    training leaves, as after averaging or another optimizer.
+    Below are totals, the largest orthonormality error of a basis, which should
+    stay below 1e-5, and the parameters of LoRA on the same layers: with the
+    mean rank (rounded), and with the largest rank found, which LoRA would need
+    to give every layer at least its rank here. Notes follow if there are any:
+    ranks that `enable_geolora` clipped to the smaller side of a kernel, and
+    factors that are off the manifold, as after averaging or training with
+    another optimizer.
 
     Args:
         model: `keras.Model` with adapted layers.
         print_fn: Callable that takes one line, or `None` to print nothing.
-        style: `"text"` or `"markdown"`. Defaults to `"text"`, in which long
-            paths are shortened.
-        optimizer: The `GeoLoRA` of a custom training loop; that of
-            `model.compile` if not given. It knows what was dropped, and the
-            budget.
+        style: `"text"` or `"markdown"`. Defaults to `"text"`, which shortens
+            long paths.
+        optimizer: The `GeoLoRA` of a custom training loop, which knows what
+            was dropped and the budget. Defaults to that of `model.compile`.
 
     Returns:
         List of dicts, one for each adapted layer, with the keys `path`,
         `kernel_shape`, `rank`, `max_rank`, `parameters`, `singular_values`
         (a list of floats, descending, `scale` included),
-        `orthogonality_error`, `discarded_share` (`None` where no `GeoLoRA`
+        `orthogonality_error`, `discarded_share` (`None` if no `GeoLoRA`
         trains the layer), `parameter_share` (of the parameters of all
         adapters), `budget_share` (`None` without a budget) and `asked_ranks`
-        (a dict of those that were clipped; empty where none was).
+        (a dict of the ranks before they were clipped, or empty).
 
     Raises:
         ValueError: If no layer is adapted, or `style` is unknown.
@@ -87,13 +85,12 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
     """
     if style not in ("text", "markdown"):
         raise ValueError(
-            "`style` is how the table is written, 'text' or 'markdown'. "
-            f"Received: style={style!r}"
+            f"`style` must be 'text' or 'markdown'. Received: style={style!r}"
         )
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(
-            "There is nothing to summarize without adapters; add them with "
+            "Without adapters there is nothing to summarize; add them with "
             f"`model.enable_geolora()`. Received: model '{model.name}' "
             "without an adapted layer"
         )
@@ -130,7 +127,7 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
 
 
 def describe(path, adapter, optimizer=None):
-    """Returns the row of one adapter, without shares of the whole."""
+    """Returns the row of one adapter, without its shares of the total."""
     U, S, V = adapter.trimmed()
     rank = len(S)
     return {
@@ -150,7 +147,7 @@ def describe(path, adapter, optimizer=None):
 
 
 def totals(rows, budget, unit):
-    """Returns what is said below the table, as sentences."""
+    """Returns the totals below the table, as sentences."""
     ranks = [row["rank"] for row in rows]
     total = sum(row["parameters"] for row in rows)
     kernels = sum(np.prod(row["kernel_shape"]) for row in rows)
@@ -195,18 +192,18 @@ def notes_on_ranks(rows):
 
 
 def warnings_of(layers):
-    """Yields a warning of factors that have left the manifold, if any have."""
+    """Yields a warning if any factors are off the manifold."""
     far = manifold.far_off(manifold.factors_of(layers))
     if far:
         yield (
             f"Warning: {manifold.described(far)}. {manifold.RULE} Such an "
-            f"adapter is neither saved nor merged. {manifold.MEND} "
+            f"adapter cannot be saved or merged. {manifold.MEND} "
             f"{manifold.AVERAGE}"
         )
 
 
 def lora_parameters(rows, rank):
-    """Returns the parameters of LoRA with one rank on all layers."""
+    """Returns the parameters of LoRA with the same rank on all layers."""
     return sum(
         min(rank, *row["kernel_shape"]) * sum(row["kernel_shape"])
         for row in rows
@@ -214,7 +211,7 @@ def lora_parameters(rows, rank):
 
 
 def cells(rows, paths):
-    """Returns the titles of the columns, and the texts of each row."""
+    """Returns the titles of the columns and the cells of each row."""
     budget = rows[0]["budget_share"] is not None
     titles = (
         "layer",
@@ -270,7 +267,7 @@ def as_text(rows, name, sentences):
 
 
 def as_markdown(rows, name, sentences):
-    """Yields the lines of the table for a page."""
+    """Yields the lines of the table in Markdown."""
     titles, texts = cells(rows, [f"`{row['path']}`" for row in rows])
     yield f"Adapters of `{name}`"
     yield ""
@@ -290,12 +287,12 @@ def markdown_row(texts):
 
 
 def two_digits(number):
-    """Returns a number with two digits, a zero at the end included."""
+    """Formats a number with two digits, including a trailing zero."""
     return f"{number:#.2g}".rstrip(".")
 
 
 def percent(share):
-    """Returns a share as a text of few characters."""
+    """Formats a share as a short percentage."""
     if share is None:
         return "-"
     if 0 < share < 0.0005:
@@ -306,8 +303,7 @@ def percent(share):
 def spectrum(sigma, max_rank):
     """Draws a bar for each singular value, and a dot for each free rank.
 
-    Where there are more ranks than room, a bar stands for the largest of
-    several.
+    If there are more ranks than room, a bar shows the largest of several.
     """
     width = min(max_rank, BAR_WIDTH)
     sigma = [x if 0 < x < math.inf else 0.0 for x in sigma]
@@ -322,12 +318,12 @@ def spectrum(sigma, max_rank):
 
 
 def plot_ranks(history, filename, title=None):
-    """Draws ranks over the course of a training as a picture.
+    """Draws ranks during training as a heat map.
 
-    A row for each layer, a column for each step, the darker the higher, and
-    in every cell the rank as a number: the picture says the same without
-    colours. Where there are more than 24 readings, 24 of them are shown,
-    evenly spaced, the first and the last included.
+    It has a row for each layer and a column for each step. Darker cells have
+    higher ranks, which every cell also shows as a number, so the picture does
+    not depend on colours. Of more than 24 readings, 24 evenly spaced ones are
+    shown, including the first and the last.
 
     Needs `matplotlib`: `pip install "keras_geolora[plot]"`.
 
@@ -335,13 +331,12 @@ def plot_ranks(history, filename, title=None):
         history: `keras_geolora.callbacks.RankHistory`, or the name of the CSV
             file that one wrote.
         filename: String or path of the PNG file to write.
-        title: String. Says the mean rank at the start and at the end if not
-            given.
+        title: String. Defaults to the mean ranks at the start and at the end.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
         OSError: If the file cannot be written.
-        ValueError: If there is nothing to draw, or the file is no PNG file.
+        ValueError: If there is nothing to draw, or the file is not a PNG file.
 
     Example:
 
@@ -366,7 +361,7 @@ def plot_ranks(history, filename, title=None):
         steps, ranks = history.steps, history.ranks
     if not steps or not ranks:
         raise ValueError(
-            "There are no ranks to draw before `fit` has run with the "
+            "There are no ranks to draw until `fit` has run with the "
             f"callback. Received: history={history!r} with {len(steps)} "
             "readings"
         )
