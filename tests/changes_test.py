@@ -113,6 +113,25 @@ def test_loading_another_adapter_gives_up_what_was_compiled(tmp_path):
     assert not model.compiled
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_an_optimizer_starts_anew_where_factors_are_loaded(tmp_path, average):
+    path = tmp_path / "a.safetensors"
+    trained().save_geolora(path)
+    model, fresh = trained(), compile_(adapted())
+    inner = model.optimizer.inner_optimizer
+    model.optimizer.learning_rate = 3e-3
+    if average:
+        model.average_geolora([path])
+    else:
+        model.load_geolora(path)
+    fresh.load_geolora(path)
+    fresh.optimizer.learning_rate = 3e-3
+    assert model.optimizer.inner_optimizer is inner
+    assert int(model.optimizer.iterations) == 0
+    for one, other in zip(fit(model).weights, fit(fresh).weights, strict=True):
+        np.testing.assert_allclose(*as_arrays([one, other]), atol=1e-5)
+
+
 def test_what_goes_on_training_stays_compiled():
     model = trained()
     model.enable_geolora(rank=1, name="other")

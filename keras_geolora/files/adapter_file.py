@@ -19,6 +19,7 @@ from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.adapted_model import (
     add_adapter,
     after_a_change,
+    after_other_factors,
     check_adapted,
     check_can_adapt,
     check_model,
@@ -237,6 +238,8 @@ def load_geolora(model, path, name=None, strict=True):
     for variable, value in fit.weights:
         variable.assign(ops.cast(value, variable.dtype))
     after_a_change(model)
+    if known:
+        after_other_factors(model)
     return model
 
 

@@ -22,6 +22,7 @@ from keras_geolora.layers.tree import (
     is_leaf,
 )
 from keras_geolora.model.adapted_model import (
+    after_other_factors,
     check_model,
     check_not_suspended,
 )
@@ -113,6 +114,7 @@ def average_geolora(model, clients, weights=None, rank=None):
             variable.assign(padded(factor, variable.shape))
     for variable, value in values:
         variable.assign(value)
+    after_other_factors(model)
     return model
 
 

@@ -36,6 +36,7 @@ from keras_geolora.optimizer.geolora import (
     find_geolora,
     rebuild,
     renewed,
+    start_anew,
     take_attributes,
 )
 from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
@@ -669,6 +670,19 @@ def after_a_change(model):
     """
     forget_traces(model)
     return drop_unfit(model)
+
+
+def after_other_factors(model):
+    """Lets optimizers start anew, after other factors were loaded.
+
+    What they remembered was in coordinates of the bases before.
+    """
+    models = [x for x in (model, *inside(model)) if isinstance(x, keras.Model)]
+    for part in models:
+        for optimizer in optimizers_of(part).values():
+            if find_geolora(optimizer) is not None and optimizer.built:
+                with tf_replicas.scope_of(part):
+                    start_anew(optimizer)
 
 
 def forget_traces(model):

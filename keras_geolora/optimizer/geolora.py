@@ -573,6 +573,21 @@ def rebuild(optimizer, new, variables):
     take_attributes(optimizer, new)
 
 
+def start_anew(optimizer):
+    """Resets the state of a built optimizer to that of a new one, in place.
+
+    For factors that were loaded: the slots are in coordinates of bases that
+    are gone. The learning rate stays as it is, the count of steps begins
+    again.
+
+    Args:
+        optimizer: Built `GeoLoRA`, or a wrapper around one.
+    """
+    new = renewed(optimizer)
+    new.build(variables_of(optimizer))
+    carry_state(new, optimizer)
+
+
 def carry_state(old, new):
     """Copies the state of one optimizer to another, fitted to its shapes."""
     if not isinstance(old, GeoLoRA):
