@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python tests/golden/write.py
 
 They go to `tests/golden/VERSION/BACKEND`, which must not exist: files that a
-version wrote are never written again. `tests/golden_test.py` loads them.
+version wrote are never written again. `tests/files/golden_test.py` loads them.
 """
 
 import pathlib

@@ -19,7 +19,7 @@ import pytest
 from sybil.document import Document, PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 pytestmark = pytest.mark.backend_independent("it reads pages and source code")
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "docs" / "architecture.md",

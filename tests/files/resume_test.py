@@ -280,7 +280,7 @@ np.savez(
 def run_fresh(folder, backend, imports, load=LOAD):
     """Loads and trains the model of a folder in a process of its own."""
     np.savez(folder / "data.npz", x=X, y=Y)
-    root = str(pathlib.Path(__file__).parents[1])
+    root = str(pathlib.Path(__file__).parents[2])
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,

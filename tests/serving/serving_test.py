@@ -9,14 +9,15 @@ import sys
 import keras
 import numpy as np
 import pytest
+import real_sentences
 import serving
 import tensorflow as tf
-from scenario_test import create, data  # noqa: F401  a fixture
+from real_sentences import create
 
 import keras_geolora
 from keras_geolora import GeoLoRA
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
 
 pytestmark = pytest.mark.slow("trains and exports the real model")
 # Whatever Keras runs on, a process with TensorFlow writes the SavedModel. The
@@ -27,7 +28,12 @@ written_by_tensorflow = pytest.mark.backend_independent(
 
 
 @pytest.fixture(scope="module")
-def served(data, tmp_path_factory, forked):  # noqa: F811  the fixture
+def data():
+    return real_sentences.load()
+
+
+@pytest.fixture(scope="module")
+def served(data, tmp_path_factory, forked):
     """A folder with two versions: tokens in, strings in; and answers."""
     preset, texts, liked = data
     keras.utils.set_random_seed(0)
@@ -63,7 +69,7 @@ def test_the_report_compares_with_the_base_model(served):
     assert set(entry["inputs"]) == {"text"}
 
 
-def test_strings_are_answered_as_by_the_task(served, data):  # noqa: F811
+def test_strings_are_answered_as_by_the_task(served, data):
     folder, _, strings, _, logits = served
     assert strings["version"] == 2
     _, texts, _ = data
@@ -82,7 +88,7 @@ def test_the_cpp_runtime_answers_without_python(served, tmp_path):
     subprocess.run(
         [
             compiler,
-            str(pathlib.Path(__file__).with_name("ask_savedmodel.cc")),
+            str(pathlib.Path(serving.__file__).with_name("ask_savedmodel.cc")),
             f"-I{tf.sysconfig.get_include()}",
             str(library / "libtensorflow_cc.so.2"),
             str(library / "libtensorflow_framework.so.2"),
@@ -108,7 +114,7 @@ def test_the_cpp_runtime_answers_without_python(served, tmp_path):
 
 
 @written_by_tensorflow
-def test_200_requests_at_once_are_answered_over_grpc(served, data):  # noqa: F811
+def test_200_requests_at_once_are_answered_over_grpc(served, data):
     import grpc
     import savedmodel_server
     import serve_grpc

@@ -1,47 +1,19 @@
 """The main job on real weights and real sentences, in small."""
 
-import pathlib
-import sys
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-import assets
+import real_sentences
+from real_sentences import create
 
 import keras_geolora
 from keras_geolora import GeoLoRA
-
-SENTENCES = 96
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.fixture(scope="module")
 def data():
-    try:
-        preset, (texts, liked) = assets.minilm_folder(), load_sentences()
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        pytest.skip(f"real weights and data are not installed: {error}")
-    return preset, np.array(texts), liked
-
-
-def load_sentences():
-    texts, liked = assets.movie_sentences(seed=0)
-    return texts[:SENTENCES], liked[:SENTENCES]
-
-
-def create(preset):
-    import keras_hub
-
-    return keras_hub.models.TextClassifier.from_preset(
-        preset,
-        num_classes=2,
-        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
-            keras_hub.tokenizers.BertTokenizer.from_preset(preset),
-            sequence_length=16,
-        ),
-    )
+    return real_sentences.load()
 
 
 def test_adapt_train_look_and_merge_a_pretrained_classifier(data):

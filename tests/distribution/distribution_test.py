@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks/distributed.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks/distributed.py"
 # Engine and number of replicas.
 ENGINES = {
     "torch": [("ddp", 2)],

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.backend_independent("it reads source code")
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "keras_geolora"
 
 # The package from the bottom up. A module imports its own wing and those

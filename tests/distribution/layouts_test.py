@@ -44,7 +44,7 @@ def test_parts_on_eight_devices():
             "PJRT_NPROC": str(4 * DEVICES),
             "OPENBLAS_NUM_THREADS": "1",
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
-            "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+            "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
         },
         capture_output=True,
         text=True,

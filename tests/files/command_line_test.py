@@ -117,7 +117,7 @@ def test_errors_are_sentences(path, tmp_path, capsys):
 
 def test_it_runs_as_a_module(path):
     saved(path)
-    root = str(pathlib.Path(__file__).parents[1])
+    root = str(pathlib.Path(__file__).parents[2])
     run = subprocess.run(
         [sys.executable, "-m", "keras_geolora", "inspect", path],
         env={**os.environ, "PYTHONPATH": root},

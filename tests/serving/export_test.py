@@ -17,7 +17,7 @@ from keras_geolora import GeoLoRA
 from keras_geolora import export as public_export
 from keras_geolora.serving.signature import Signature
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # The functions of the module, which the public function hides.
 export_module = sys.modules["keras_geolora.serving.export"]
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"

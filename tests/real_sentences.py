@@ -1,0 +1,39 @@
+"""A pretrained classifier and movie reviews, where they are installed."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+import assets
+
+SENTENCES = 96
+
+
+def load():
+    """Returns a preset, sentences and labels, or skips the test."""
+    try:
+        preset, (texts, liked) = assets.minilm_folder(), load_sentences()
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        pytest.skip(f"real weights and data are not installed: {error}")
+    return preset, np.array(texts), liked
+
+
+def load_sentences():
+    texts, liked = assets.movie_sentences(seed=0)
+    return texts[:SENTENCES], liked[:SENTENCES]
+
+
+def create(preset):
+    import keras_hub
+
+    return keras_hub.models.TextClassifier.from_preset(
+        preset,
+        num_classes=2,
+        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
+            keras_hub.tokenizers.BertTokenizer.from_preset(preset),
+            sequence_length=16,
+        ),
+    )
