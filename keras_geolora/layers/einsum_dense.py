@@ -143,7 +143,7 @@ class Einsum:
 def permute(x, source, target, rank=None):
     """Transposes `x` from the axis order `source` to `target`.
 
-    The label "0" stands for all axes that the other labels leave of `rank`.
+    Of `rank` axes, the label "0" stands for those without another label.
     """
     elided = 0 if rank is None else rank - len(source) + 1
     positions, position = {}, 0
