@@ -1,15 +1,15 @@
-"""All that this library asks of Keras for which Keras has no public name.
+"""Everything this library needs of Keras that has no public name.
 
-Everything private goes through this file, so that a release of Keras that
-moves something breaks one place. `PRIVATE` says what each name is needed for;
-a test looks for every one of them and says which is missing.
+Private names are used in this file only, so that a Keras release that moves one
+breaks a single place. `PRIVATE` says what each name is needed for; a test
+reports those that are missing.
 """
 
 import contextlib
 
 import keras
 
-# The private names, by whose they are, and why there is no way around them.
+# The private names, by owner, and what each is needed for.
 PRIVATE = {
     "layer": {
         "_flatten_layers": "the layers inside a layer, in Keras' order",
@@ -58,7 +58,7 @@ PRIVATE = {
         "_accumulated_gradients": "sums of gradients follow moving bases, too",
     },
 }
-# Attributes of a compiled model, and what they are before.
+# Attributes of a compiled model, and their values before `compile`.
 BEFORE_COMPILE = {
     "compiled": False,
     "loss": None,
@@ -72,7 +72,7 @@ BEFORE_COMPILE = {
 # Attributes that a model has only once it is compiled.
 SINCE_COMPILE = ("optimizer", "_compile_config", "_compiled_trainable_state")
 
-# Asks for all layers; its name keeps Keras' numbering of layers as it is.
+# Queries the call context. A given name leaves Keras' numbering unchanged.
 PROBE = keras.layers.Layer(name="probe")
 
 
@@ -80,11 +80,11 @@ PROBE = keras.layers.Layer(name="probe")
 
 
 def in_layer_call():
-    """Returns whether the `__call__` of any layer is running, in this thread.
+    """Returns whether the `__call__` of any layer is running in this thread.
 
-    Keras keeps a context for the outermost call, to pass on `training`. A
-    layer that asks for it gets that of the call which is running, and begins
-    one of its own only where there is none.
+    Keras keeps a context for the outermost call, to pass on `training`. A layer
+    that asks for it gets that of the running call, or starts its own if there
+    is none.
     """
     context = PROBE._get_call_context()
     PROBE._maybe_reset_call_context()
@@ -92,34 +92,34 @@ def in_layer_call():
 
 
 def direct_layers(layer):
-    """Returns the layers that a layer holds itself."""
+    """Returns the layers that a layer holds directly."""
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
 def all_layers(layer):
-    """Returns a layer and all layers inside, in the order of Keras."""
+    """Returns a layer and all layers inside, in Keras' order."""
     return list(layer._flatten_layers())
 
 
 def own_variables(layer):
-    """Returns the variables in the attributes of a layer itself."""
+    """Returns the variables that a layer holds directly."""
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
     return list({id(v): v for v in own}.values())
 
 
 def own_trainable(layer):
-    """Returns the flag of a layer, whatever its `trainable` makes of it."""
+    """Returns the flag behind `trainable`, which subclasses override."""
     return layer._trainable
 
 
 def set_own_trainable(layer, value):
-    """Sets the flag of a layer, and touches nothing inside."""
+    """Sets the flag behind `trainable`, and nothing inside the layer."""
     layer._trainable = value
 
 
 @contextlib.contextmanager
 def unlocked(layer):
-    """Yields what tracks the state of a built layer, open for changes."""
+    """Yields the state tracker of a built layer, unlocked."""
     layer._tracker.unlock()
     try:
         yield layer._tracker
@@ -128,20 +128,20 @@ def unlocked(layer):
 
 
 def renew_torch_parameters(layer):
-    """Has a layer list its parameters for torch again, where it does so."""
+    """Makes a layer list its torch parameters again, if it lists them."""
     if hasattr(layer, "_torch_params"):
         layer._track_variables()
 
 
 def unlist_attributes(layer, names):
-    """Takes names off the list of the dicts that TensorFlow exports."""
+    """Removes names from the list of dicts that TensorFlow exports."""
     if "_tracked" in vars(layer):
         tracked = vars(layer)["_tracked"]
         tracked[:] = [name for name in tracked if name not in names]
 
 
 def is_computed_again(layer):
-    """Returns whether the backward pass may call the layer once more."""
+    """Returns whether the backward pass may call the layer again."""
     return layer._remat_mode is not None
 
 
@@ -159,7 +159,7 @@ def value_inside(variable):
 
 
 def set_value_inside(variable, tensor):
-    """Lets a variable hold another tensor; nothing is written into the old."""
+    """Makes a variable hold another tensor; the old one is unchanged."""
     variable._value = tensor
 
 
@@ -172,14 +172,14 @@ def set_layout(variable, layout):
 
 
 def compile_config(model):
-    """Returns an object that is another after each `compile`, or `None`."""
+    """Returns an object that every `compile` replaces, or `None`."""
     return getattr(model, "_compile_config", None)
 
 
 def renew_compiled_state(model):
-    """Has a compiled model forget layers that are no longer in it."""
+    """Makes a compiled model forget layers that it no longer contains."""
     if "_compiled_trainable_state" in vars(model):
-        # Not changed in place, nor set as an attribute: TensorFlow would
+        # Neither changed in place nor set as an attribute: TensorFlow would
         # track it and refuse to save it.
         del model._compiled_trainable_state
         vars(model)["_compiled_trainable_state"] = {
@@ -188,7 +188,7 @@ def renew_compiled_state(model):
 
 
 def unpickle_model(file):
-    """Reads a model from what Keras writes into a pickle."""
+    """Restores a model from what Keras writes into a pickle."""
     return keras.Model._unpickle_model(file)
 
 
@@ -196,49 +196,49 @@ def unpickle_model(file):
 
 
 def variables_of(optimizer):
-    """Returns the variables that an optimizer was built on; maybe none."""
+    """Returns the variables that an optimizer was built on, if any."""
     return getattr(optimizer, "_trainable_variables", [])
 
 
 def own_state(optimizer):
-    """Returns the variables of an optimizer, without those of one inside."""
+    """Returns an optimizer's variables, without those of an inner one."""
     return optimizer._variables
 
 
 def rate_as_given(optimizer):
-    """Returns a variable or a schedule, the learning rate."""
+    """Returns the learning rate, a variable or a schedule."""
     return optimizer._learning_rate
 
 
 def decays(optimizer, variable):
-    """Returns whether weight decay acts on a variable."""
+    """Returns whether weight decay applies to a variable."""
     return optimizer._use_weight_decay(variable)
 
 
 def checked_gradients(optimizer, gradients, variables):
-    """Returns what is left of gradients and variables after Keras' checks."""
+    """Returns the gradients and variables that pass Keras' checks."""
     optimizer._check_variables_are_known(variables)
     return optimizer._filter_empty_gradients(gradients, variables)
 
 
 def gradient_accumulators(optimizer):
-    """Returns the sums of gradients between two updates, if there are any."""
+    """Returns the gradients accumulated between two updates, if any."""
     return getattr(optimizer, "_accumulated_gradients", [])
 
 
 def sums_of_gradients(optimizer, variables):
-    """Returns the sums of gradients of variables, between two updates."""
+    """Returns the gradients of variables, accumulated between two updates."""
     sums = gradient_accumulators(optimizer)
     return [sums[optimizer._get_variable_index(v)] for v in variables]
 
 
 def iterations_variable(optimizer):
-    """Returns the variable that counts the steps, without accumulation."""
+    """Returns the counter of all steps, including those that accumulate."""
     return optimizer._iterations
 
 
 def take_step(optimizer, gradients, variables):
-    """Takes the step of an optimizer that accumulates, now."""
+    """Takes the step of an accumulating optimizer immediately."""
     gradients = optimizer._clip_gradients(gradients)
     optimizer._apply_weight_decay(variables)
     optimizer._backend_update_step(

@@ -1,1 +1,1 @@
-"""Adapters in files: the format of this library, and those of others."""
+"""Adapter files, in this library's format and in others."""

@@ -1,4 +1,4 @@
-"""Adapters as files: what `save_geolora` writes and `load_geolora` reads."""
+"""Adapter files, which `save_geolora` writes and `load_geolora` reads."""
 
 import hashlib
 import json
@@ -32,14 +32,14 @@ from keras_geolora.version import __version__
 from keras_geolora.whole_files import write_whole
 
 FORMAT = 1
-# The entry of a safetensors header in which the description of a file is.
+# The entry of a safetensors header that holds the description of a file.
 ENTRY = "keras_geolora"
 DIGEST = "sha256"
 # safetensors has no bfloat16 for NumPy; float32 holds it exactly.
 WIDER = {"bfloat16": "float32"}
-# How the keys of variables begin that are in a task, not in its backbone.
+# The prefix of keys of variables that are in a task, not in its backbone.
 HEAD = "head:"
-# What comes of looking at values that are not what they should be.
+# Exceptions raised by malformed values.
 CONTRADICTIONS = (
     ValueError,
     KeyError,
@@ -51,7 +51,7 @@ CONTRADICTIONS = (
 
 
 class AdapterFileError(ValueError):
-    """A file is not a whole adapter file, or does not fit a model."""
+    """A file is not a complete adapter file, or does not fit a model."""
 
 
 def save_geolora(model, path, name=None):
@@ -60,19 +60,19 @@ def save_geolora(model, path, name=None):
     The file holds the factors, cut to their ranks, and what trained beside
     them: biases, `modules_to_save`, the head of a KerasHub task. It holds no
     state of the optimizer (`model.save` does) and nothing of the pretrained
-    weights but a fingerprint. It is written whole or not at all.
+    weights but a fingerprint. It is written completely or not at all.
 
     Also a method of every `keras.Model`: `model.save_geolora(path)`.
 
     Args:
         model: `keras.Model` on which `enable_geolora` was called.
-        path: String or path, by custom ending in `.safetensors`.
+        path: String or path, usually ending in `.safetensors`.
         name: String, the adapter to save. Defaults to the active one.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If the model has no such adapter, or the adapter has
-            numbers that are not finite, or bases that are not orthonormal.
+            non-finite numbers or bases that are not orthonormal.
         OSError: If the file cannot be written; an older one is unchanged.
 
     Example:
@@ -105,7 +105,7 @@ def save_geolora(model, path, name=None):
     adaptation = adaptation_to_save(model)
     name = chosen_adapter(adaptation, name)
     (plan,) = (a for a in adaptation.plan()["adapters"] if a["name"] == name)
-    plan.pop("clipped")  # the ranks of the file are those that were found
+    plan.pop("clipped")  # the file holds the ranks that training found
     paths = stable_paths(adaptation.scope)
     tensors = {}
     for layer_path, options in plan["layers"].items():
@@ -148,7 +148,7 @@ def save_geolora(model, path, name=None):
 
 
 def warn_of_what_is_left_out(adaptation):
-    """Warns of variables that train and are not in the file of an adapter."""
+    """Warns of variables that train but are not in the adapter file."""
     thawed = [variable.path for variable in adaptation.thawed_variables()]
     if thawed:
         warnings.warn(
@@ -161,32 +161,32 @@ def warn_of_what_is_left_out(adaptation):
 
 
 def load_geolora(model, path, name=None, strict=True):
-    """Reads an adapter of `save_geolora` into a model, and activates it.
+    """Loads an adapter of `save_geolora` into a model, and activates it.
 
-    A model without adapters is adapted as the file says: the same layers,
-    ranks and options. A model with adapters gets one more, or, if it has one
-    of this name, new values for it. Compile the model again before training.
+    A model without adapters gets the layers, ranks and options of the file. A
+    model with adapters gets one more or, if it has one of this name, new values
+    for it. Compile the model again before training.
 
     Also a method of every `keras.Model`: `model.load_geolora(path)`.
 
     Args:
-        model: Built `keras.Model`, the same base that the adapter was
-            trained on.
+        model: Built `keras.Model`, the base model that the adapter was trained
+            on.
         path: String or path.
-        name: String, what the adapter is called in this model. Defaults to
-            its name in the file.
-        strict: Bool. If the file is for other layers, shapes or base
-            weights, `True`, the default, refuses it; `False` takes what fits
-            and warns of the rest.
+        name: String, the name of the adapter in this model. Defaults to its
+            name in the file.
+        strict: Bool. If the file is for other layers, shapes or base weights,
+            `True`, the default, refuses it; `False` loads what fits and warns
+            about the rest.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         OSError: If there is no such file.
-        AdapterFileError: A `ValueError`, if the file is damaged, of another
-            kind, or does not fit the model. The model is unchanged then.
+        AdapterFileError: A `ValueError`, if the file is damaged, not an adapter
+            file, or does not fit the model. The model is unchanged then.
 
     Example: see `save_geolora`.
     """
@@ -244,14 +244,14 @@ def load_geolora(model, path, name=None, strict=True):
 
 
 class Fit:
-    """What of an adapter file fits a model.
+    """Which parts of an adapter file fit a model.
 
     Attributes:
-        layers: Dict from path to layer, those with a fitting adapter.
+        layers: Dict from path to layer, of layers with a fitting adapter.
         saved_layers: List of the layers in `modules_to_save`.
         weights: List of pairs of a variable and its new value.
-        differences: List of sentences about what does not fit. With
-            `any_rank` an adapter of the model needs no room for the rank.
+        differences: List of sentences about what does not fit. With `any_rank`,
+            ranks may exceed the buffers of the model.
     """
 
     def __init__(self, model, name, description, tensors, any_rank=False):
@@ -346,7 +346,7 @@ class Fit:
                 )
             else:
                 pairs.append((variable, value))
-        # The adapter of a backbone leaves the head of a task as it is.
+        # An adapter of a backbone leaves the head of a task unchanged.
         headless = not any(key.startswith(HEAD) for key in given)
         missing = [
             key
@@ -358,7 +358,7 @@ class Fit:
         return pairs
 
     def _expected(self):
-        """Returns the dict from key to variable that may train beside."""
+        """Returns a dict from key to variable of possible companions."""
         keyed = keyed_variables(self.model)
         if self.existing is not None:
             train = {id(v) for v in self.existing.companions}
@@ -401,25 +401,25 @@ class Fit:
 
 
 def read_adapter(path):
-    """Reads an adapter file and checks that it is whole.
+    """Reads an adapter file and checks that it is intact.
 
     Args:
         path: String or path.
 
     Returns:
-        `(description, tensors)`: what the file says of itself, and a dict
-        from key to array.
+        `(description, tensors)`: the description in the file, and a dict from
+        key to array.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
-        AdapterFileError: If the file is damaged or of another kind.
+        AdapterFileError: If the file is damaged or not an adapter file.
     """
     if os.path.isdir(path):
         raise IsADirectoryError(f"'{path}' is a folder, not an adapter file.")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            # A foreign file may be of any size: look before reading it.
+            # A foreign file may have any size: check before reading it.
             ours = ENTRY in metadata and DIGEST in metadata
             keys = file.keys() if ours else ()
             tensors = {key: file.get_tensor(key) for key in keys}
@@ -468,7 +468,7 @@ def read_adapter(path):
 
 
 def check_contents(description, tensors):
-    """Raises what shows that a description and its tensors do not agree."""
+    """Raises if a description and its tensors contradict each other."""
     plan = description["adapter"]
     require(isinstance(plan["name"], str), "name")
     require(isinstance(plan["train_bias"], bool), "train_bias")
@@ -499,7 +499,7 @@ def check_contents(description, tensors):
 
 
 def require(condition, what):
-    """Raises the name of what is not as it must be."""
+    """Raises with the name of a value that is wrong."""
     if not condition:
         raise ValueError(what)
 
@@ -513,7 +513,7 @@ def serialized(tensors, description):
 
 
 def digest(text, tensors):
-    """Returns a checksum over all that a file says and holds."""
+    """Returns a checksum over the description and tensors of a file."""
     total = hashlib.sha256(text.encode())
     for key in sorted(tensors):
         x = tensors[key]
@@ -523,14 +523,14 @@ def digest(text, tensors):
 
 
 def fingerprint(model, layers):
-    """Returns checksums of the pretrained weights that adapters stand on.
+    """Returns checksums of the pretrained weights that adapters build on.
 
     Args:
         model: `keras.Model`, adapted or not.
         layers: Paths of layers in the model's `scope_of`.
 
     Returns:
-        Dict from path to string; under `""` what is in no such layer.
+        Dict from path to string; `""` covers all other weights.
     """
     adaptation = getattr(model, "geolora_adaptation", None)
     sums = {path: hashlib.sha256() for path in ("", *layers)}
@@ -546,17 +546,17 @@ def fingerprint(model, layers):
 
 
 def keyed_variables(model):
-    """Returns the dict from key to variable of a model, without factors.
+    """Returns a dict from key to variable of a model, without factors.
 
     Keys are the same for every instance of a model, and for a KerasHub task
-    and its backbone: `path/name`, and `head:path/name` for what is only in
-    the task.
+    and its backbone: `path/name`, and `head:path/name` for variables of the
+    task only.
     """
     keyed, seen = {}, set()
     scope = scope_of(model)
     for part, prefix in ((scope, ""), (model, HEAD)):
         paths = {"": part, **stable_paths(part)}
-        # What is inside comes first, so that each has its own variables.
+        # Inner layers come first, so that each keeps its own variables.
         for path, layer in reversed(paths.items()):
             for variable in layer.weights:
                 if id(variable) in seen or isinstance(
@@ -574,19 +574,19 @@ def keyed_variables(model):
 
 
 def padded(factor, shape):
-    """Returns a factor with columns, or rows and columns, of zeros added."""
+    """Returns a factor, padded with zeros to a shape."""
     whole = np.zeros(shape, "float32")
     whole[tuple(slice(n) for n in factor.shape)] = factor
     return whole
 
 
 def as_saved(value):
-    """Returns an array in a type that safetensors has, without loss."""
+    """Converts an array to a dtype of safetensors, without loss."""
     return value.astype(WIDER.get(str(value.dtype), value.dtype))
 
 
 def adaptation_to_save(model):
-    """Returns the adaptation of a model itself, which a file describes."""
+    """Returns a model's own `Adaptation`, which a file describes."""
     check_adapted(model, "saved")
     adaptation = getattr(model, "geolora_adaptation", None)
     if adaptation is None:
@@ -599,7 +599,7 @@ def adaptation_to_save(model):
 
 
 def chosen_adapter(adaptation, name):
-    """Returns the name of an adapter that exists, by default the active one."""
+    """Returns the name of an existing adapter, by default the active one."""
     name = adaptation.active if name is None else name
     if name not in adaptation.adapters:
         raise ValueError(
@@ -611,17 +611,17 @@ def chosen_adapter(adaptation, name):
 
 
 def plain_class_name(layer):
-    """Returns the name of a layer's or model's class before it was adapted."""
+    """Returns the class name of a layer or model before it was adapted."""
     return getattr(layer, "plain_class", type(layer)).__name__
 
 
 def is_float(dtype):
-    """Returns whether a type is one of real numbers."""
+    """Returns whether a dtype holds real numbers."""
     return keras.backend.is_float_dtype(dtype)
 
 
 def some(paths, count=4):
-    """Returns the first of some paths, and how many there are."""
+    """Lists the first paths in a string, with the total if there are more."""
     paths = list(paths)
     listed = ", ".join(f"'{path}'" for path in paths[:count])
     return listed if len(paths) <= count else f"{listed}, ... ({len(paths)})"

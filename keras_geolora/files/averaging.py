@@ -1,4 +1,4 @@
-"""The mean of what several clients learned, for federated training."""
+"""Averages what several clients learned, for federated training."""
 
 import os
 
@@ -32,35 +32,34 @@ from keras_geolora.model.substitution import value_of
 def average_geolora(model, clients, weights=None, rank=None):
     """Gives the active adapter the weighted mean of what clients learned.
 
-    The mean of factors is the factor of nothing. This takes the mean of the
+    Averaging the factors themselves would be meaningless. This averages the
     updates `U S V.T`, truncated to the best approximation of a rank, without
-    forming it. Biases, `modules_to_save`, heads and what else trained become
-    plain means.
+    forming them. Biases, `modules_to_save`, heads and whatever else trained are
+    averaged directly.
 
-    Compile the model anew before you train it further: what an optimizer
-    remembers belongs to other bases. Also a method of every `keras.Model`:
+    Compile the model again before further training: the state of the optimizer
+    belongs to other bases. Also a method of every `keras.Model`:
     `model.average_geolora(clients)`.
 
     Args:
         model: `keras.Model` on which `enable_geolora` was called.
-        clients: List with an entry for every client: the path of a file of
-            `save_geolora`, or the list of arrays that `get_weights` returns
-            of a model that was adapted in the same way. Ranks and the widths
-            of buffers may differ.
-        weights: List of a number for every client, at least 0, such as the
-            number of its examples. Only their proportions matter. Defaults
-            to equal ones.
-        rank: Int, to which means are truncated, as far as buffers go.
-            Defaults to `None`: what the buffers hold, `max_rank`.
+        clients: List with an entry per client: the path of a file of
+            `save_geolora`, or the list of arrays from `get_weights` of a model
+            that was adapted in the same way. Ranks and buffer widths may
+            differ.
+        weights: List of a number of at least 0 per client, such as its number
+            of examples. Only their proportions matter. Defaults to equal
+            weights.
+        rank: Int, the rank to truncate means to, capped at `max_rank`. Defaults
+            to `None`, which means `max_rank`.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`, or `rank` no integer.
-        ValueError: If a client does not fit the model, its factors are not
-            those of an adapter, or a weight is below 0. The model is
-            unchanged then.
+        TypeError: If `model` is not a `keras.Model`, or `rank` not an integer.
+        ValueError: If a client does not fit the model, its factors are invalid,
+            or a weight is below 0. The model is unchanged then.
         OSError: If there is no such file.
 
     Example:
@@ -99,7 +98,7 @@ def average_geolora(model, clients, weights=None, rank=None):
         path: layer.adapters_by_name()[adaptation.active]
         for path, layer in adaptation.adapters[adaptation.active].layers.items()
     }
-    # All that can fail comes first.
+    # Everything that can fail comes first.
     factors = {
         path: mean_factors(
             adapter, [client.factors[path] for client in read], shares, rank
@@ -123,7 +122,7 @@ class Client:
 
     Attributes:
         factors: Dict from the path of a layer to `U`, `S` and `V`.
-        values: List of pairs of a variable that is no factor and its value.
+        values: List of pairs of a variable other than factors and its value.
     """
 
     def __init__(self, factors, values, name):
@@ -138,7 +137,7 @@ class Client:
 
 
 def read_client(model, index, client):
-    """Returns the `Client` of a path or of a list of arrays."""
+    """Returns the `Client` for a path or a list of arrays."""
     if isinstance(client, (str, os.PathLike)):
         return client_of_file(model, client)
     return client_of_weights(model, index, client)
@@ -209,14 +208,14 @@ def client_of_weights(model, index, arrays):
 
 
 def what_learns(model):
-    """Returns the ids of the variables, but factors, that training changes."""
+    """Returns the ids of the variables that training changes, factors aside."""
     adaptation = model.geolora_adaptation
     learned = {id(v) for v in model.trainable_variables}
     learned |= {
         id(v) for v in adaptation.adapters[adaptation.active].companions
     }
     for layer in inside(model):
-        # Statistics of a layer that somebody made trainable by hand.
+        # Statistics of a layer that the user made trainable.
         if is_leaf(layer) and layer.trainable and not is_carrier(layer):
             learned |= {id(v) for v in layer.weights}
     return learned
@@ -226,7 +225,7 @@ def mean_factors(adapter, factors, shares, rank):
     """Returns `U`, `S` and `V` of the weighted mean of updates.
 
     Args:
-        adapter: `LowRankAdapter` that is to hold them.
+        adapter: `LowRankAdapter` that will hold them.
         factors: List of `(U, S, V)` of the clients.
         shares: List of floats whose sum is 1.
         rank: Int or `None`.

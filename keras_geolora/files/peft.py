@@ -1,4 +1,4 @@
-"""Adapters in the formats of others: Hugging Face PEFT and KerasHub's LoRA."""
+"""Adapters in other formats: Hugging Face PEFT and KerasHub's LoRA."""
 
 import json
 import pathlib
@@ -60,9 +60,9 @@ DECODER = {
     "feedforward_output_dense": "mlp.down_proj",
 }
 LLAMA = ("transformer_layer_", "layers.", DECODER)
-# What transformers 5 calls the layers of KerasHub's backbones: how the path of
-# a block begins before its number, how its name does, and what is in a block.
-# `[1/3]` is the second third of the columns of a kernel.
+# The names in transformers 5 of the layers of KerasHub's backbones: the path of
+# a block up to its number, its name up to its number, and the layers of a
+# block. `[1/3]` is the second third of the columns of a kernel.
 FAMILIES = {
     "BertBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
     "RobertaBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
@@ -133,9 +133,9 @@ FAMILIES = {
 }
 OTHERS = {"BertBackbone": {"pooled_dense": "pooler.dense"}}
 FIRST_BLOCK = {"ViTBackbone": 1}
-# Families whose kernels transformers stores as we do, not transposed.
+# Families whose kernels transformers stores like Keras, not transposed.
 TRANSPOSED = {"GPT2Backbone"}
-# Options of PEFT with which an adapter is more, or less, than an update.
+# Options of PEFT with which an adapter is not a plain update of kernels.
 UNSUPPORTED = (
     "use_dora",
     "modules_to_save",
@@ -164,26 +164,25 @@ def export_peft(
     ranks are in `rank_pattern`. What trained beside the factors, such as
     biases and heads, has no place in the format; a warning lists it.
 
-    Names are known for the backbones Bert, Roberta, XLMRoberta, DebertaV3,
-    DistilBert, Llama, Llama3, Mistral, Qwen, Qwen3, Gemma, GPT2 and ViT, as
-    transformers 5 has them.
+    The module names of transformers 5 are known for the backbones Bert,
+    Roberta, XLMRoberta, DebertaV3, DistilBert, Llama, Llama3, Mistral, Qwen,
+    Qwen3, Gemma, GPT2 and ViT.
 
     Args:
         model: `keras.Model` on which `enable_geolora` was called.
-        folder: String or path, created if it is not there.
+        folder: String or path, created if it does not exist.
         name: String, the adapter. Defaults to the active one.
-        names: Dict from the paths of layers to the names of modules, or a
-            callable `path -> name`, for other families. Defaults to `None`.
-        prefix: String, where the backbone is in the Hugging Face model, such
-            as `"bert"` or `"model"` for one with a head. Defaults to `""`.
-        base_model: String, the Hugging Face name of the base model, which is
-            written into the config. Defaults to `None`.
-        pad: Bool, whether all layers get the largest rank, filled up with
-            zeros, for readers such as vLLM that expect one rank. Defaults to
-            `False`.
+        names: Dict from layer paths to module names, or a callable
+            `path -> name`, for other families. Defaults to `None`.
+        prefix: String, the path of the backbone in the Hugging Face model, such
+            as `"bert"` or `"model"` in one with a head. Defaults to `""`.
+        base_model: String, the Hugging Face name of the base model, for the
+            config. Defaults to `None`.
+        pad: Bool, whether to pad all layers with zeros to the largest rank, for
+            readers such as vLLM that expect one rank. Defaults to `False`.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If there is no such adapter, its bases are not
             orthonormal, or a layer has no name or no counterpart in PEFT's
             LoRA.
@@ -290,7 +289,7 @@ def write_peft(
         "target_modules": list(ranks),
         "r": largest,
         "rank_pattern": smaller,
-        # PEFT multiplies by `alpha / r`; our scale is in `lora_B` already.
+        # PEFT multiplies by `alpha / r`; `lora_B` already contains the scale.
         "lora_alpha": largest,
         "alpha_pattern": smaller,
         "lora_dropout": 0.0,
@@ -315,11 +314,11 @@ def write_peft(
 
 
 def import_peft(model, folder, name=DEFAULT, names=None):
-    """Reads a LoRA adapter of Hugging Face PEFT into a model, exactly.
+    """Loads a LoRA adapter of Hugging Face PEFT into a model, exactly.
 
     Every product `B A` becomes orthonormal bases and singular values, by QR
     decompositions of the factors and a small singular value decomposition.
-    The adapter is activated and trains on like any other.
+    The adapter is activated and can train like any other.
 
     Args:
         model: Built `keras.Model`, the same base model.
@@ -332,11 +331,11 @@ def import_peft(model, folder, name=DEFAULT, names=None):
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         OSError: If a file is missing.
-        ValueError: If the adapter is none of LoRA, has parts that cannot be
-            expressed as an update of the pretrained kernels, or does not fit
-            the model, which is unchanged then.
+        ValueError: If the adapter is not a LoRA adapter, has parts that are not
+            an update of the pretrained kernels, or does not fit the model. The
+            model is unchanged then.
 
     Example:
 
@@ -391,7 +390,7 @@ def import_peft(model, folder, name=DEFAULT, names=None):
 
 
 def hand_out(pairs, named, folder):
-    """Finds the factors of each layer, which may be a part of a module's.
+    """Finds the factors of each layer, which may be part of a module.
 
     Args:
         pairs: Dict from module to `A, B`.
@@ -399,8 +398,8 @@ def hand_out(pairs, named, folder):
         folder: String or path, for messages.
 
     Returns:
-        Dict from path to the two factors of an update, and dict from module
-        to a bool array: the rows of `B` that no layer has.
+        Dict from path to the two factors of an update, and dict from module to
+        a bool array: the rows of `B` that belong to no layer.
     """
     updates = {}
     left = {key: np.ones(len(B), bool) for key, (_, B) in pairs.items()}
@@ -421,14 +420,14 @@ def hand_out(pairs, named, folder):
 
 
 def import_keras_lora(model, path, name=DEFAULT):
-    """Reads a file of KerasHub's `save_lora_weights` into a model, exactly.
+    """Loads a file of KerasHub's `save_lora_weights` into a model, exactly.
 
-    Keras factors a kernel of three axes along the last one only, so that its
-    rank as a matrix can be higher than that of the file.
+    Keras factors a kernel with three axes along the last one only, so its rank
+    as a matrix can be higher than the rank in the file.
 
     Args:
-        model: Built KerasHub backbone, or task holding it, without Keras'
-            own LoRA.
+        model: Built KerasHub backbone, or task with one, without Keras' own
+            LoRA.
         path: String or path, ending in `.lora.h5`.
         name: String, the name of the adapter. Defaults to `"default"`.
 
@@ -436,9 +435,9 @@ def import_keras_lora(model, path, name=DEFAULT):
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
-        OSError: If there is no such file, or it is no HDF5 file.
-        ValueError: If the file does not fit the model, which is unchanged
+        TypeError: If `model` is not a `keras.Model`.
+        OSError: If there is no such file, or it is not an HDF5 file.
+        ValueError: If the file does not fit the model. The model is unchanged
             then.
 
     Example:
@@ -471,7 +470,7 @@ def import_keras_lora(model, path, name=DEFAULT):
     check_name(name)
     check_can_adapt(model, name)
     scope = scope_of(model)
-    # KerasHub counts the layers that have weights.
+    # KerasHub numbers the layers that have weights.
     counted = [x for x in all_layers(scope)[1:] if x.weights]
     path_of = {id(layer): p for p, layer in stable_paths(scope).items()}
     shapes = {
@@ -523,7 +522,7 @@ def add_products(model, name, layers, products):
 
 
 def module_names(family, layers, names, complete=True):
-    """Returns the dict from path to the name of the module in transformers.
+    """Returns a dict from path to the name of the module in transformers.
 
     Args:
         family: String, the name of the backbone's class in `FAMILIES`, or
@@ -576,13 +575,13 @@ def name_in(family, path):
 
 
 def family_of(model):
-    """Returns the name of the class of a backbone in `FAMILIES`, or `None`."""
+    """Returns the name in `FAMILIES` of a backbone's class, or `None`."""
     mro = (cls.__name__ for cls in type(scope_of(model)).__mro__)
     return next((name for name in mro if name in FAMILIES), None)
 
 
 def split_name(name):
-    """Splits `module[part/count]`; without brackets it is all of the module."""
+    """Splits `module[part/count]`; no brackets mean the whole module."""
     match = re.fullmatch(r"(.+)\[(\d+)/(\d+)\]", name)
     if not match:
         return name, 0, 1
@@ -596,13 +595,13 @@ def split_name(name):
 
 
 def rows_of_part(B, part, count):
-    """Returns the slice of the rows of a fused module that are a part."""
+    """Returns the slice of the rows of one part of a fused module."""
     rows = len(B) // count
     return slice(part * rows, (part + 1) * rows)
 
 
 def fused(blocks):
-    """Returns `A, B` of a module whose parts are adapted one by one."""
+    """Returns `A, B` of a module whose parts are adapted separately."""
     rank = sum(len(A) for A, *_ in blocks)
     _, first, _, count = blocks[0]
     B = np.zeros((count * len(first), rank), "float32")
@@ -614,12 +613,12 @@ def fused(blocks):
 
 
 def is_product(name):
-    """Returns whether a layer of a class multiplies inputs with a kernel."""
+    """Returns whether layers of a class multiply inputs by a kernel."""
     return not any(word in name for word in ("Conv", "Embedding"))
 
 
 def read_peft_config(path):
-    """Reads what PEFT says of an adapter, and refuses what is no plain LoRA."""
+    """Reads the config of a PEFT adapter; refuses all but plain LoRA."""
     try:
         config = json.loads(path.read_text())
         kind = config["peft_type"]
@@ -646,7 +645,7 @@ def read_peft_config(path):
 
 
 def check_init(path, init):
-    """Refuses adapters of kernels that PEFT changed before it trained them."""
+    """Refuses adapters of kernels that PEFT changed before training."""
     if str(init).lower() in PLAIN_INITS:
         return
     raise AdapterFileError(
@@ -661,7 +660,7 @@ def check_init(path, init):
 
 
 def read_peft_weights(path, config):
-    """Returns the dict from module to `A, B`, with the scaling in `B`."""
+    """Returns a dict from module to `A, B`, with the scaling in `B`."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no '{path}'.")
     try:
@@ -698,7 +697,7 @@ def read_peft_weights(path, config):
 
 
 def in_pattern(patterns, module):
-    """Returns what a `rank_pattern` or `alpha_pattern` says of a module."""
+    """Returns the value of a module in a `rank_pattern` or `alpha_pattern`."""
     for pattern, value in (patterns or {}).items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
@@ -712,7 +711,7 @@ def in_pattern(patterns, module):
 
 
 def read_keras_lora(path, shapes):
-    """Returns the dict from the number of a layer to its two factors.
+    """Returns a dict from the number of a layer to its two factors.
 
     Args:
         path: String or path.
@@ -724,7 +723,7 @@ def read_keras_lora(path, shapes):
             for key, group in file["lora"].items():
                 if key.isdecimal():
                     a, b = (group["vars"][f"lora_kernel_{x}"] for x in "ab")
-                    # A file may declare any size: look before reading.
+                    # A file may declare any size: check before reading.
                     found = (*a.shape[:-1], b.shape[1])
                     rank = min(np.prod(found[:-1]), found[-1])
                     if (

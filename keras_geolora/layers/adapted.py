@@ -1,4 +1,4 @@
-"""What every layer with an adapter shares."""
+"""The base classes of all layers with adapters."""
 
 import dataclasses
 import math
@@ -40,9 +40,9 @@ from keras_geolora.layers.products import (
     merging_pays,
 )
 
-# The name of the adapter where nobody gave it one.
+# The name of an adapter unless the user chooses one.
 DEFAULT = "default"
-# What an adapted layer knows beyond what the Keras layer does.
+# Attributes that an adapted layer has beyond those of the Keras layer.
 OWN_ATTRIBUTES = (
     "_adapters",
     "_active_adapter",
@@ -55,10 +55,10 @@ OWN_ATTRIBUTES = (
 
 
 class KernelNorm:
-    """The Frobenius norm of a layer's kernel, as a number where possible.
+    """The Frobenius norm of a layer's kernel, as a float where possible.
 
-    Inside a compiled function a variable has no value to read; the norm is
-    then the one at the time the adapter was added.
+    Inside a compiled function variables cannot be read; this then returns the
+    norm from when the adapter was added.
     """
 
     def __init__(self, layer):
@@ -85,24 +85,23 @@ class TrainableFlags:
 
 
 class AdaptedLayer:
-    """Mixin that gives a Keras layer with a kernel low-rank adapters.
+    """Mixin that adds low-rank adapters to a Keras layer with a kernel.
 
-    Without an adapter a class of this kind *is* the Keras layer it extends.
-    Adapters come two ways: by arguments of the constructor, for a layer in a
-    new model, or by `adapt`, for a built layer of a pretrained one, which
-    changes its class in place. A layer may carry several adapters by name, of
-    which one is active.
+    Without an adapter the layer behaves exactly like the Keras layer it
+    extends. Adapters are added by constructor arguments, for a layer of a new
+    model, or by `adapt`, which changes the class of a built, pretrained layer
+    in place. A layer may carry several named adapters, of which one is active.
 
-    A subclass names the Keras class it extends in `plain_class`, and says how
-    the kernel of a layer of that class is seen as a matrix in `view_of`.
+    A subclass sets `plain_class` to the Keras class it extends, and defines in
+    `view_of` how to view the kernel of such a layer as a matrix.
     """
 
     _adapter_options = None
-    # How the variables of the Keras layer were before it was adapted, and
-    # those that train again once the layer is no longer frozen as a whole.
+    # The flags of the Keras layer's variables before it was adapted, and of
+    # those that train again once the layer is no longer paused.
     _trainable_before = TrainableFlags(())
     _paused_flags = TrainableFlags(())
-    # Who gave the layer its adapters, and may switch them off.
+    # The `Adaptation` that added the adapters and may suspend them, if any.
     adaptation = None
 
     def __init__(
@@ -137,7 +136,7 @@ class AdaptedLayer:
             options["rank"] = rank
         self._adapter_options = options
         self.train_bias = train_bias
-        if self.built:  # by initial weights, as an `Embedding` may be
+        if self.built:  # as an `Embedding` with initial weights is
             self._add_adapter_of_options()
 
     def build(self, input_shape=None):
@@ -151,11 +150,12 @@ class AdaptedLayer:
 
     @property
     def trainable(self):
-        """Settable boolean, as of any layer, but the kernel stays frozen.
+        """Settable boolean, as on any layer, but the kernel stays frozen.
 
-        With adapters `False` lets the active one rest, and what else trains;
-        `True` lets the same train again. What is to train beside the adapter
-        takes a `trainable` of its own: `layer.kernel.trainable = True`.
+        On a layer with adapters, `False` freezes the active one and all else
+        that trains; `True` makes the same variables train again. To train
+        another variable as well, set its own flag:
+        `layer.kernel.trainable = True`.
         """
         return own_trainable(self)
 
@@ -173,21 +173,21 @@ class AdaptedLayer:
         self.activate_adapter(self._active_adapter)
 
     def _pause(self):
-        """Freezes what trains of the Keras layer, and remembers it."""
+        """Freezes the Keras layer's trainable variables and remembers them."""
         own = [v for v, _ in self._trainable_before.flags if v.trainable]
         self._paused_flags = TrainableFlags(own)
         for variable in own:
             variable.trainable = False
 
     def quantize(self, mode=None, type_check=True, config=None):
-        """As the Keras layer; refused with an adapter."""
+        """Like the Keras method; refuses a layer with an adapter."""
         if self._adapters:
             raise ValueError(
                 "Quantize a layer before it is adapted; the adapter then "
                 "trains in float32 over the quantized kernel. "
                 f"Received: layer '{self.name}', which is adapted"
             )
-        # Keras quantizes its own classes only, of which ours is one.
+        # Keras quantizes only its own classes; ours count as such.
         ours = "plain_class" in vars(type(self))
         self._plain_quantize(mode, type_check and not ours, config)
 
@@ -195,7 +195,7 @@ class AdaptedLayer:
         super().quantize(mode, type_check=type_check, config=config)
 
     def enable_lora(self, *args, **kwargs):
-        """As the Keras layer; refused with an adapter."""
+        """Like the Keras method; refuses a layer with an adapter."""
         if self._adapters:
             raise ValueError(
                 "A layer has an adapter of this package or Keras' own LoRA, "
@@ -207,13 +207,13 @@ class AdaptedLayer:
 
     @classmethod
     def adapt(cls, layer, name=DEFAULT, train_bias=False, **options):
-        """Gives a built layer an adapter, in place, and activates it.
+        """Adds an adapter to a built layer, in place, and activates it.
 
         Args:
             layer: Built layer of the class `cls.plain_class`, or of `cls`.
             name: String, the name of the adapter.
             train_bias: Bool, whether the bias keeps training.
-            **options: As the arguments of `LowRankAdapter`.
+            **options: As in `LowRankAdapter`.
 
         Returns:
             The same layer, now of class `cls`.
@@ -232,7 +232,7 @@ class AdaptedLayer:
                 layer.train_bias = train_bias
             with name_scopes_of(layer):
                 layer._add_adapter(name, options)
-        except BaseException:  # an interrupt as well
+        except BaseException:  # including interrupts
             if plain is cls:
                 layer._give_up_adapter(name, active)
             elif type(layer) is cls:
@@ -241,7 +241,7 @@ class AdaptedLayer:
         return layer
 
     def _give_up_adapter(self, name, active):
-        """Forgets an adapter that was not finished."""
+        """Removes an adapter that was not completed."""
         self._hold_adapters(without(self._adapters, name))
         if not self._adapters:
             self._trainable_before.restore()
@@ -254,7 +254,7 @@ class AdaptedLayer:
                 input_dim,
                 output_dim,
                 **options,
-                # The policy of a quantized layer is not one for its adapter.
+                # Adapters must not get the policy of a quantized layer.
                 dtype=self.compute_dtype,
                 name=adapter_name(name),
             )
@@ -263,10 +263,10 @@ class AdaptedLayer:
         return adapter
 
     def adapter_layouts(self, name):
-        """Returns the layouts that the factors of an adapter get, by path.
+        """Returns the layouts of the factors of an adapter, by path.
 
         Args:
-            name: String, the name of the adapter, which may be a new one.
+            name: String, the name of an existing or new adapter.
         """
         return adapter_layouts(self, self.kernel_view, name)
 
@@ -279,7 +279,7 @@ class AdaptedLayer:
         self.activate_adapter(name)
 
     def _freeze(self):
-        """Leaves nothing of the Keras layer trainable but, if asked, a bias."""
+        """Freezes the Keras layer, except the bias if `train_bias` is set."""
         for variable, _ in self._trainable_before.flags:
             variable.trainable = False
         if getattr(self, "bias", None) is not None:
@@ -288,12 +288,12 @@ class AdaptedLayer:
             self._pause()
 
     def _hold_adapters(self, adapters):
-        """Holds adapters, in their order, instead of those that are held."""
+        """Replaces the adapters of the layer, in the given order."""
         touched = [*self._adapters.values(), *adapters.values()]
         unlist_attributes(self, ["_adapters"])
         with unlocked(self) as tracker:
-            # A new dict, since TensorFlow saves none that was mutated; and
-            # first of all, for the sake of an interrupt.
+            # A new dict, because TensorFlow does not save mutated ones; and set
+            # first, in case of an interrupt.
             if adapters:
                 self._adapters = dict(adapters)
             for adapter in touched:
@@ -304,8 +304,8 @@ class AdaptedLayer:
             forget_attributes(self, ["_adapters"])
         renew_torch_parameters(self)
 
-    # Keras saves what it finds in attributes by alphabet, each object once:
-    # with the underscore it finds adapters by name, not the active one first.
+    # Keras saves attributes in alphabetical order, each object once; the
+    # underscore makes it find adapters in this dict first.
     _adapters = types.MappingProxyType({})
 
     @property
@@ -324,7 +324,7 @@ class AdaptedLayer:
         return list(self._adapters)
 
     def adapters_by_name(self):
-        """Returns a dict from the names of all adapters to the adapters."""
+        """Returns a dict from name to adapter, active or not."""
         return dict(self._adapters)
 
     def options_of(self, name):
@@ -332,22 +332,22 @@ class AdaptedLayer:
         return AdapterOptions.of(self._adapters[name])
 
     def set_weights(self, weights):
-        """As the Keras layer; refuses factors that are not on the manifold."""
+        """Like the Keras method; refuses factors off the manifold."""
         check_values(self.weights, weights)
         super().set_weights(weights)
 
     def activate_adapter(self, name):
-        """Makes one adapter the one that acts, and trains if the layer does.
+        """Activates one adapter, which trains if the layer does.
 
         Args:
-            name: String. Without an adapter of this name none is active.
+            name: String. If no adapter has this name, none is active.
         """
         self._active_adapter = name
         for other, adapter in self._adapters.items():
             adapter.trainable = self.trainable and other == name
 
     def resize_adapter(self, name, max_rank):
-        """Gives an adapter buffers of another width; nothing else changes.
+        """Changes the width of an adapter's buffers, and nothing else.
 
         Args:
             name: String, the name of the adapter.
@@ -369,7 +369,7 @@ class AdaptedLayer:
         for state, value in random_states:
             state.assign(value)
         new.trainable = old.trainable
-        if self.adaptation is None:  # the layer's own, and so its config's
+        if self.adaptation is None:  # the layer's config holds the options
             self._adapter_options = {
                 **self._adapter_options,
                 "rank": options.rank,
@@ -379,17 +379,17 @@ class AdaptedLayer:
         self._hold_adapters({**self._adapters, name: new})
 
     def delete_adapter(self, name):
-        """Forgets an adapter; without the last the Keras layer is left."""
+        """Removes an adapter; without any, this is the Keras layer again."""
         if self.adapter_names == [name]:
             self.detach_adapters()
         else:
             self._hold_adapters(without(self._adapters, name))
 
     def detach_adapters(self):
-        """Takes off all adapters and turns back into the Keras layer.
+        """Removes all adapters and turns back into the Keras layer.
 
         Returns:
-            What `attach_adapters` needs to put them on again.
+            What `attach_adapters` needs to restore them.
         """
         kept = {
             name: vars(self)[name]
@@ -400,7 +400,7 @@ class AdaptedLayer:
         kept["__class__"] = type(self)
         try:
             self._take_off_adapters()
-        except BaseException:  # an interrupt as well
+        except BaseException:  # including interrupts
             AdaptedLayer.attach_adapters(self, kept)
             raise
         return kept
@@ -415,7 +415,7 @@ class AdaptedLayer:
 
     @staticmethod
     def attach_adapters(layer, kept):
-        """Puts on the adapters that `detach_adapters` took off."""
+        """Restores the adapters that `detach_adapters` removed."""
         kept = dict(kept)
         become_adapted(layer, kept.pop("__class__"))
         adapters = kept.pop("_adapters")
@@ -436,7 +436,7 @@ class AdaptedLayer:
         return self
 
     def merge_kernels(self, sign=1):
-        """Adds the active update to the kernel, or with -1 subtracts it."""
+        """Adds the active update to the kernel; `sign=-1` subtracts it."""
         for kernel, update in zip(self.kernels(), self._updates(), strict=True):
             merged = sum_of(kernel, update, sign)
             kernel.assign(ops.cast(merged, kernel.dtype))
@@ -479,7 +479,7 @@ class AdaptedLayer:
         return self.adapter
 
     def kernels(self):
-        """List of the variables that merging changes."""
+        """Returns the list of the variables that merging changes."""
         with reading_itself(self):
             return [getattr(self, name) for name in self.kernel_names]
 
@@ -489,16 +489,16 @@ class AdaptedLayer:
         return [self.kernel_view.name]
 
     def _shown(self, name, kernel):
-        """Returns a kernel as who reads it now is to see it.
+        """Returns a kernel as its current reader should see it.
 
         Args:
             name: String, one of `kernel_names`.
-            kernel: The variable, or what stands for it.
+            kernel: The variable, or a stand-in for it.
 
         Returns:
-            Another layer that is being called gets the sum with the update,
-            a tensor. The layer itself gets the kernel, and so does who reads
-            outside of a call, and who reads what is quantized.
+            A tensor, the sum of kernel and update, for another layer that reads
+            it during a call. The kernel itself for this layer, for code outside
+            of calls, and if it is quantized.
         """
         if (
             self._acting_adapter is None
@@ -522,7 +522,7 @@ class AdaptedLayer:
         return self.view_of(self)
 
     def _updates(self):
-        """What merging adds to each of the kernels."""
+        """Returns what merging adds to each of the kernels."""
         return [self.delta()]
 
     def kernel_norm(self):
@@ -547,29 +547,29 @@ class AdaptedLayer:
 class AdaptedProduct(AdaptedLayer):
     """Mixin for layers that compute `activation(inputs * kernel + bias)`.
 
-    A subclass says what the product of inputs with a kernel is in
-    `_kernel_product`, and that with the update in `_update_product`.
+    A subclass defines the product of inputs and kernel in `_kernel_product`,
+    and that of inputs and update in `_update_product`.
     """
 
     @property
     def kernel(self):
         """The kernel variable, without the update.
 
-        To another layer that reads it in its own `call`, as a tied decoder
-        does, it is a tensor with the update, so that merging changes nothing.
+        Another layer that reads it in its own `call`, such as a tied decoder,
+        gets a tensor with the update, so that merging changes nothing.
         """
         return self._shown("kernel", super().kernel)
 
-    # Whether the update is never added to the kernel, which others share.
+    # True where the kernel is shared, so that no update is added to it.
     keeps_update_apart = False
 
     @property
     def _stays_apart(self):
-        # In lower precision the sum of kernel and update rounds the latter.
+        # In lower precision, adding the update to the kernel would round it.
         return self.keeps_update_apart or self.compute_dtype != "float32"
 
     def _adapted_call(self, inputs, product):
-        """Computes the layer, with one of the products below."""
+        """Computes the layer with one of the products below."""
         if self._acting_adapter is None:
             return super().call(inputs)
         with reading_itself(self):
@@ -586,7 +586,8 @@ class AdaptedProduct(AdaptedLayer):
             return None
         if self._stays_apart:
             return self._product_apart
-        # What torch computes anew in the backward pass is not told `training`.
+        # When torch recomputes a call for the backward pass, it omits
+        # `training`.
         anew = training is None and is_computed_again(self)
         if not (anew or may_train(training)):
             return self._product_with_sum
@@ -599,7 +600,7 @@ class AdaptedProduct(AdaptedLayer):
         return self._product_apart
 
     def _count_rows(self, inputs):
-        """The number of vectors in the inputs; unknown sizes count as many."""
+        """Returns the number of input vectors; unknown sizes are infinite."""
         sizes = [float("inf") if n is None else n for n in inputs.shape]
         return math.prod(sizes) / self.kernel_view.input_dim
 
@@ -608,8 +609,8 @@ class AdaptedProduct(AdaptedLayer):
         return ops.add(x, self._update_product(inputs))
 
     def _product_with_sum(self, inputs):
-        # The operations of the Keras layer, so that a compiler fuses them as
-        # it does there: a fresh adapter changes no bit.
+        # The same operations as in the Keras layer, so that compilers fuse them
+        # alike: a fresh adapter changes no bit.
         kernel = ops.add(self.kernel, self.delta())
         return self._kernel_product(inputs, kernel)
 
@@ -631,7 +632,7 @@ class AdaptedProduct(AdaptedLayer):
         raise NotImplementedError
 
     def _rows_to_inputs(self, rows):
-        """Brings rows `(n, input_dim)` into the shape of inputs."""
+        """Reshapes rows `(n, input_dim)` to the shape of inputs."""
         return rows
 
     def _shaped_bias(self):
@@ -641,7 +642,7 @@ class AdaptedProduct(AdaptedLayer):
         if self.quantization_mode is None:
             return super().kernel_norm()
         # The mean of `||z @ kernel||^2` over vectors z of random signs is
-        # `||kernel||^2`; 64 of them are enough for a bound.
+        # `||kernel||^2`; 64 of them suffice for a bound.
         rng = np.random.default_rng(0)
         signs = rng.choice([-1.0, 1.0], (64, self.kernel_view.input_dim))
         x = self._rows_to_inputs(ops.cast(signs, self.compute_dtype))
@@ -652,17 +653,17 @@ class AdaptedProduct(AdaptedLayer):
 
 
 def adapter_name(name):
-    """Returns what the layer of a named adapter is called."""
+    """Returns the name of the Keras layer that holds an adapter."""
     return "adapter" if name == DEFAULT else f"adapter_{name}"
 
 
 def adapter_layouts(layer, view, name):
-    """Returns the layouts that the factors of an adapter get, by path.
+    """Returns the layouts of the factors of an adapter, by path.
 
     Args:
         layer: Layer, adapted or not.
         view: Its `KernelView`.
-        name: String, the name of the adapter, which may be a new one.
+        name: String, the name of an existing or new adapter.
     """
     with reading_itself(layer):
         kernel = getattr(layer, view.name)
@@ -671,13 +672,13 @@ def adapter_layouts(layer, view, name):
 
 
 def shape_of_kernel(layer):
-    """Returns the shape of a kernel, also of a layer without adapters."""
+    """Returns the kernel shape of a layer, adapted or not."""
     with reading_itself(layer):
         return tuple(layer.kernel.shape)
 
 
 def sum_of(kernel, update, sign=1):
-    """Adds an update to a kernel, or with -1 subtracts it, without loss."""
+    """Adds an update to a kernel without loss; `sign=-1` subtracts it."""
     wide = "float64" if kernel.dtype == "float64" else "float32"
     return ops.cast(kernel, wide) + sign * ops.cast(update, wide)
 
@@ -712,8 +713,8 @@ def check_adaptable(layer, name=DEFAULT):
 
 
 def check_without_lora(layer):
-    """Refuses a layer whose kernel is the sum that Keras' own LoRA makes."""
-    if getattr(layer, "lora_enabled", False):  # some have no LoRA
+    """Refuses a layer that uses Keras' own LoRA."""
+    if getattr(layer, "lora_enabled", False):  # some layers have no LoRA
         raise ValueError(
             "A layer with Keras' own LoRA cannot be adapted. "
             f"Received: layer '{layer.name}' with lora_enabled=True"

@@ -43,37 +43,37 @@ class LowRankAdapter(keras.layers.Layer):
 
     Holds `U @ S @ V.T` with orthonormal bases `U` and `V` and a diagonal core
     `S`, and computes `scale * x @ U @ S @ V.T` from left to right, so that the
-    product of the factors is never formed. A fresh adapter has `S = 0`, so it
-    adds exactly nothing.
+    product of the factors is never formed. A fresh adapter has `S = 0`, so its
+    update is exactly zero.
 
     The factors have `max_rank` columns, of which the first `rank` are in use
-    and the others zero: the rank can change in training without a change of
-    shape. The factors are float32 whatever the dtype policy; the products
-    are computed in the compute dtype.
+    and the others zero, so the rank can change during training while shapes
+    stay the same. The factors are float32 whatever the dtype policy; the
+    products are computed in the compute dtype.
 
     **Gradients are those of the geometric step.** With `G` the gradient with
     respect to `delta`, backpropagation delivers `G @ V` for `U`, `U.T @ G @ V`
     for `S` and `G.T @ U` for `V`: the gradients for `K = U S`, `S` and
-    `L = V S.T`. They are exact also where `S` is zero, and `G` is never
-    formed; so they are where the loss contains derivatives of the output by
-    the input, of any order. (On JAX a training call takes reverse mode, up to
-    order 6; `training=False` takes `jax.jvp` and `jax.hessian` as well, and
-    costs the full gradient of the kernel.) Train the factors with
-    `keras_geolora.GeoLoRA`; another optimizer is refused.
+    `L = V S.T`. They are exact even where `S` is zero, and `G` is never formed.
+    The same holds if the loss contains derivatives of the output with respect
+    to the input, of any order. (On JAX, training calls support reverse mode up
+    to order 6; `training=False` also supports `jax.jvp` and `jax.hessian`, at
+    the cost of the full gradient of the kernel.) Train the factors with
+    `keras_geolora.GeoLoRA`; other optimizers are refused.
 
     Args:
         input_dim: Int, rows of the kernel.
         output_dim: Int, columns of the kernel.
-        rank: Int in [1, max_rank], the rank at the start.
+        rank: Int in [1, max_rank], the initial rank.
         max_rank: Int, the largest rank, at most
             `min(input_dim, output_dim)`. Defaults to `2 * rank`, clipped to
             that bound.
         min_rank: Int in [1, rank], the smallest rank. Defaults to 1.
-        scale: Float, constant strength of the update. It does not depend on
-            the rank, so that a rank that changes does not change the output.
-            Defaults to 1.
-        dropout: Float in [0, 1), share of the inputs of the update that is
-            dropped in training. Defaults to 0.
+        scale: Float, constant strength of the update. It does not depend on the
+            rank, so that changing the rank does not change the output. Defaults
+            to 1.
+        dropout: Float in [0, 1), share of the update's inputs to drop in
+            training. Defaults to 0.
         seed: Int or `None`, for the bases and the dropout.
 
     Input shape:
@@ -103,7 +103,7 @@ class LowRankAdapter(keras.layers.Layer):
         Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
     """
 
-    # What was wrong with the factors of the last file.
+    # The error about the factors of the last file, if any.
     _refused = None
 
     def __init__(
@@ -142,7 +142,7 @@ class LowRankAdapter(keras.layers.Layer):
                 "`scale` multiplies the update, so it must be finite and not "
                 f"zero. Received: scale={scale}. The default is 1."
             )
-        # Numbers of NumPy have no place in the JSON of a file.
+        # Files are JSON, which cannot hold NumPy numbers.
         self.input_dim = input_dim
         self.output_dim = output_dim
         self.initial_rank = operator.index(rank)
@@ -150,8 +150,8 @@ class LowRankAdapter(keras.layers.Layer):
         self.min_rank = operator.index(min_rank)
         self.scale = float(scale)
         self.seed = None if seed is None else operator.index(seed)
-        # Without a seed torch would use a generator of the process, whose
-        # state is in no file.
+        # Without a seed torch would use a global generator, whose state is not
+        # saved.
         dropout_seed = random.randrange(2**31) if seed is None else self.seed
         self.dropout = keras.layers.Dropout(
             float(dropout), seed=dropout_seed, dtype=self.dtype_policy
@@ -220,9 +220,9 @@ class LowRankAdapter(keras.layers.Layer):
     def merged_call(self, inputs, kernel):
         """Returns `inputs @ (kernel + scale * U @ S @ V.T)`, for training.
 
-        The sum is formed, which for many rows takes less time than a product
-        beside that with the kernel; its gradient never is. The kernel gets
-        no gradient, and there is no dropout.
+        Forms the sum, which for many rows is faster than two products, but
+        never its gradient. The kernel gets no gradient, and there is no
+        dropout.
 
         Args:
             inputs: Tensor of shape `(..., input_dim)`.
@@ -248,10 +248,10 @@ class LowRankAdapter(keras.layers.Layer):
         return low_rank_matrix(*self._factors(), self.scale)
 
     def _factors(self):
-        """Returns `U`, `S` and `V` as custom gradients take them.
+        """Returns `U`, `S` and `V` in the form that custom gradients accept.
 
-        The cast is for the variables of `tf.distribute`, which it turns into
-        tensors; to all others it does nothing.
+        The cast turns variables of `tf.distribute` into tensors; on others it
+        has no effect.
         """
         return [ops.cast(v.value, v.dtype) for v in (self.U, self.S, self.V)]
 
@@ -264,7 +264,7 @@ class LowRankAdapter(keras.layers.Layer):
         return U[:, :rank], S[:rank, :rank], V[:, :rank]
 
     def save_own_variables(self, store):
-        """As the Keras layer; refuses factors that have left the manifold."""
+        """Like the Keras method; refuses factors that left the manifold."""
         manifold.check_factors(
             {manifold.name_of(self.U): (self.U, self.S, self.V)},
             f"They were not saved. {manifold.MEND} {manifold.AVERAGE}",
@@ -272,10 +272,10 @@ class LowRankAdapter(keras.layers.Layer):
         super().save_own_variables(store)
 
     def load_own_variables(self, store):
-        """As the Keras layer; refuses factors that are not on the manifold."""
+        """Like the Keras method; refuses factors off the manifold."""
         given = [store[key] for key in sorted(store.keys())]
         if not given and self._refused is not None:
-            # Keras tries again elsewhere in the file, and tells the last error.
+            # Keras tries again elsewhere in the file and shows the last error.
             raise ValueError(self._refused)
         self._refused = None
         try:
@@ -291,26 +291,26 @@ class LowRankAdapter(keras.layers.Layer):
         super().load_own_variables(store)
 
     def set_weights(self, weights):
-        """As the Keras layer; refuses factors that are not on the manifold."""
+        """Like the Keras method; refuses factors off the manifold."""
         manifold.check_values(self.weights, weights)
         super().set_weights(weights)
 
     @property
     def parameters_per_rank(self):
-        """Int, what a rank costs: a column of each basis, a singular value."""
+        """Int, parameters per rank: a column per basis, a singular value."""
         return self.input_dim + self.output_dim + 1
 
     def kernel_norm(self):
-        """Norm of the kernel that is updated; zero where there is none."""
+        """Returns the norm of the updated kernel; zero if there is none."""
         return 0.0
 
     @property
     def is_active(self):
-        """Bool, whether it is the one that acts on the layer it belongs to."""
+        """Bool, whether this is the active adapter of its layer."""
         layer = getattr(self.kernel_norm, "layer", None)
-        if layer is None:  # it was not made for another layer
+        if layer is None:  # it belongs to no layer
             return True
-        # Not by properties, which a layer that was merged does not have.
+        # Not via properties, which a merged layer does not have.
         adapters = vars(layer).get("_adapters", {})
         return adapters.get(vars(layer).get("_active_adapter")) is self
 
@@ -335,7 +335,7 @@ class LowRankAdapter(keras.layers.Layer):
 
 
 def check_columns(name, value):
-    """Refuses what cannot count columns."""
+    """Refuses a number of columns that is not an integer."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
             f"`{name}` counts columns, so it must be an integer. "
@@ -344,7 +344,7 @@ def check_columns(name, value):
 
 
 def check_rank(name, value, smallest, largest):
-    """Refuses what is no rank between `smallest` and `largest`."""
+    """Refuses a rank that is not an integer in `[smallest, largest]`."""
     check_columns(name, value)
     if not smallest <= value <= largest:
         raise ValueError(

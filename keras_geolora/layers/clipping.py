@@ -1,4 +1,4 @@
-"""Ranks that no update of a kernel can have, and what they become."""
+"""Clips ranks to those that an update of a kernel can have."""
 
 import dataclasses
 import operator
@@ -7,7 +7,7 @@ from keras_geolora.layers.registry import kernel_shape
 
 
 def clipped(options, layer):
-    """Brings ranks down to the smaller side of a kernel.
+    """Clips ranks to the smaller side of a kernel.
 
     Ranks that contradict each other are left for `LowRankAdapter` to refuse.
 
@@ -16,7 +16,7 @@ def clipped(options, layer):
         layer: Layer that can carry an adapter.
 
     Returns:
-        The options to take, and a dict of those ranks that were larger.
+        The clipped options, and a dict of the ranks that were larger.
     """
     largest = min(kernel_shape(layer))
     ranks = {
@@ -37,14 +37,14 @@ def is_count(value):
 
 
 def asked_of(layer):
-    """Returns the ranks that `enable_geolora` clipped, as they were asked for.
+    """Returns the requested ranks, where `enable_geolora` clipped them.
 
     Args:
         layer: Adapted layer.
 
     Returns:
-        Dict of the larger ones of `rank`, `max_rank` and `min_rank`; empty
-        where nothing was clipped.
+        Dict of those of `rank`, `max_rank` and `min_rank` that were larger;
+        empty if nothing was clipped.
     """
     if layer.adaptation is None:
         return {}

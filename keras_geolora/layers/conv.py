@@ -10,17 +10,17 @@ from keras_geolora.layers.kernel_view import KernelView
 class AdaptedConv(AdaptedProduct):
     """Mixin for convolutions.
 
-    The kernel is seen as a matrix of *positions and input channels* x
-    *output channels*. With `groups` a row stands for an input channel of each
-    group, as in the kernel itself.
+    The kernel is viewed as a matrix of *positions and input channels* x *output
+    channels*. With `groups` a row stands for an input channel of each group, as
+    in the kernel itself.
     """
 
     @property
     def rank(self):
         """Int, the rank of the update; without one, the spatial dimensions.
 
-        Keras' convolutions call the number of their spatial dimensions
-        `rank`, and read it where no adapter acts.
+        Keras' convolutions store the number of spatial dimensions as `rank`,
+        and read it where no adapter acts.
         """
         if self._acting_adapter is not None:
             return self.adapter.rank
@@ -62,20 +62,20 @@ class AdaptedConv(AdaptedProduct):
 class GeoLoRAConv1D(AdaptedConv, keras.layers.Conv1D):
     """`keras.layers.Conv1D` with a frozen kernel and a low-rank update.
 
-    The kernel is seen as a matrix of *positions and input channels* x *output
-    channels*, of each group alike. Without a `rank` it is
-    `keras.layers.Conv1D`.
+    The kernel is viewed as a matrix of *positions and input channels* x *output
+    channels*; with `groups` a row stands for an input channel of each group.
+    Without a `rank` this is a plain `keras.layers.Conv1D`.
 
     Args:
         filters: Int, the number of output channels.
         kernel_size: Int or tuple of ints.
-        rank: Int or `None`, the rank at the start. `None`, the default, means
-            no adapter. The attribute `rank` is the rank of the update as long
-            as there is one, and the number of spatial dimensions otherwise.
+        rank: Int or `None`, the initial rank. `None`, the default, means no
+            adapter. The attribute `rank` is the rank of the update if there is
+            one, and the number of spatial dimensions otherwise.
         dropout: Float in [0, 1) or `None`, dropout on the inputs of the
             update, which costs a second convolution. Defaults to 0.
-        **kwargs: The other options of the adapter, as `GeoLoRADense`, and of
-            the layer, as `keras.layers.Conv1D`.
+        **kwargs: The other options of the adapter, as in `GeoLoRADense`, and of
+            the layer, as in `keras.layers.Conv1D`.
 
     Example:
 
@@ -112,20 +112,20 @@ class GeoLoRAConv1D(AdaptedConv, keras.layers.Conv1D):
 class GeoLoRAConv2D(AdaptedConv, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with a frozen kernel and a low-rank update.
 
-    The kernel is seen as a matrix of *positions and input channels* x *output
-    channels*, of each group alike. Without a `rank` it is
-    `keras.layers.Conv2D`.
+    The kernel is viewed as a matrix of *positions and input channels* x *output
+    channels*; with `groups` a row stands for an input channel of each group.
+    Without a `rank` this is a plain `keras.layers.Conv2D`.
 
     Args:
         filters: Int, the number of output channels.
         kernel_size: Int or tuple of ints.
-        rank: Int or `None`, the rank at the start. `None`, the default, means
-            no adapter. The attribute `rank` is the rank of the update as long
-            as there is one, and the number of spatial dimensions otherwise.
+        rank: Int or `None`, the initial rank. `None`, the default, means no
+            adapter. The attribute `rank` is the rank of the update if there is
+            one, and the number of spatial dimensions otherwise.
         dropout: Float in [0, 1) or `None`, dropout on the inputs of the
             update, which costs a second convolution. Defaults to 0.
-        **kwargs: The other options of the adapter, as `GeoLoRADense`, and of
-            the layer, as `keras.layers.Conv2D`.
+        **kwargs: The other options of the adapter, as in `GeoLoRADense`, and of
+            the layer, as in `keras.layers.Conv2D`.
 
     Example:
 
@@ -146,20 +146,20 @@ class GeoLoRAConv2D(AdaptedConv, keras.layers.Conv2D):
 class GeoLoRAConv3D(AdaptedConv, keras.layers.Conv3D):
     """`keras.layers.Conv3D` with a frozen kernel and a low-rank update.
 
-    The kernel is seen as a matrix of *positions and input channels* x *output
-    channels*, of each group alike. Without a `rank` it is
-    `keras.layers.Conv3D`.
+    The kernel is viewed as a matrix of *positions and input channels* x *output
+    channels*; with `groups` a row stands for an input channel of each group.
+    Without a `rank` this is a plain `keras.layers.Conv3D`.
 
     Args:
         filters: Int, the number of output channels.
         kernel_size: Int or tuple of ints.
-        rank: Int or `None`, the rank at the start. `None`, the default, means
-            no adapter. The attribute `rank` is the rank of the update as long
-            as there is one, and the number of spatial dimensions otherwise.
+        rank: Int or `None`, the initial rank. `None`, the default, means no
+            adapter. The attribute `rank` is the rank of the update if there is
+            one, and the number of spatial dimensions otherwise.
         dropout: Float in [0, 1) or `None`, dropout on the inputs of the
             update, which costs a second convolution. Defaults to 0.
-        **kwargs: The other options of the adapter, as `GeoLoRADense`, and of
-            the layer, as `keras.layers.Conv3D`.
+        **kwargs: The other options of the adapter, as in `GeoLoRADense`, and of
+            the layer, as in `keras.layers.Conv3D`.
 
     Example:
 

@@ -12,14 +12,14 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
     """`keras.layers.Dense` with a frozen kernel and a low-rank update.
 
     Computes `activation(x @ kernel + scale * x @ U @ S @ V.T + bias)`, where
-    only `U`, `S` and `V` are trained (and the bias on request), by an
-    optimizer wrapped in `keras_geolora.GeoLoRA`, which also finds the rank.
-    Without a `rank` it is `keras.layers.Dense`.
+    only `U`, `S` and `V` train (and the bias on request). The optimizer,
+    wrapped in `keras_geolora.GeoLoRA`, also finds the rank. Without a `rank`
+    this is a plain `keras.layers.Dense`.
 
     Args:
         units: Int, the size of the output.
-        rank: Int or `None`, the rank at the start. `None`, the default, means
-            no adapter.
+        rank: Int or `None`, the initial rank. `None`, the default, means no
+            adapter.
         max_rank: Int or `None`, the largest rank. Defaults to `2 * rank`,
             clipped to the smaller side of the kernel.
         min_rank: Int or `None`, the smallest rank. Defaults to 1.
@@ -30,7 +30,7 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
         train_bias: Bool, whether the bias of an adapted layer trains too.
             Defaults to `False`.
         seed: Int or `None`, for the random bases and the dropout.
-        **kwargs: As `keras.layers.Dense`.
+        **kwargs: As in `keras.layers.Dense`.
 
     Input shape:
         `(batch, ..., input_dim)`.
@@ -55,7 +55,7 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
 
     @staticmethod
     def view_of(layer):
-        # A quantized kernel has another shape.
+        # A quantized kernel has a different shape.
         shape = layer.input_spec.axes[-1], layer.units
         return KernelView("kernel", shape, rows=(0,), columns=(1,))
 
@@ -70,5 +70,5 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
         return self.adapter.merged_call(inputs, self.kernel)
 
     def _update_product(self, inputs):
-        # Integers would mean rows of the update.
+        # The adapter would read integers as row numbers.
         return self.adapter(ops.cast(inputs, self.compute_dtype))

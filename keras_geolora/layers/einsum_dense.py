@@ -11,19 +11,18 @@ from keras_geolora.layers.kernel_view import KernelView
 class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense` with a frozen kernel and a low-rank update.
 
-    The kernel is seen as a matrix of *contracted axes* x *kept axes*: rank 4
-    of the query of an eight-head attention, `"abc,cde->abde"`, is rank 4 of
-    the matrix from `c` to `(d, e)`. Without a `rank` it is
+    The kernel is viewed as a matrix of *contracted axes* x *kept axes*: for the
+    query of an eight-head attention, `"abc,cde->abde"`, rank 4 is that of the
+    matrix from `c` to `(d, e)`. Without a `rank` this is a plain
     `keras.layers.EinsumDense`.
 
     Args:
-        equation: String, as in `keras.layers.EinsumDense`. An axis that
-            inputs, kernel and output share would make a batch of matrices
-            of the kernel, and one that only the inputs have a sum; such an
-            equation cannot carry an adapter.
+        equation: String, as in `keras.layers.EinsumDense`. Equations with an
+            axis that inputs, kernel and output share (a batch of matrices), or
+            that only the inputs have (a sum), cannot carry an adapter.
         output_shape: As in `keras.layers.EinsumDense`.
-        rank: Int or `None`, the rank at the start. `None`, the default, means
-            no adapter.
+        rank: Int or `None`, the initial rank. `None`, the default, means no
+            adapter.
         max_rank: Int or `None`, the largest rank. Defaults to `2 * rank`,
             clipped to the smaller side of the kernel.
         min_rank: Int or `None`, the smallest rank. Defaults to 1.
@@ -34,7 +33,7 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         train_bias: Bool, whether the bias of an adapted layer trains too.
             Defaults to `False`.
         seed: Int or `None`, for the random bases and the dropout.
-        **kwargs: As `keras.layers.EinsumDense`.
+        **kwargs: As in `keras.layers.EinsumDense`.
 
     Example:
 
@@ -52,7 +51,7 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
 
     @staticmethod
     def view_of(layer):
-        # A quantized kernel has another shape.
+        # A quantized kernel has a different shape.
         shape = getattr(layer, "original_kernel_shape", None)
         shape = tuple(shape or shape_of_kernel(layer))
         einsum = Einsum(layer.equation)
@@ -74,7 +73,7 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
 
     def _update_product(self, inputs):
         einsum, view = Einsum(self.equation), self.kernel_view
-        # Integers would mean rows of the update.
+        # The adapter would read integers as row numbers.
         x = ops.cast(inputs, self.compute_dtype)
         y = self.adapter(einsum.inputs_to_rows(x, view))
         return einsum.rows_to_outputs(y, view)
@@ -90,14 +89,14 @@ class Einsum:
     the outputs, and every other axis of the inputs is kept.
 
     Args:
-        equation: String, as of `keras.layers.EinsumDense`.
+        equation: String, as in `keras.layers.EinsumDense`.
 
     Attributes:
         rows: Tuple of the axes of the kernel that are contracted.
         columns: Tuple of the axes of the kernel that are kept.
 
     Raises:
-        ValueError: If the equation is none of this kind.
+        ValueError: If the equation is not of this kind.
     """
 
     def __init__(self, equation):
@@ -121,21 +120,21 @@ class Einsum:
         self.batch = [a for a in self.inputs if a not in self.kernel]
 
     def inputs_to_rows(self, inputs, view):
-        """Brings inputs into the shape `(..., input_dim)`."""
+        """Reshapes inputs to `(..., input_dim)`."""
         rank = len(inputs.shape)
         x = permute(inputs, self.inputs, self.batch + self.contracted, rank)
         rows = ops.shape(x)[: rank - len(self.contracted)]
         return ops.reshape(x, (*rows, view.input_dim))
 
     def rows_to_inputs(self, rows, view):
-        """Brings rows `(n, input_dim)` into the shape of inputs."""
+        """Reshapes rows `(n, input_dim)` to the shape of inputs."""
         batch = [-1] + [1] * (len(self.batch) - 1)
         lengths = [view.shape[i] for i in self.rows]
         x = ops.reshape(rows, (*batch, *lengths))
         return permute(x, self.batch + self.contracted, self.inputs)
 
     def rows_to_outputs(self, rows, view):
-        """Brings rows `(..., output_dim)` into the shape of outputs."""
+        """Reshapes rows `(..., output_dim)` to the shape of outputs."""
         batch = ops.shape(rows)[:-1]
         x = ops.reshape(rows, (*batch, *(view.shape[i] for i in self.columns)))
         return permute(x, self.batch + self.kept, self.outputs, len(x.shape))
@@ -144,7 +143,7 @@ class Einsum:
 def permute(x, source, target, rank=None):
     """Transposes `x` from the axis order `source` to `target`.
 
-    The label "0" stands for as many axes as `rank` leaves over.
+    Of `rank` axes, the label "0" stands for those without another label.
     """
     elided = 0 if rank is None else rank - len(source) + 1
     positions, position = {}, 0

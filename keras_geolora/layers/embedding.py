@@ -13,13 +13,14 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
     """`keras.layers.Embedding` with frozen rows and a low-rank update.
 
     Looks up rows of `embeddings + scale * U @ S @ V.T`; the product of the
-    factors is never formed. Without a `rank` it is `keras.layers.Embedding`.
+    factors is never formed. Without a `rank` this is a plain
+    `keras.layers.Embedding`.
 
     Args:
         input_dim: Int, the size of the vocabulary.
         output_dim: Int, the length of a row.
-        rank: Int or `None`, the rank at the start. `None`, the default, means
-            no adapter.
+        rank: Int or `None`, the initial rank. `None`, the default, means no
+            adapter.
         max_rank: Int or `None`, the largest rank. Defaults to `2 * rank`,
             clipped to the smaller side of the kernel.
         min_rank: Int or `None`, the smallest rank. Defaults to 1.
@@ -28,7 +29,7 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
         dropout: Float in [0, 1) or `None`, the share of looked-up rows that
             get no update in training. Defaults to 0.
         seed: Int or `None`, for the random bases and the dropout.
-        **kwargs: As `keras.layers.Embedding`.
+        **kwargs: As in `keras.layers.Embedding`.
 
     Example:
 
@@ -51,17 +52,17 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
 
     @property
     def embeddings(self):
-        """The variable of all rows, without the update.
+        """The variable that holds all rows, without the update.
 
-        To another layer that reads it in its own `call`, as a tied head does,
-        it is a tensor with the update, so that merging changes nothing.
+        Another layer that reads it in its own `call`, such as a tied head, gets
+        a tensor with the update, so that merging changes nothing.
         """
         return self._shown("embeddings", super().embeddings)
 
     def kernel_norm(self):
         if self.quantization_mode is None:
             return super().kernel_norm()
-        # Evenly spaced rows are enough for a bound.
+        # Evenly spaced rows suffice for a bound.
         step = max(self.input_dim // 64, 1)
         ids = ops.arange(0, self.input_dim, step, dtype="int32")
         rows = ops.cast(super().quantized_call(ids), "float32")
@@ -80,7 +81,7 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
     def _add_rows(self, x, inputs):
         if self._acting_adapter is None:
             return x
-        # What is missing in sparse ids is 0, to Keras as well.
+        # Missing entries of sparse ids are 0, as in Keras.
         ids = ops.convert_to_tensor(inputs, sparse=False)
         return ops.add(x, self.adapter(ops.cast(ids, "int32")))
 
@@ -91,17 +92,18 @@ class GeoLoRAReversibleEmbedding(
 ):
     """`keras.layers.ReversibleEmbedding` with a low-rank update.
 
-    The update acts in both directions: it is added to the rows that are
-    looked up, and its transpose to the matrix of the reverse projection, also
-    where `tie_weights=False` and that matrix is another one. Without a `rank`
-    it is `keras.layers.ReversibleEmbedding`.
+    The update acts in both directions: it is added to the rows that are looked
+    up, and its transpose to the matrix of the reverse projection, even if that
+    is a separate one (`tie_weights=False`). Without a `rank` this is a plain
+    `keras.layers.ReversibleEmbedding`.
 
     Args:
         input_dim: Int, the size of the vocabulary.
         output_dim: Int, the length of a row.
-        rank: Int or `None`, the rank at the start. `None`, the default, means
-            no adapter.
-        **kwargs: As `GeoLoRAEmbedding` and `keras.layers.ReversibleEmbedding`.
+        rank: Int or `None`, the initial rank. `None`, the default, means no
+            adapter.
+        **kwargs: As in `GeoLoRAEmbedding` and
+            `keras.layers.ReversibleEmbedding`.
 
     Example:
 
@@ -118,15 +120,15 @@ class GeoLoRAReversibleEmbedding(
     plain_class = keras.layers.ReversibleEmbedding
 
     def build(self, input_shape=None):
-        # The adapter comes last, when both matrices are there.
+        # The adapter comes last, once both matrices exist.
         with set_aside(self, "_adapter_options"):
             super().build(input_shape)
         self._add_adapter_of_options()
 
-    # The Keras class has an attribute of this name where nothing is tied.
+    # The Keras class sets an attribute of this name if nothing is tied.
     @property
     def reverse_embeddings(self):
-        """The variable of the reverse projection, shown as `embeddings` is."""
+        """The variable of the reverse projection; reads like `embeddings`."""
         if "reverse_embeddings" not in vars(self):
             raise AttributeError("reverse_embeddings")
         kernel = vars(self)["reverse_embeddings"]
@@ -152,7 +154,7 @@ class GeoLoRAReversibleEmbedding(
         return [*super()._updates(), ops.transpose(self.delta())]
 
     def quantize(self, mode=None, type_check=True, config=None):
-        # `AdaptedLayer` comes after the Keras class here.
+        # In this class `AdaptedLayer` comes after the Keras class.
         AdaptedLayer.quantize(self, mode, type_check, config)
 
     def _plain_quantize(self, mode, type_check, config):
@@ -168,7 +170,7 @@ class GeoLoRAReversibleEmbedding(
     def quantized_call(self, inputs, reverse=False):
         if not reverse:
             return super().quantized_call(inputs)
-        # Past `GeoLoRAEmbedding`, which would look up rows.
+        # Skips `GeoLoRAEmbedding`, which would look up rows.
         call = super(GeoLoRAEmbedding, self).quantized_call
         return self._reverse(call, inputs)
 

@@ -1,4 +1,4 @@
-"""The variables of an adapter, known by their constraint."""
+"""Marks the variables of adapters, by their constraint."""
 
 
 class Factor:
@@ -6,9 +6,8 @@ class Factor:
 
     Keras calls a variable's constraint at the end of every optimizer step.
     The factors of an adapter live on a manifold, and their gradients are
-    those of the geometric step, so an optimizer that moves them itself is
-    refused: `keras_geolora.GeoLoRA` gives its inner optimizer other
-    variables.
+    those of the geometric step, so this refuses optimizers that move them
+    directly. `keras_geolora.GeoLoRA` gives its inner optimizer other variables.
     """
 
     def __init__(self, adapter, role):

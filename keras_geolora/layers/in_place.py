@@ -1,4 +1,4 @@
-"""Layers that change their class, or lose an attribute, in place."""
+"""Changes the class or an attribute of a layer in place."""
 
 import contextlib
 import contextvars
@@ -7,13 +7,13 @@ import keras
 
 from keras_geolora.keras_internals import unlist_attributes
 
-# The layers that read their kernels themselves at the moment, in this thread.
+# Ids of the layers that are reading their own kernels, in this thread.
 READERS = contextvars.ContextVar("keras_geolora_readers", default=())
 
 
 @contextlib.contextmanager
 def reading_itself(layer):
-    """Lets a layer read its kernels as they are, also while it is called."""
+    """Lets a layer read its kernels without the update, even in a call."""
     token = READERS.set((*READERS.get(), id(layer)))
     try:
         yield
@@ -22,7 +22,7 @@ def reading_itself(layer):
 
 
 def forget_attributes(layer, names):
-    """Deletes attributes of a layer, also where a backend knows their names."""
+    """Deletes attributes of a layer, also from the backend's lists."""
     for name in names:
         if name in vars(layer):
             delattr(layer, name)
@@ -31,7 +31,7 @@ def forget_attributes(layer, names):
 
 @contextlib.contextmanager
 def name_scopes_of(layer):
-    """Gives variables the paths that they get where the layer is built."""
+    """Gives new variables the paths they would get in the layer's `build`."""
     with contextlib.ExitStack() as scopes:
         for part in layer.path.split("/"):
             scopes.enter_context(keras.name_scope(part))
@@ -39,15 +39,15 @@ def name_scopes_of(layer):
 
 
 def become_adapted(layer, cls):
-    """Gives a layer or model a class of ours, in place."""
+    """Gives a layer or model an adapted class, in place."""
     layer.__class__ = cls
-    # Keras keeps a bound `quantize` with every layer, which hides ours.
+    # Keras stores a bound `quantize` in every layer, which hides ours.
     if "quantize" in vars(layer):
         vars(layer)["_plain_class_quantize"] = vars(layer).pop("quantize")
 
 
 def become_plain(layer):
-    """Gives a layer or model back the class that it had."""
+    """Gives a layer or model its former class back."""
     layer.__class__ = getattr(layer, "plain_class", type(layer))
     if "_plain_class_quantize" in vars(layer):
         vars(layer)["quantize"] = vars(layer).pop("_plain_class_quantize")
@@ -55,10 +55,10 @@ def become_plain(layer):
 
 @contextlib.contextmanager
 def set_aside(layer, attribute):
-    """Lets a layer do without the value of an attribute for a while."""
+    """Sets an attribute of a layer to `None` for a block."""
     value = getattr(layer, attribute)
-    # Written past Keras, which would track a layer, and past torch, which
-    # keeps modules elsewhere.
+    # Bypasses Keras, which would track a layer, and torch, which keeps modules
+    # elsewhere.
     there = attribute in vars(layer)
     vars(layer)[attribute] = None
     try:

@@ -1,4 +1,4 @@
-"""The kernel of a layer, seen as a matrix."""
+"""The kernel of a layer, viewed as a matrix."""
 
 import dataclasses
 import math
@@ -9,16 +9,16 @@ from keras import ops
 
 @dataclasses.dataclass(frozen=True)
 class KernelView:
-    """How a kernel becomes a matrix `(input_dim, output_dim)`, and back.
+    """How to turn a kernel into a matrix `(input_dim, output_dim)` and back.
 
-    Every kind of layer says this of its kernel, with and without adapters, in
-    `view_of`; everybody else asks `registry.kernel_view(layer)`. Files,
-    layouts and other formats know no more of a layer than this.
+    Each kind of layer defines this in `view_of`, with and without adapters;
+    other code calls `registry.kernel_view(layer)`. Files, layouts and other
+    formats need to know nothing else about a layer.
 
     Attributes:
         name: String, the attribute of the layer that holds the kernel.
-        shape: Tuple of ints, the shape of the kernel in floating point, also
-            of one that is quantized and stored in another shape.
+        shape: Tuple of ints, the shape of the kernel in floating point, even if
+            it is quantized and stored in another shape.
         rows: Tuple of the axes of the kernel that become the rows, in order.
         columns: Tuple of the axes that become the columns, in order.
         batch: Tuple of the axes along which there are several matrices, each
@@ -56,13 +56,13 @@ class KernelView:
         return self.input_dim, self.output_dim
 
     def to_matrix(self, kernel):
-        """Brings a kernel into the shape `(*batch, input_dim, output_dim)`.
+        """Reshapes a kernel to `(*batch, input_dim, output_dim)`.
 
         Args:
             kernel: Array or tensor of shape `shape`.
 
         Returns:
-            Of the same kind as `kernel`.
+            Array or tensor, like `kernel`.
         """
         of = operations_of(kernel)
         order = (*self.batch, *self.rows, *self.columns)
@@ -89,5 +89,5 @@ class KernelView:
 
 
 def operations_of(x):
-    """Returns NumPy for its arrays, `keras.ops` for everything else."""
+    """Returns NumPy for NumPy arrays, `keras.ops` for everything else."""
     return np if isinstance(x, np.ndarray) else ops

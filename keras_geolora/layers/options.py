@@ -1,4 +1,4 @@
-"""What can be chosen of an adapter."""
+"""The options of an adapter."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,8 +8,8 @@ from typing import ClassVar
 class AdapterOptions:
     """The arguments of `LowRankAdapter`, without the sizes of the kernel.
 
-    `LowRankAdapter` says what they mean and checks them. In files they are a
-    dict, `dataclasses.asdict(options)`.
+    `LowRankAdapter` explains and checks them. Files hold them as a dict,
+    `dataclasses.asdict(options)`.
     """
 
     rank: int
@@ -19,7 +19,7 @@ class AdapterOptions:
     dropout: float = 0.0
     seed: int | None = None
 
-    # What a file may hold.
+    # The types that files may hold.
     TYPES: ClassVar = {
         "rank": [int],
         "max_rank": [int],
@@ -36,7 +36,7 @@ class AdapterOptions:
         return cls(**{name: config[name] for name in cls.TYPES})
 
     def with_columns(self, max_rank):
-        """Returns the options of an adapter with buffers of another width."""
+        """Returns the same options for buffers of another width."""
         rank = min(self.rank, max_rank)
         return dataclasses.replace(
             self,

@@ -3,27 +3,27 @@
 import keras
 from keras import ops
 
-# On JAX, how often a product can be derived.
+# The highest order of derivatives of a product on JAX.
 ORDERS = 6
 
 
 def with_gradients(forward, backward, *inputs, order=1):
-    """Computes `forward(*inputs)` and says what its gradients are.
+    """Computes `forward(*inputs)`, with gradients given by `backward`.
 
-    The gradients may be derived again, as in a loss of the derivatives of a
-    model: `backward` is made of functions that are right themselves. Where it
-    derives a second time, JAX derives the operations of the *forward* pass,
-    so that there the forward pass is such a function, too, up to `ORDERS`
-    times, after which there is an error.
+    The gradients can be differentiated again, as for a loss that contains
+    derivatives of a model, because `backward` consists of such functions. For
+    second derivatives JAX differentiates the operations of the *forward* pass,
+    so there the forward pass is such a function, too, up to `ORDERS` times; one
+    more raises an error.
 
     Args:
-        forward: Function of the inputs that returns the output, and what of
-            its computation is worth keeping.
+        forward: Function of the inputs that returns the output and an
+            intermediate result to keep.
         backward: Function `(g, kept, *inputs)` that returns the gradients for
-            the inputs; `g` is that for the output. What is kept may be
-            `None`, and is a constant on torch.
+            the inputs, given `g`, that for the output. `kept` may be `None`,
+            and is a constant on torch.
         *inputs: Tensors, of which the last three are `U`, `S` and `V`.
-        order: Int, counts the derivatives.
+        order: Int, the order of the derivative.
     """
     nested = keras.backend.backend() == "jax"
 
@@ -49,7 +49,7 @@ def with_gradients(forward, backward, *inputs, order=1):
 
 @ops.custom_gradient
 def last_derivative(U, S, V):
-    """Returns the factors, which cannot be derived any more."""
+    """Returns the factors, which cannot be differentiated any more."""
 
     def gradients(*args, upstream=None):
         raise NotImplementedError(
@@ -71,13 +71,12 @@ def low_rank_product(x, U, S, V, scale, xU=None):
         S: Tensor of shape `(max_rank, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
         scale: Float.
-        xU: Tensor `x @ U`, if it is known. Defaults to `None`.
+        xU: Tensor `x @ U`, if known. Defaults to `None`.
 
     Returns:
-        Tensor of shape `(batch, output_dim)` and of the dtype of `x`. Its
-        gradients are exact for `x`, and those for `K = U S`, `S` and
-        `L = V S.T` in the places of `U`, `S` and `V`, also where they are
-        derived again.
+        Tensor of shape `(batch, output_dim)`, with the dtype of `x`. Its
+        gradient for `x` is exact; `U`, `S` and `V` get those for `K = U S`, `S`
+        and `L = V S.T`. All can be differentiated again.
     """
     dtype, known = x.dtype, xU
 
@@ -89,7 +88,7 @@ def low_rank_product(x, U, S, V, scale, xU=None):
     def backward(g, xU, x, U, S, V):
         gV = times_basis(g, V)
         grads = factor_gradients(x, g, U, V, scale, xU, gV)
-        # A function of JAX computes with its arguments only.
+        # On JAX the function may use nothing but its arguments.
         again = None if keras.backend.backend() == "jax" else gV
         St = ops.transpose(S)
         return low_rank_product(g, V, St, U, scale, xU=again), *grads
@@ -98,11 +97,11 @@ def low_rank_product(x, U, S, V, scale, xU=None):
 
 
 def sparse_product(x, U, S, V, scale):
-    """Computes what `low_rank_product` does, of a sparse `x`.
+    """Computes `low_rank_product` for a sparse `x`.
 
-    What is sparse cannot be the input of a custom gradient. Ordinary ones are
-    the geometric ones here, because each factor stands where `K`, `S` or `L`
-    would, with a difference of zero; that is two thin products more.
+    Custom gradients do not accept sparse inputs. Here the ordinary gradients
+    are the geometric ones, because `U` and `V` enter as changes of `K` and `L`,
+    with value zero. This costs two more thin products.
 
     Args:
         x: Sparse tensor of shape `(..., input_dim)`, or any tensor.
@@ -120,14 +119,14 @@ def sparse_product(x, U, S, V, scale):
 
 
 def is_sparse(x):
-    """Returns whether a tensor is sparse, of TensorFlow or JAX."""
+    """Returns whether a tensor is a sparse one of TensorFlow or JAX."""
     return keras.backend.backend() != "torch" and hasattr(x, "indices")
 
 
 def factor_gradients(x, g, U, V, scale, xU=None, gV=None):
     """Returns the gradients of `sum(g * (x @ delta))` for `K`, `S` and `L`.
 
-    The bases are constants in them, as coordinates of the tangent space.
+    They treat the bases as constants, the coordinates of the tangent space.
 
     Args:
         x: Tensor of shape `(batch, input_dim)`.
@@ -135,11 +134,11 @@ def factor_gradients(x, g, U, V, scale, xU=None, gV=None):
         U: Tensor of shape `(input_dim, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
         scale: Float.
-        xU: Tensor `x @ U`, if it is known. Defaults to `None`.
-        gV: Tensor `g @ V`, if it is known. Defaults to `None`.
+        xU: Tensor `x @ U`, if known. Defaults to `None`.
+        gV: Tensor `g @ V`, if known. Defaults to `None`.
     """
     grad_K = tall_product(x, times_basis(g, V) if gV is None else gV)
-    # Torch kept a constant; here it wants to derive.
+    # Torch kept a constant, which cannot be differentiated.
     if xU is None or getattr(grad_K, "requires_grad", False):
         xU = times_basis(x, U)
     grad_L = ops.cast(tall_product(g, xU), U.dtype) * scale
@@ -149,7 +148,7 @@ def factor_gradients(x, g, U, V, scale, xU=None, gV=None):
 
 
 def times_basis(x, basis):
-    """Computes `x @ basis` in the dtype of `x`, the basis a constant."""
+    """Computes `x @ basis` in the dtype of `x`, for a constant basis."""
     return ops.matmul(x, ops.stop_gradient(ops.cast(basis, x.dtype)))
 
 
@@ -161,23 +160,23 @@ def tall_product(x, y):
 
 
 def merged_product(x, kernel, U, S, V, scale, transpose=False):
-    """Computes `x @ (kernel + scale * U @ S @ V.T)`, the kernel frozen.
+    """Computes `x @ (kernel + scale * U @ S @ V.T)` for a frozen kernel.
 
     Args:
-        x: Tensor of shape `(batch, input_dim)`, transposed
-            `(batch, output_dim)`.
+        x: Tensor of shape `(batch, input_dim)`, or `(batch, output_dim)` if
+            transposed.
         kernel: Tensor of shape `(input_dim, output_dim)`, a constant.
         U: Tensor of shape `(input_dim, max_rank)`.
         S: Tensor of shape `(max_rank, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
         scale: Float.
-        transpose: Bool, whether to multiply with the transpose of the sum.
+        transpose: Bool, whether to multiply by the transpose of the sum.
             Defaults to `False`.
 
     Returns:
-        Tensor of shape `(batch, output_dim)`, transposed
-        `(batch, input_dim)`. Its gradients are those of `low_rank_product`
-        beside the product with the kernel.
+        Tensor of shape `(batch, output_dim)`, or `(batch, input_dim)` if
+        transposed. Its gradients are those of `low_rank_product` plus the
+        product with the kernel.
     """
 
     def forward(x, kernel, U, S, V):
@@ -187,12 +186,12 @@ def merged_product(x, kernel, U, S, V, scale, transpose=False):
         ), None
 
     def backward(g, _, x, kernel, U, S, V):
-        # The sum is formed anew: kept, all such sums would take as much
-        # memory as the model.
+        # Forms the sum again: keeping all sums would take as much memory as the
+        # model.
         grad_x = merged_product(g, kernel, U, S, V, scale, not transpose)
         rows, columns = (g, x) if transpose else (x, g)
         grads = factor_gradients(rows, columns, U, V, scale)
-        # Compilers drop these zeros; torch, which has none, makes none.
+        # Compilers drop these zeros; torch has no compiler and gets none.
         on_torch = keras.backend.backend() == "torch"
         none = None if on_torch else ops.zeros_like(kernel)
         return grad_x, none, *grads
@@ -201,24 +200,24 @@ def merged_product(x, kernel, U, S, V, scale, transpose=False):
 
 
 def is_known(training):
-    """Returns whether the argument `training` of a layer has a value.
+    """Returns whether the value of a layer's argument `training` is known.
 
-    Under `keras.RematScope` it may be a bool that JAX traces.
+    Under `keras.RematScope` it may be a bool traced by JAX.
     """
     return training is None or isinstance(training, (bool, int))
 
 
 def may_train(training):
-    """Returns the argument `training` of a layer, `True` if it is unknown."""
+    """Returns a layer's argument `training`, or `True` if it is unknown."""
     return bool(training) if is_known(training) else True
 
 
 def merging_pays(rows, input_dim, output_dim):
-    """Returns whether `merged_product` is likely to beat a product apart.
+    """Returns whether `merged_product` is likely faster than two products.
 
-    A product apart works on all rows of inputs and outputs once more, the sum
-    on all entries of the kernel. On torch these are new memory every time.
-    `benchmarks/train_step.py --form` compares the two.
+    A separate low-rank product processes all rows of inputs and outputs once
+    more, the sum all entries of the kernel. On torch the sum takes new memory
+    every time. `benchmarks/train_step.py --form` compares the two.
     """
     price = 4 if keras.backend.backend() == "torch" else 1
     return rows * (input_dim + output_dim) >= price * input_dim * output_dim
@@ -233,7 +232,7 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
         S: Tensor of shape `(max_rank, max_rank)`.
         V: Tensor of shape `(output_dim, max_rank)`.
         scale: Float.
-        dtype: String, in which to compute.
+        dtype: String, the dtype to compute in.
 
     Returns:
         Tensor of shape `(batch, output_dim)`. Its gradients are those of
@@ -246,7 +245,7 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
         )
 
     # JAX cannot close over the ids inside a branch of `cond`, and has no
-    # gradient for integers: they travel as numbers, exact below 2**24.
+    # gradient for integers: they are passed as floats, exact below 2**24.
     def forward(numbers, U, S, V):
         rows_of_U = rows_of(U, numbers)
         y = ops.matmul(rows_of_U, ops.cast(S * scale, dtype))
@@ -282,8 +281,8 @@ def low_rank_matrix(U, S, V, scale):
         scale: Float.
 
     Returns:
-        Tensor of shape `(input_dim, output_dim)`. Its gradients are those for
-        `K = U S`, `S` and `L = V S.T` in the places of `U`, `S` and `V`.
+        Tensor of shape `(input_dim, output_dim)`. `U`, `S` and `V` get the
+        gradients for `K = U S`, `S` and `L = V S.T`.
     """
 
     def forward(U, S, V):
@@ -299,5 +298,5 @@ def low_rank_matrix(U, S, V, scale):
 
 
 def product_of_factors(U, S, V, scale):
-    """Computes `scale * U @ S @ V.T`, without gradients of its own."""
+    """Computes `scale * U @ S @ V.T`, without custom gradients."""
     return ops.matmul(ops.matmul(U, S * scale), ops.transpose(V))

@@ -1,4 +1,4 @@
-"""Which Keras layer can carry an adapter, and what it becomes."""
+"""Which Keras layers can carry an adapter, and their adapted classes."""
 
 import functools
 
@@ -21,7 +21,7 @@ from keras_geolora.layers.embedding import (
 LINEAR = (GeoLoRADense, GeoLoRAEinsumDense)
 
 
-# The Keras layers that can carry an adapter, and what they become.
+# The Keras layers that can carry an adapter, and their adapted classes.
 ADAPTED_CLASSES = {
     cls.plain_class: cls
     for cls in (
@@ -40,10 +40,10 @@ KERNELS = ("kernel", "embeddings", "reverse_embeddings")
 
 
 def adapted_class(layer):
-    """Returns the class that a layer gets by an adapter, or `None`.
+    """Returns the adapted class of a layer, or `None`.
 
-    A class that only renames a Keras layer, as some of KerasHub do, gets a
-    class of its own, so that the layer stays an instance of it.
+    A class that only renames a Keras layer, as some in KerasHub do, gets its
+    own adapted class, so that the layer remains an instance of it.
     """
     if isinstance(layer, AdaptedLayer):
         return type(layer)
@@ -69,7 +69,7 @@ def adapted_subclass(cls):
 
 
 def refusal(layer):
-    """Says why a layer cannot carry an adapter; `None` if it can."""
+    """Returns why a layer cannot carry an adapter, or `None` if it can."""
     name = type(layer).__name__
     if adapted_class(layer) is None:
         if "Depthwise" in name:
@@ -89,10 +89,10 @@ def refusal(layer):
 
 
 def held_kernels(layers):
-    """Returns the dict from the id of a layer to a layer that has its kernel.
+    """Returns a dict from the id of a layer to another that holds its kernel.
 
-    Such a layer holds the variable itself, as `SpectralNormalization` does to
-    change it: it would see nothing of an update.
+    The other layer holds the variable itself, as `SpectralNormalization` does
+    to change it, so it would not see an update.
     """
     holders = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The layers inside a layer: a walk, paths, and who has adapters."""
+"""Finds the layers inside a layer, their paths, and those with adapters."""
 
 import operator
 import re
@@ -10,10 +10,9 @@ from keras_geolora.layers.adapter import LowRankAdapter
 def walk(layer, path="", name_of=operator.attrgetter("name")):
     """Yields `(path, layer)` for every layer inside a layer, each once.
 
-    Paths join the layers' names with `/`, from the outside in; a shared
-    layer has the path at which it comes first, and of layers with equal names
-    the later ones get a number. What is inside an adapter belongs to no one
-    else and is left out.
+    Paths join layer names with `/`, from the outside in. A shared layer has the
+    path at which it comes first; of layers with equal names, the later ones get
+    a number. Adapters and what is inside them are left out.
     """
     seen, taken = set(), set()
 
@@ -50,16 +49,16 @@ def inside(layer):
 
 
 def stable_paths(layer):
-    """Returns the dict from path to layer of all layers inside a layer.
+    """Returns a dict from path to layer of all layers inside a layer.
 
-    The paths of `walk`, but the same for every instance of a model: names
-    that Keras chose, such as `dense_7`, are counted anew inside each layer.
+    The paths are those of `walk`, but the same for every instance of a model:
+    automatic names, such as `dense_7`, are numbered anew inside each layer.
     """
     return dict(walk(layer, name_of=stable_name))
 
 
 def stable_name(layer):
-    """Returns the name of a layer, without the number that Keras gave it."""
+    """Returns the name of a layer, without the number that Keras added."""
     without_number = re.sub(r"_\d+$", "", layer.name)
     cls = getattr(layer, "plain_class", type(layer))
     automatic = without_number.replace("_", "") == cls.__name__.lower()
@@ -67,7 +66,7 @@ def stable_name(layer):
 
 
 def adapted_layers(model):
-    """Returns the dict from path to layer of all layers that are adapted."""
+    """Returns a dict from path to layer, of layers with an active adapter."""
     return {
         path: layer
         for path, layer in walk(model)
@@ -76,9 +75,9 @@ def adapted_layers(model):
 
 
 def carriers(model):
-    """Returns the dict from path to layer of all layers with any adapter.
+    """Returns a dict from path to layer of all layers with any adapter.
 
-    Also those whose adapters are not active.
+    Including those whose adapters are not active.
     """
     return {path: layer for path, layer in walk(model) if is_carrier(layer)}
 

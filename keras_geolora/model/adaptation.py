@@ -1,4 +1,4 @@
-"""What was done to a model: its adapters, and what trains beside them."""
+"""The adapters of a model, and what trains beside them."""
 
 import contextlib
 import dataclasses
@@ -19,20 +19,20 @@ from keras_geolora.model.substitution import exchanged_values, value_of
 
 
 class NamedAdapter:
-    """An adapter of a model: one of every adapted layer, and companions.
+    """An adapter of a model: those of its layers, and companions.
 
     Attributes:
         layers: Dict from stable path to adapted layer.
         saved_layers: List of the layers in `modules_to_save`.
         train_bias: Bool, whether the biases of the layers train.
-        companions: List of the variables that train beside the factors, or
-            are statistics of what does: biases, `modules_to_save`, the head.
+        companions: List of the variables that train beside the factors, and
+            statistics of such layers: biases, `modules_to_save`, the head.
         values: Dict from the ids of companions to their values while the
-            adapter is not active, otherwise `None`.
-        manual_flags: Dict from path to `trainable` of the adapter of a layer
-            where somebody set it by hand, up to date while it is not active.
-        clipped: Dict from path to the ranks that were asked for and are
-            above the smaller side of the kernel.
+            adapter is inactive, otherwise `None`.
+        manual_flags: Dict from path to the `trainable` of a layer's adapter
+            where the user set it, kept up to date while it is inactive.
+        clipped: Dict from path to the requested ranks that exceed the smaller
+            side of the kernel.
     """
 
     def __init__(self, layers, saved_layers, train_bias, companions):
@@ -45,10 +45,10 @@ class NamedAdapter:
         self.clipped = {}
 
     def move(self, paths):
-        """Notes where layers are, after the layers of the model changed.
+        """Updates the paths after the layers of the model changed.
 
         Args:
-            paths: Dict from the ids of the layers that there are to paths.
+            paths: Dict from the ids of the current layers to paths.
         """
         places = self.layers.items()
         self.manual_flags, self.clipped = (
@@ -65,7 +65,7 @@ class NamedAdapter:
         self.saved_layers = [x for x in self.saved_layers if id(x) in paths]
 
     def find_manual_flags(self, name):
-        """Returns the present `manual_flags` of the active adapter."""
+        """Returns the current `manual_flags` of the active adapter."""
         flags = {
             path: layer.adapters_by_name()[name].trainable
             for path, layer in self.layers.items()
@@ -78,10 +78,10 @@ class NamedAdapter:
 
 
 class Adaptation:
-    """The adapters of a model and how it was before.
+    """The adapters of a model, and its state before adapting.
 
     Args:
-        model: `keras.Model`, still as it was.
+        model: `keras.Model`, not yet adapted.
         scope: The model, or the part of it that is frozen and adapted.
     """
 
@@ -107,19 +107,19 @@ class Adaptation:
         self.frozen = Freeze(scope)
 
     def _find_head(self):
-        """Returns the variables of the model beside what is adapted."""
+        """Returns the variables of the model outside of the scope."""
         in_scope = {id(v) for v in self.scope.weights}
         return [v for v in self.model.weights if id(v) not in in_scope]
 
     def take_in_changes(self):
-        """Takes in layers that were added since, and forgets removed ones.
+        """Takes in layers that were added since, and drops removed ones.
 
-        New layers train with the active adapter and belong to it, as its
-        `modules_to_save` do.
+        New layers train with the active adapter and belong to it, like its
+        `modules_to_save`.
 
         Raises:
-            ValueError: If a new layer brings adapters of its own, or the
-                active adapter has no layer left.
+            ValueError: If a new layer has adapters already, or the active
+                adapter has no layer left.
         """
         head, came = self._find_head(), self.frozen.new_layers(self.scope)
         layers = {id(layer) for layer in inside(self.scope)}
@@ -128,7 +128,7 @@ class Adaptation:
             return
         self._check_changes(came)
         rests = self._paused is not None
-        self.resume()  # what is remembered of its rest goes by place
+        self.resume()  # its paused flags refer to positions
         self.frozen.update(self.scope)
         paths = self._path_of()
         for adapter in self.adapters.values():
@@ -146,8 +146,8 @@ class Adaptation:
             self.pause()
 
     def _find_companions_anew(self):
-        """Finds what trains beside the factors, after layers changed."""
-        # Kept while new ones come: a variable is known by its id.
+        """Finds the companions again, after layers changed."""
+        # Kept alive while new ones come: variables are known by their id.
         before = self._all_companions()
         for adapter in self.adapters.values():
             adapter.companions = self._companions(
@@ -168,7 +168,7 @@ class Adaptation:
         }
 
     def _check_changes(self, came):
-        """Refuses changes of the layers that cannot be taken in."""
+        """Refuses changed layers that cannot be taken in."""
         if any(map(is_carrier, came)):
             names = [layer.name for layer in came if is_carrier(layer)]
             raise ValueError(
@@ -190,7 +190,7 @@ class Adaptation:
             )
 
     def add(self, name, layers, saved_layers, train_bias):
-        """Records an adapter that is on its layers, and activates it."""
+        """Records an adapter that its layers have, and activates it."""
         if self.active is not None:
             self._put_away()
         companions = self._companions(layers, saved_layers, train_bias)
@@ -208,15 +208,15 @@ class Adaptation:
         self._take_up(name)
 
     def give_up(self, name, active):
-        """Goes back to an adapter from one that was not finished."""
+        """Drops an adapter that was not completed and activates another."""
         self.adapters.pop(name, None)
         self._take_up(active)
 
     def _companions(self, layers, saved_layers, train_bias):
-        """Returns what trains beside the factors of an adapter."""
+        """Returns the companions of an adapter."""
         companions = list(self.head)
         for layer in saved_layers:
-            # Of an adapted layer its own weights, not those of adapters.
+            # The layer's own weights, without those of adapters.
             companions.extend(
                 v for v in layer.weights if not isinstance(v.constraint, Factor)
             )
@@ -227,21 +227,21 @@ class Adaptation:
         return list({id(v): v for v in companions}.values())
 
     def activate(self, name):
-        """Makes one adapter the one that acts and trains."""
+        """Activates one adapter."""
         if name != self.active:
             with self.keeping_manual_changes():
                 self._put_away()
                 self._take_up(name)
 
     def delete(self, name):
-        """Forgets an adapter that is not active."""
+        """Deletes an adapter that is not active."""
         with self.keeping_manual_changes():
             for layer in self.adapters.pop(name).layers.values():
                 layer.delete_adapter(name)
             self.freeze()
 
     def restore_companions(self):
-        """Gives the companions the values they had before training."""
+        """Resets the companions to their values before training."""
         for variable in self.adapters[self.active].companions:
             variable.assign(self.pretrained(variable))
 
@@ -278,10 +278,10 @@ class Adaptation:
         }
 
     def manual_changes(self, but=()):
-        """Returns the `trainable` that somebody changed since.
+        """Returns the `trainable` flags that the user changed since adapting.
 
         Args:
-            but: Layers, of which and of whose insides nothing is told.
+            but: Layers to skip, with all sublayers.
         """
         if self._paused is not None:
             return self._paused
@@ -299,10 +299,10 @@ class Adaptation:
         }
 
     def repeat_changes(self, changes):
-        """Sets `trainable` as `manual_changes` returned it, after `freeze`."""
+        """Sets the flags that `manual_changes` returned, after `freeze`."""
         self._paused = None
         self.frozen.repeat_changes(changes)
-        # Files of early versions have no adapters there.
+        # Files of early versions have no such entry.
         for name, flags in changes.get("adapters", {}).items():
             if name in self.adapters:
                 self.adapters[name].manual_flags = flags
@@ -314,7 +314,7 @@ class Adaptation:
             self.pause()
 
     def pause(self, part=None):
-        """Lets nothing train that trains, until `resume`.
+        """Stops all training until `resume`.
 
         Args:
             part: The model or its backbone, whose `trainable` becomes `False`.
@@ -325,7 +325,7 @@ class Adaptation:
         self._paused = changes
 
     def resume(self, part=None):
-        """Lets train again what `pause` stopped, if it did.
+        """Undoes `pause`, if it was called.
 
         Args:
             part: As in `pause`.
@@ -342,13 +342,13 @@ class Adaptation:
 
     @contextlib.contextmanager
     def keeping_manual_changes(self, but=()):
-        """Repeats after a block the flags that were set by hand before it."""
+        """Restores manual changes after a block."""
         changes = self.manual_changes(but)
         yield
         self.repeat_changes(changes)
 
     def thawed_variables(self):
-        """Returns the variables that somebody made trainable since."""
+        """Returns the variables that the user made trainable since."""
         return [
             self.frozen.variables[place]
             for place, trainable in self.manual_changes()["variables"]
@@ -361,7 +361,7 @@ class Adaptation:
     def signature(self):
         """Returns what two models must share to share weights, as JSON.
 
-        The adapters in their order, where they are, and what trains beside.
+        The adapters in order, their layers, and what trains beside them.
         """
         return [
             [
@@ -384,7 +384,7 @@ class Adaptation:
         }
 
     def with_buffers(self, buffers):
-        """Returns widths as of `buffers`, by the ids of the adapters."""
+        """Returns widths, given as by `buffers`, by the ids of adapters."""
         return {
             id(layer.adapters_by_name()[name]): buffers[name][path]
             for name, adapter in self.adapters.items()
@@ -392,10 +392,10 @@ class Adaptation:
         }
 
     def stored_values(self):
-        """Returns what a file of the model's weights does not have, by key.
+        """Returns the values that Keras does not save with the weights, by key.
 
-        The values that companions had before training, and those of adapters
-        that are not active.
+        These are the companions' values before training, and those for inactive
+        adapters.
         """
         arrays = {
             f"pretrained_{i}": self.pretrained(variable)
@@ -408,7 +408,7 @@ class Adaptation:
         return arrays
 
     def restore_values(self, arrays):
-        """Takes over the arrays of `stored_values`."""
+        """Restores the arrays that `stored_values` returned."""
         for i, variable in enumerate(self._all_companions()):
             self._pretrained[id(variable)] = np.array(arrays[f"pretrained_{i}"])
         for a, (name, adapter) in enumerate(self.adapters.items()):
@@ -428,16 +428,16 @@ class Adaptation:
         return id(variable) in self._pretrained
 
     def is_statistic(self, variable):
-        """Returns whether a companion is one that no gradient moves."""
+        """Returns whether a companion is a statistic, without a gradient."""
         return id(variable) not in self._trains
 
     @functools.cached_property
     def _trains(self):
-        """Ids of the variables that trained before there was an adapter."""
+        """Ids of the variables that trained before adapting."""
         return {id(v) for v in self.frozen.variables + self._trains_in_head}
 
     def values(self, name):
-        """Returns the values of the companions of an adapter, by their id."""
+        """Returns the values of the companions of an adapter, by id."""
         adapter = self.adapters[name]
         if adapter.values is not None:
             values = adapter.values.items()
@@ -445,7 +445,7 @@ class Adaptation:
         return {id(v): value_of(v) for v in adapter.companions}
 
     def companion_values(self):
-        """Returns pairs of all companions and their present values."""
+        """Returns pairs of all companions and their current values."""
         values = self.values(self.active)
         return [
             (v, values.get(id(v), self.pretrained(v)))
@@ -460,7 +460,7 @@ class Adaptation:
 
     @contextlib.contextmanager
     def suspension(self):
-        """Takes the adapters and companions out of action for a block."""
+        """Disables the adapters and companions for a block."""
         self.suspended += 1
         try:
             with contextlib.ExitStack() as stack:
@@ -488,7 +488,7 @@ class Adaptation:
         self.restore_companions()
 
     def activate_layers(self):
-        """Lets the layers use the active adapter."""
+        """Makes the layers use the active adapter."""
         for adapter in self.adapters.values():
             for layer in adapter.layers.values():
                 layer.activate_adapter(self.active)
@@ -507,7 +507,7 @@ class Adaptation:
 
 
 def contains(variables, variable):
-    """Returns whether a variable itself is in a list."""
+    """Returns whether a list contains this very variable."""
     return any(v is variable for v in variables)
 
 

@@ -1,4 +1,4 @@
-"""What an adapted model is: its class, its parts, and what it refuses."""
+"""The class of adapted models, its parts, and its checks."""
 
 import contextlib
 import dataclasses
@@ -48,29 +48,29 @@ FUNCTIONS = (
     "predict_function",
     "generate_function",
 )
-# Keys in files of weights, beside the numbers that Keras uses.
+# Keys in files of weights, beside the numbers that Keras uses as keys.
 PREFIX = "geolora_"
 SIGNATURE = "geolora_signature"
 BUFFERS = "geolora_buffers"
 RANDOM = "geolora_random_"
-# What Keras prints when it cannot find the class of a file.
+# Keras prints this when it cannot find the class in a file.
 TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
 BELONGS = "The adapters of this backbone belong to the task that was adapted."
 
 
 class WeightsRefused(BaseException):
-    """Stops `load_weights`, which would go on after any `Exception`."""
+    """Stops `load_weights`, which continues after any `Exception`."""
 
 
 class PausesAsAWhole:
-    """Mixin for a model, or its backbone, of which parts are frozen.
+    """Mixin for a model, or its backbone, that is partly frozen.
 
-    Keras' `trainable = True` would thaw all of them.
+    Keras' `trainable = True` would unfreeze all of it.
     """
 
     @property
     def trainable(self):
-        """Settable boolean; `True` lets train what trained before `False`."""
+        """Settable boolean; `True` restores what trained before `False`."""
         return own_trainable(self)
 
     @trainable.setter
@@ -83,16 +83,16 @@ class PausesAsAWhole:
 class AdaptedModel(PausesAsAWhole):
     """Mixin for the class of a model that carries adapters."""
 
-    # What stops the loading of weights.
+    # The exception that stops the loading of weights.
     geolora_refusal = ValueError
-    # Whether `compile` was left to choose `jit_compile`.
+    # Whether `compile` chose `jit_compile` automatically.
     geolora_auto_compiled = False
 
     def compile(self, *args, **kwargs):
-        """As `keras.Model.compile`; an optimizer must be a `GeoLoRA`.
+        """Like `keras.Model.compile`; an optimizer must be a `GeoLoRA`.
 
-        On TensorFlow `jit_compile` defaults to `False`: XLA takes many times
-        as long for small singular value decompositions as TensorFlow itself
+        On TensorFlow `jit_compile` defaults to `False`: XLA is many times
+        slower at small singular value decompositions than TensorFlow itself
         (`benchmarks/decompositions.py`).
         """
         self.geolora_adaptation.take_in_changes()
@@ -106,7 +106,7 @@ class AdaptedModel(PausesAsAWhole):
             self.jit_compile = False
 
     def export(self, filepath, *args, **kwargs):
-        """Refused: the graph would multiply with every adapter apart."""
+        """Refused: the graph would multiply by every adapter separately."""
         raise ValueError(
             "An adapted model is exported in the form that serves fastest, as "
             f"a SavedModel by `keras_geolora.export(model, {filepath!r})`. "
@@ -116,25 +116,25 @@ class AdaptedModel(PausesAsAWhole):
         )
 
     def get_compile_config(self):
-        """As `keras.Model.get_compile_config`; `None` without a `GeoLoRA`."""
+        """Like `keras.Model.get_compile_config`; `None` without `GeoLoRA`."""
         has_geolora = find_geolora(getattr(self, "optimizer", None)) is not None
         if not has_geolora or not fits(self):
-            return None  # a file would hold what cannot be loaded
+            return None  # a file with it could not be loaded
         config = super().get_compile_config()
-        # With the loss scaling that a policy of `mixed_float16` adds: the
-        # model may be loaded where another policy is set.
+        # Includes the loss scaling that the policy `mixed_float16` adds: the
+        # model may be loaded under another policy.
         config["optimizer"] = keras.saving.serialize_keras_object(
             self.optimizer
         )
         if self.geolora_auto_compiled:
-            config["jit_compile"] = "auto"  # another backend chooses anew
+            config["jit_compile"] = "auto"  # other backends choose anew
         return config
 
     def compile_from_config(self, config):
-        """As `keras.Model.compile_from_config`, also for KerasHub's tasks.
+        """Like `keras.Model.compile_from_config`, also for KerasHub tasks.
 
-        Keras does not try where a class has a `compile` of its own, and the
-        state of the optimizer would be lost.
+        Keras skips classes with their own `compile`, so the state of the
+        optimizer would be lost.
         """
         try:
             inspect.signature(super().compile).bind(**config)
@@ -166,7 +166,7 @@ class AdaptedModel(PausesAsAWhole):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Creates the plain model and adapts it as the configuration says."""
+        """Creates the plain model and adapts it by its configuration."""
         model = keras.saving.deserialize_keras_object(
             config["base"], custom_objects=custom_objects
         )
@@ -176,12 +176,12 @@ class AdaptedModel(PausesAsAWhole):
         return model
 
     def save(self, filepath, *args, **kwargs):
-        """As `keras.Model.save`, but a refusal leaves an older file whole.
+        """Like `keras.Model.save`, but a refusal keeps an existing file.
 
         Whole models in HDF5 are refused.
 
-        Keras asks no model for its own variables there, so adapters that rest
-        and random states would be lost.
+        Keras does not call `save_own_variables` of models there, so inactive
+        adapters and random states would be lost.
         """
         if str(filepath).endswith((".h5", ".hdf5")):
             raise ValueError(
@@ -192,22 +192,22 @@ class AdaptedModel(PausesAsAWhole):
                 f"alone. Received: filepath='{filepath}'"
             )
         check_layers(carriers(self).values(), f"'{filepath}' was not written.")
-        # What cannot be saved is refused before Keras empties the file.
+        # Raises before Keras empties the file, if something cannot be saved.
         keras.saving.serialize_keras_object(self)
         super().save(filepath, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
-        """As `keras.Model.save_weights`; refuses factors that are none."""
+        """Like `keras.Model.save_weights`; refuses invalid factors."""
         check_layers(carriers(self).values(), f"'{filepath}' was not written.")
         super().save_weights(filepath, *args, **kwargs)
 
     def __reduce__(self):
-        """As `keras.Model.__reduce__`, through a function that has a name."""
+        """Like `keras.Model.__reduce__`, through a function with a name."""
         _, arguments = super().__reduce__()
         return unpickle, arguments
 
     def save_own_variables(self, store):
-        """Saves also the values that rest while another adapter is active."""
+        """Also saves the values of inactive adapters."""
         adaptation = self.geolora_adaptation
         check_not_suspended([adaptation])
         adaptation.take_in_changes()
@@ -271,7 +271,7 @@ class AdaptedModel(PausesAsAWhole):
             state.assign(ours[f"{RANDOM}{index}"])
 
     def load_weights(self, *args, **kwargs):
-        """As `keras.Model.load_weights`, with the state of the optimizer."""
+        """Like `keras.Model.load_weights`, with the optimizer's state."""
         self._build_optimizer()
         self.geolora_refusal = WeightsRefused
         try:
@@ -282,7 +282,7 @@ class AdaptedModel(PausesAsAWhole):
             self.geolora_refusal = ValueError
 
     def set_weights(self, weights):
-        """As `keras.Model.set_weights`; buffers may have other widths."""
+        """Like `keras.Model.set_weights`; buffer widths may differ."""
         check_values(self.weights, weights)
         pairs = list(zip(self.weights, weights, strict=False))
         if len(pairs) == len(weights) == len(self.weights):
@@ -311,7 +311,7 @@ class AdaptedModel(PausesAsAWhole):
                 optimizer.build(self.trainable_variables)
 
     def _renew_optimizer(self):
-        """Builds the optimizer for an adapter whose state is loaded next."""
+        """Builds the optimizer for the adapter whose state is loaded next."""
         if fits(self):
             return
         optimizer = getattr(self, "optimizer", None)
@@ -323,7 +323,7 @@ class AdaptedModel(PausesAsAWhole):
         take_attributes(optimizer, new)
 
     def quantize(self, *args, **kwargs):
-        """Refused: a model is quantized first and adapted then."""
+        """Refused: a model is quantized before it is adapted."""
         raise ValueError(
             "Quantize a model before it is adapted; the adapters then train "
             "in float32 over the quantized kernels. Or merge first: "
@@ -332,7 +332,7 @@ class AdaptedModel(PausesAsAWhole):
         )
 
     def fit(self, *args, **kwargs):
-        """As `keras.Model.fit`; cuts at the end of epochs, shows the ranks."""
+        """Like `keras.Model.fit`; cuts at epoch ends and shows the ranks."""
         check_not_suspended([self.geolora_adaptation])
         self.geolora_adaptation.take_in_changes()
         if self.compiled and trains_as_keras(self):
@@ -340,10 +340,10 @@ class AdaptedModel(PausesAsAWhole):
             check_optimizer(optimizer)
             check_optimizer_is_new(optimizer, self.trainable_variables)
             if all(layer.built for layer in inside(self)):
-                # TensorFlow traces a step twice that makes variables.
+                # TensorFlow traces a step twice if it creates variables.
                 self._build_optimizer()
         parameters = inspect.signature(super().fit).parameters
-        # KerasHub's tasks take other arguments by position.
+        # KerasHub tasks have other positional arguments.
         names = list(parameters)
         by_position = dict(zip(names, args, strict=False))
         if "callbacks" in by_position:
@@ -374,25 +374,25 @@ class AdaptedScope(PausesAsAWhole):
 
 
 def argument(function, name, args, kwargs):
-    """Returns what a call gives to one argument, or `None`.
+    """Returns the value of one argument of a call, or `None`.
 
     Args:
-        function: The function, which may be of a user's own.
+        function: The function, which may be the user's.
         name: String, the name of the argument.
-        args: Tuple, the arguments of the call by position.
-        kwargs: Dict, those by name.
+        args: Tuple, the positional arguments of the call.
+        kwargs: Dict, the keyword arguments.
     """
     if name in kwargs:
         return kwargs[name]
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError:  # the call itself says best what is wrong
+    except TypeError:  # the call itself raises the better error
         return None
     return given.get(name)
 
 
 def takes_any(parameters):
-    """Returns whether a function takes arguments by any name.
+    """Returns whether a function takes any keyword arguments.
 
     Args:
         parameters: Mapping of `inspect.signature`.
@@ -404,7 +404,8 @@ def takes_any(parameters):
 def own_callbacks(callbacks):
     """Returns the callbacks of `fit`, with ours in front.
 
-    Those that were given, too: what they put into the logs reaches all others.
+    Those that the user passed move there, too: what they log reaches all
+    others.
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
@@ -425,13 +426,13 @@ def adapted_model_class(plain_class):
     if hasattr(plain_class, "save_to_preset"):
         members["save_to_preset"] = save_to_preset
     if hasattr(plain_class, "backbone_cls"):
-        # `from_preset` of KerasHub looks for subclasses by their backbone.
+        # KerasHub's `from_preset` finds subclasses by their backbone.
         members["backbone_cls"] = None
     cls = type(
         f"GeoLoRA{plain_class.__name__}", (AdaptedModel, plain_class), members
     )
-    # All are saved under one name, which a fresh process finds: `from_config`
-    # is the same for all.
+    # All are saved under one name, so that a fresh process finds it: they share
+    # `from_config`.
     register = keras.saving.register_keras_serializable
     return register("keras_geolora", "AdaptedModel")(cls)
 
@@ -459,7 +460,7 @@ def save_to_preset(self, *args, **kwargs):
 
 def scope_of(model):
     """Returns the backbone of a KerasHub task, or else the model itself."""
-    # Some backbones have another one inside, which is only a part of them.
+    # Some backbones contain another, which is only a part of them.
     is_backbone = any(c.__name__ == "Backbone" for c in type(model).__mro__)
     backbone = getattr(model, "backbone", None)
     if is_backbone or not isinstance(backbone, keras.layers.Layer):
@@ -477,14 +478,14 @@ def add_adapter(
         name: String, the name of the adapter.
         layers: Dict from path to layer to adapt.
         options: Dict from path to `AdapterOptions`.
-        saved_layers: List of layers that train as they are.
+        saved_layers: List of layers that train in full.
         train_bias: Bool, whether the biases of the layers train.
-        asked: Dict from path to the ranks that were asked for and are larger
-            than those in `options`, or `None`.
+        asked: Dict from path to the requested ranks that are larger than those
+            in `options`, or `None`.
 
     Raises:
-        ValueError: If an option does not fit a layer, or the model is frozen
-            as a whole; it is as it was then, and after an interrupt as well.
+        ValueError: If an option does not fit a layer, or the model is frozen as
+            a whole. The model is unchanged then, and after an interrupt.
     """
     adaptation = getattr(model, "geolora_adaptation", None)
     first = adaptation is None
@@ -538,7 +539,7 @@ def add_adapter(
 
 
 def adapt_by_plan(model, plan):
-    """Adapts a plain model as `Adaptation.plan` says."""
+    """Adapts a plain model by an `Adaptation.plan`."""
     if not model.built:
         raise ValueError(
             "An adapted model is read by building the plain model first, "
@@ -572,7 +573,7 @@ def adapt_by_plan(model, plan):
 
 
 def warn_of_what_stays(adaptations, stacklevel):
-    """Warns of variables that keep what they may have learned."""
+    """Warns of variables that keep their trained values."""
     thawed = [v.path for a in adaptations for v in a.thawed_variables()]
     if thawed:
         more = ", ..." if len(thawed) > 5 else ""
@@ -586,14 +587,14 @@ def warn_of_what_stays(adaptations, stacklevel):
 
 
 def random_states(model):
-    """Returns the variables of random generators, which Keras does not save."""
+    """Returns the states of random generators, which Keras does not save."""
     saved = {id(v) for v in model.weights}
     return [v for v in model.variables if id(v) not in saved]
 
 
 @contextlib.contextmanager
 def as_plain(model):
-    """Lets a model and its layers have their former classes for a while."""
+    """Gives a model and its layers their former classes for a block."""
     scope = model.geolora_adaptation.scope
     parts = [model] if scope is model else [model, scope]
     adapted = [*carriers(model).values(), *parts]
@@ -608,12 +609,12 @@ def as_plain(model):
 
 
 def adapted_parts(model):
-    """Returns the model and the models inside that `enable_geolora` saw."""
+    """Returns the adapted ones of a model and the models inside."""
     return [x for x in (model, *inside(model)) if isinstance(x, AdaptedModel)]
 
 
 def adaptations_of(model):
-    """Returns what was done to the model and to the models inside."""
+    """Returns the `Adaptation`s of the model and of models inside."""
     adaptations = [part.geolora_adaptation for part in adapted_parts(model)]
     for adaptation in adaptations:
         adaptation.take_in_changes()
@@ -621,7 +622,7 @@ def adaptations_of(model):
 
 
 def make_adapted(part, adaptation):
-    """Gives a model, and its backbone, the classes of adapted ones."""
+    """Gives a model, and its backbone, their adapted classes."""
     part.geolora_adaptation = adaptation
     scope = adaptation.scope
     for model in (part, scope):
@@ -648,10 +649,10 @@ def plain_class_of(model):
 
 
 def swap_functions(model, functions):
-    """Gives a model other compiled functions; returns those it had.
+    """Replaces a model's compiled functions and returns the former ones.
 
-    Functions from before the last `compile` hold another optimizer and loss,
-    and are dropped.
+    Functions from before the last `compile`, which use another optimizer and
+    loss, are dropped.
     """
     compiled = compile_config(model)
     if functions.get("compiled") is not compiled:
@@ -663,10 +664,10 @@ def swap_functions(model, functions):
 
 
 def after_a_change(model):
-    """Drops what was compiled for other layers or other variables.
+    """Drops what was compiled for former layers or variables.
 
     Returns:
-        List of `CompiledState`s, what was taken off the model.
+        List of `CompiledState`s, what was removed from the model.
     """
     forget_traces(model)
     return drop_unfit(model)
@@ -686,10 +687,10 @@ def after_other_factors(model):
 
 
 def forget_traces(model):
-    """Drops what was remembered of the layers as they were.
+    """Drops what was cached for the former layers.
 
-    Compiled functions hold the old computation, and torch's modules a list of
-    the old parameters.
+    Compiled functions hold the old computation, torch modules a list of the old
+    parameters.
     """
     for part in (model, *inside(model)):
         renew_torch_parameters(part)
@@ -700,14 +701,14 @@ def forget_traces(model):
 
 
 def resize_buffers(model, max_ranks, optimizer=None):
-    """Gives adapters buffers of other widths, and slots that fit.
+    """Changes the widths of adapters' buffers and of their slots.
 
     Args:
         model: `keras.Model`.
         max_ranks: Dict from the ids of `LowRankAdapter`s to widths. Columns
             in use that do not fit are lost.
-        optimizer: Optimizer that trains the model, those of `compile` if not
-            given.
+        optimizer: The optimizer that trains the model. Defaults to those of
+            `compile`.
     """
     changes = [
         (layer, name, max_ranks[id(adapter)])
@@ -738,12 +739,12 @@ def resize_buffers(model, max_ranks, optimizer=None):
         for optimizer, new in optimizers:
             known = variables_of(optimizer)
             rebuild(optimizer, new, [new_of.get(id(v), v) for v in known])
-    if in_training:  # `fit` asks for the function before the first epoch only
+    if in_training:  # `fit` makes it before the first epoch only
         model.make_train_function(force=True)
 
 
 def check_model(model):
-    """Refuses what is no model."""
+    """Refuses anything but a model."""
     if not isinstance(model, keras.Model):
         raise TypeError(
             "`model` must be a `keras.Model`. Received: "
@@ -752,7 +753,7 @@ def check_model(model):
 
 
 def check_name(name):
-    """Refuses what cannot name an adapter."""
+    """Refuses an invalid name of an adapter."""
     if not isinstance(name, str) or not name or set(name) & set("/."):
         raise ValueError(
             "The `name` of an adapter becomes part of paths, so it must be a "
@@ -762,7 +763,7 @@ def check_name(name):
 
 
 def check_can_adapt(model, name):
-    """Refuses a model that is not built, or adapted in another way."""
+    """Refuses a model that is not built, or is adapted in another way."""
     if not model.built:
         raise ValueError(
             "Only a built model has kernels to adapt. Call it on a batch of "
@@ -815,7 +816,7 @@ def check_adapted(model, what):
 
 
 def check_not_suspended(adaptations):
-    """Refuses changes while the adapters are out of action."""
+    """Refuses changes while adapters are disabled."""
     for adaptation in adaptations:
         if adaptation.suspended:
             raise ValueError(
@@ -827,7 +828,7 @@ def check_not_suspended(adaptations):
 
 
 def check_adapted_and_enabled(model, what):
-    """Refuses what is no model, has no adapters, or has them disabled."""
+    """Refuses all but models with adapters that are not disabled."""
     check_model(model)
     check_adapted(model, what)
     check_not_suspended(adaptations_of(model))

@@ -1,4 +1,4 @@
-"""What a user may ask, and decide, about the layouts of adapters."""
+"""Tells users the layouts of adapters, and how to choose them."""
 
 import keras
 
@@ -9,19 +9,20 @@ from keras_geolora.layers.registry import kernel_view, refusal
 
 
 def adapter_layouts(layer, name=DEFAULT):
-    """Returns the layouts that the adapter of a layer gets, or has.
+    """Returns the layouts of a layer's adapter, existing or not.
 
     Under a `keras.distribution.ModelParallel` distribution the layouts of an
-    adapter follow from that of the kernel: the rows of `U` are spread as the
-    rows of the kernel, the rows of `V` as its columns, and `S` is replicated.
-    Where several axes of a kernel become the rows, as in an `EinsumDense`,
-    their first counts; pieces of a later one would not be neighbours. `U` or
-    `V` is replicated then, and beside a quantized kernel of 4 bits.
+    adapter follow from that of the kernel: the rows of `U` are sharded like the
+    rows of the kernel, the rows of `V` like its columns, and `S` is replicated.
+    Where several axes of a kernel form the rows, as in an `EinsumDense`, only a
+    sharding of the first counts, as shards of a later one would not be
+    contiguous rows. Otherwise, and beside a 4-bit quantized kernel, `U` or `V`
+    is replicated.
 
-    Keys of the `LayoutMap` that mean other weights of the layer as well, such
-    as `".*attention.*"`, do not hold for its adapter. Keys that mean nothing
-    but adapters do: the paths that this returns, or `".*/adapter/[USV]"`. Add
-    them before `enable_geolora`.
+    Keys of the `LayoutMap` that also match other weights of the layer, such as
+    `".*attention.*"`, do not apply to its adapter. Keys that match only
+    adapters do: the paths that this returns, or `".*/adapter/[USV]"`. Add them
+    before `enable_geolora`.
 
     Args:
         layer: Built layer that can carry an adapter, adapted or not.
@@ -33,7 +34,7 @@ def adapter_layouts(layer, name=DEFAULT):
 
     Raises:
         ValueError: If the layer cannot carry an adapter, there is no
-            `ModelParallel` distribution, or several keys mean the adapter.
+            `ModelParallel` distribution, or several keys match the adapter.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Gives adapters buffers that are no larger than their ranks."""
+"""Makes the buffers of adapters as narrow as their ranks allow."""
 
 import operator
 
@@ -14,34 +14,34 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
     """Cuts the buffers of all adapters to the ranks that training found.
 
     The factors of an adapter have `max_rank` columns, of which `rank` are in
-    use and the others are zero. This takes the others away, so that memory
-    and time really fall. Outputs do not change. Training goes on exactly
-    where it was: the slots of the optimizer are cut with the factors, and
-    `model.optimizer` and the optimizers inside stay the same objects. (Around
-    Adafactor later steps differ: its means over columns count those that are
-    not in use.) What was compiled compiles anew. From then on ranks grow only
-    as far as the new `max_rank`.
+    use and the others are zero. This removes the others, which saves memory and
+    time. Outputs do not change. Training continues exactly where it was: the
+    slots of the optimizer are cut with the factors, and `model.optimizer` and
+    the optimizers inside stay the same objects. (Around Adafactor later steps
+    differ: its means over columns include unused ones.) Compiled functions
+    compile again. From then on ranks grow only up to the new `max_rank`.
 
-    Also a method of every `keras.Model`: `model.compact_geolora()`. To do it
-    while `fit` runs use `keras_geolora.callbacks.EpochCompaction`.
+    Also a method of every `keras.Model`: `model.compact_geolora()`. To compact
+    during `fit`, use `keras_geolora.callbacks.EpochCompaction`.
 
     Args:
         model: `keras.Model` with adapted layers.
-        multiple: Int, of which the new widths are multiples: the rank,
-            rounded up, as far as the old width goes. It leaves some room to
-            grow, and suits the units of accelerators. 1 leaves no column
-            that is not in use, for inference. Defaults to 8.
-        min_saving: Float in [0, 1). Nothing happens where the buffers would
-            shrink by less than this share. Defaults to 0.
-        optimizer: The `GeoLoRA` of a custom training loop; that of
-            `model.compile` if not given. It is built anew, in place: ask for
+        multiple: Int. The new width is the rank, rounded up to a multiple of
+            this, but at most the old width. This leaves some room to grow and
+            suits accelerators. 1 removes all unused columns, for inference.
+            Defaults to 8.
+        min_saving: Float in [0, 1). Nothing happens if the buffers would shrink
+            by less than this share. Defaults to 0.
+        optimizer: The `GeoLoRA` of a custom training loop. Defaults to that of
+            `model.compile`. It is rebuilt in place: read
             `model.trainable_variables` again.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`, or `multiple` no integer.
+        TypeError: If `model` is not a `keras.Model`, or `multiple` not an
+            integer.
         ValueError: If no layer is adapted, or an option is out of range.
 
     Example:
@@ -94,5 +94,5 @@ def compact_width(adapter, multiple):
 
 
 def buffer_size(adapter, width):
-    """Returns how many numbers the factors have with buffers of a width."""
+    """Returns the number of entries of the factors for a buffer width."""
     return width * (adapter.input_dim + adapter.output_dim + width)

@@ -1,9 +1,9 @@
-"""What `compile` gave a model, and whether it fits after a change.
+"""What `compile` sets on a model, and whether it fits after a change.
 
-Merging, removing, adding or choosing adapters changes what a model trains. An
-optimizer that was built for other variables would fail in the next step, or
-in the file of a model, so the model gives it up: it is then as before its
-first `compile`, and Keras asks to call that again.
+Merging, removing, adding or activating adapters changes what a model trains. An
+optimizer that was built for other variables would fail in the next step, or in
+a saved model, so it is removed: the model is then as before its first
+`compile`, and Keras asks to call that again.
 """
 
 import keras
@@ -18,12 +18,12 @@ from keras_geolora.layers.tree import carriers, inside
 from keras_geolora.optimizer.geolora import find_geolora
 from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
 
-# What `compile` of an adapted model notes beside.
+# Attributes that `compile` of an adapted model adds.
 OURS = ("geolora_auto_compiled",)
 
 
 def fits(model):
-    """Returns whether the optimizers of a model fit what the model trains."""
+    """Returns whether the optimizers of a model fit what it trains."""
     adapters = {
         id(adapter): layer.adapter is adapter
         for layer in carriers(model).values()
@@ -44,13 +44,13 @@ def fits(model):
 
 
 def knows_all(optimizer, model, active, exactly):
-    """Returns whether an optimizer was built on variables that a model trains.
+    """Returns whether an optimizer was built on variables a model may train.
 
     Args:
         optimizer: Built optimizer.
         model: `keras.Model`.
         active: Dict from the ids of adapters to whether they are active.
-        exactly: Bool, whether it must know all that trains.
+        exactly: Bool, whether it must know all trainable variables.
     """
 
     def may_train(variable):
@@ -69,10 +69,10 @@ def knows_all(optimizer, model, active, exactly):
 
 
 class CompiledState:
-    """What `compile` gave a model, taken off it.
+    """What `compile` set on a model, removed from it.
 
     Args:
-        model: `keras.Model`, which is as before its first `compile` then.
+        model: `keras.Model`, afterwards as before its first `compile`.
     """
 
     def __init__(self, model):
@@ -80,13 +80,13 @@ class CompiledState:
         own = [n for n in optimizers_of(model) if n != "optimizer"]
         names = (*BEFORE_COMPILE, *SINCE_COMPILE, *OURS, *own)
         self.attributes = {n: vars(model)[n] for n in names if n in vars(model)}
-        # Deleted and not overwritten, which TensorFlow would not notice.
+        # Deleted, because TensorFlow would not notice overwriting.
         for name in self.attributes:
             delattr(model, name)
         vars(model).update(BEFORE_COMPILE, **dict.fromkeys(own))
 
     def put_back(self):
-        """Gives the model what was taken off."""
+        """Restores on the model what was removed."""
         for name, value in self.attributes.items():
             if isinstance(value, keras.optimizers.Optimizer):
                 setattr(self.model, name, value)  # TensorFlow tracks these
@@ -95,9 +95,9 @@ class CompiledState:
 
 
 def drop_unfit(model):
-    """Takes off what was compiled for other variables.
+    """Removes what was compiled for other variables.
 
-    Looks at the model and at the models inside.
+    Covers the model and the models inside.
 
     Returns:
         List of `CompiledState`s.

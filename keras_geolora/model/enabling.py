@@ -1,4 +1,4 @@
-"""Adapts whole models in place, and turns them back."""
+"""Adapts whole models in place, and undoes it."""
 
 import hashlib
 
@@ -46,60 +46,60 @@ def enable_geolora(
 ):
     """Adapts a model in place: freezes it and adds low-rank adapters.
 
-    Every matched layer keeps its place, its kernel and its bias, and becomes
-    a `GeoLoRADense`, `GeoLoRAEinsumDense`, `GeoLoRAEmbedding` or
-    `GeoLoRAConv2D` and so on. Outputs stay bit-identical until training moves
-    the adapters. On a KerasHub task, that is a model with a `backbone`, only
-    the backbone is frozen and adapted: the head trains as it is.
+    Every matched layer keeps its place, its kernel and its bias, and becomes a
+    `GeoLoRADense`, `GeoLoRAEinsumDense`, `GeoLoRAEmbedding`, `GeoLoRAConv2D`
+    and so on. Outputs stay bit-identical until training moves the adapters. In
+    a KerasHub task, that is a model with a `backbone`, only the backbone is
+    frozen and adapted; the head trains in full.
 
     Also a method of every `keras.Model`: `model.enable_geolora(rank=8)`.
     Compile the model afterwards, with the optimizer wrapped in `GeoLoRA`.
 
     Patterns, here and below, are a layer's name, its path (names joined by
     `/`), a regular expression for the whole path, a layer class, a callable
-    `(path, layer) -> bool`, or a list of these. A pattern that means a layer
-    with layers inside means all of them; one that means nothing is refused.
+    `(path, layer) -> bool`, or a list of these. A pattern that matches a layer
+    with layers inside includes all of them; one that matches nothing is
+    refused.
 
     Args:
         model: Built `keras.Model`.
-        rank: Int, rank of every adapter at the start. Training changes it;
-            the result hardly depends on it. No update of a kernel has a rank
-            above its smaller side, to which this and the ranks below are
-            clipped; `geolora_summary` tells where. Defaults to 8.
+        rank: Int, the initial rank of every adapter. Training changes it; the
+            result hardly depends on it. The rank of an update cannot exceed the
+            smaller side of its kernel, so this and the ranks below are clipped
+            to that; `geolora_summary` shows where. Defaults to 8.
         max_rank: Int or `None`, the largest rank, which sizes the buffers.
             Defaults to `2 * rank`.
         min_rank: Int, the smallest rank. Defaults to 1.
         targets: Patterns, or one of the words `"all-linear"` (the default:
             every `Dense` and `EinsumDense`), `"attention"` (those inside a
-            layer whose class is called so) and `"all"` (embeddings and
-            convolutions as well). Layers of a kind that cannot carry an
-            adapter are passed over, and refused if nothing else is meant.
+            layer with "attention" in its class name) and `"all"` (embeddings
+            and convolutions as well). Layers that cannot carry an adapter are
+            skipped, and refused if nothing else matches.
         exclude: Patterns of layers not to adapt; they stay frozen. Defaults
             to `None`.
-        rank_pattern: Dict from pattern to rank, where it differs from
-            `rank`; the first pattern that matches counts. Defaults to `None`.
-        modules_to_save: Patterns of layers that train as they are, such as
-            heads and norms, and that belong to the adapter. Defaults to
-            `None`.
+        rank_pattern: Dict from pattern to rank, where it differs from `rank`;
+            the first matching pattern counts. Defaults to `None`.
+        modules_to_save: Patterns of layers that train in full, such as heads
+            and norms, and belong to the adapter. Defaults to `None`.
         scale: Float, constant strength of the updates. Defaults to 1.
         dropout: Float in [0, 1), dropout on the inputs of the updates.
             Defaults to 0.
         train_bias: Bool, whether the biases of adapted layers train.
             Defaults to `False`.
-        seed: Int or `None`. An int makes the random bases repeatable; they
+        seed: Int or `None`. An int makes the random bases reproducible; they
             differ between layers.
-        name: String, the name of the adapter. A model that is adapted takes
-            another adapter under another name, which becomes the active one.
-            Defaults to `"default"`.
+        name: String, the name of the adapter. A model may get several adapters
+            under different names; the newest becomes the active one. Defaults
+            to `"default"`.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`, a rank no integer, or
-            another argument not of its kind.
-        ValueError: If the model is not built, or has an adapter of this name,
-            a rank is below 1 or they contradict each other, or a pattern
+        TypeError: If `model` is not a `keras.Model`, a rank not an integer, or
+            another argument of the wrong type.
+        ValueError: If the model is not built or has an adapter of this name, if
+            a rank is below 1 or ranks contradict each other, or if a pattern
             matches nothing.
 
     Example:
@@ -175,12 +175,12 @@ def enable_geolora(
 
 
 def merge_geolora(model, reversible=True):
-    """Adds every update to its kernel and gives back plain Keras layers.
+    """Adds every update to its kernel and restores plain Keras layers.
 
     The model has its former class, layers and trainable weights again, no
     adapters, and the outputs of the adapted model up to rounding. Of several
-    adapters the active one is merged. What `compile` gave the model was for
-    other variables and is taken off: compile it again before you evaluate or
+    adapters the active one is merged. What `compile` set was for other
+    variables and is removed: compile the model again before you evaluate or
     train it, and compile other models that contain it before you use them.
 
     Also a method of every `keras.Model`: `model.merge_geolora()`.
@@ -188,18 +188,18 @@ def merge_geolora(model, reversible=True):
     Args:
         model: `keras.Model` with adapted layers.
         reversible: Bool, whether to keep what `unmerge_geolora` needs: the
-            adapters, and a copy of the kernels in the host's memory. Defaults
-            to `True`.
+            adapters, and a copy of the kernels in host memory. Defaults to
+            `True`.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If no layer of the model is adapted, an update is not
-            finite, or a kernel is quantized; the model is unchanged then.
-            So it is after an interrupt, but for rounding with
-            `reversible=False`, which keeps no kernels to put back.
+            finite, or a kernel is quantized. The model is unchanged then, and
+            after an interrupt, except for rounding with `reversible=False`,
+            which keeps no copy of the kernels.
 
     Example:
 
@@ -237,11 +237,11 @@ def merge_geolora(model, reversible=True):
 
 
 def unmerge_geolora(model):
-    """Undoes `merge_geolora`: the kernels have their former bytes again.
+    """Undoes `merge_geolora` and restores the kernels bit for bit.
 
-    The adapters are back as they were, and so is what was frozen, also what
-    was frozen or made trainable by hand, and what `compile` had given the
-    model before it was merged: training can go on exactly.
+    The adapters are restored, and so are all `trainable` flags, manual changes
+    included, and what `compile` had set before merging: training continues
+    exactly.
 
     Also a method of every `keras.Model`: `model.unmerge_geolora()`.
 
@@ -252,7 +252,7 @@ def unmerge_geolora(model):
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If the model is not merged, or a kernel has changed since;
             the model is unchanged then.
 
@@ -292,13 +292,13 @@ def unmerge_geolora(model):
 
 
 def remove_geolora(model):
-    """Takes off all adapters: the model is what it was before adapting.
+    """Removes all adapters: the model is as it was before adapting.
 
     Kernels were never changed. What trained beside the adapters, such as
-    biases, `modules_to_save` and the head of a KerasHub task, gets the values
-    it had before `enable_geolora`. What was made trainable by hand since does
-    not, of which a warning tells. Compile the model again before you evaluate
-    or train it.
+    biases, `modules_to_save` and the head of a KerasHub task, gets its values
+    from before `enable_geolora`. Variables that you made trainable since keep
+    theirs, with a warning. Compile the model again before you evaluate or train
+    it.
 
     Also a method of every `keras.Model`: `model.remove_geolora()`.
 
@@ -309,7 +309,7 @@ def remove_geolora(model):
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If no layer of the model is adapted.
 
     Example:
@@ -338,7 +338,7 @@ def remove_geolora(model):
 
 
 class MergedLayer:
-    """Merges the adapters of a layer, and remembers how to undo it."""
+    """Merges the adapters of a layer, and can undo it."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -348,7 +348,7 @@ class MergedLayer:
         self.kept = None
 
     def merge(self, reversible):
-        """Adds the active update to the kernel and takes off all adapters.
+        """Adds the active update to the kernel and removes all adapters.
 
         Args:
             reversible: Bool, whether to keep a copy of the former kernels.
@@ -366,9 +366,9 @@ class MergedLayer:
         return [digest(kernel) for kernel in self.kernels] != self.after
 
     def put_back(self):
-        """Puts on the adapters, and the former kernels.
+        """Restores the adapters and the former kernels.
 
-        Without a copy of them the update is subtracted, which rounds.
+        Without a copy of the kernels it subtracts the update, which rounds.
         """
         if self.kept is not None:
             AdaptedLayer.attach_adapters(self.layer, self.kept)
@@ -380,7 +380,7 @@ class MergedLayer:
 
 
 class Merged:
-    """Merges the adapters of a model, and remembers how to undo it."""
+    """Merges the adapters of a model, and can undo it."""
 
     def __init__(self, model, reversible):
         self.model = model
@@ -401,12 +401,12 @@ class Merged:
                 make_plain(part, adaptation)
                 adaptation.frozen.thaw()
             self.compiled = after_a_change(model)
-        except BaseException:  # an interrupt as well
+        except BaseException:  # including interrupts
             self._put_back()
             raise
 
     def undo(self):
-        """Puts everything back."""
+        """Restores everything."""
         for merged in self.layers:
             if merged.has_changed():
                 raise ValueError(

@@ -5,11 +5,11 @@ from keras_geolora.layers.tree import inside, is_carrier, is_leaf, with_inside
 
 
 class Freeze:
-    """Freezes a model, of which parts may go on training.
+    """Freezes a model, except for parts that continue to train.
 
-    Frozen variables do not train. Frozen layers also stop to update
-    statistics, as batch normalization does. Layers that were frozen before
-    are opened, because adapters inside them could not train.
+    Frozen variables do not train. Frozen layers also stop updating statistics,
+    such as those of batch normalization. Layers that were frozen before become
+    trainable, because adapters inside them could not train otherwise.
     """
 
     def __init__(self, model):
@@ -21,19 +21,19 @@ class Freeze:
             self.thaw_all()
             self.variables = [v for v in model.variables if v.trainable]
             self.freeze_all_but([], [])
-        except BaseException:  # an interrupt as well
+        except BaseException:  # including interrupts
             self.thaw()
             raise
 
     def thaw_all(self):
-        """Makes all trainable."""
+        """Makes everything trainable."""
         for layer, _ in self.layer_flags:
-            # One by one: TensorFlow's tracking skips an attribute that is
-            # set to what it is already, and with it the layers inside.
+            # One by one: TensorFlow's tracking skips setting an attribute to
+            # its current value, and with it the layers inside.
             layer.trainable = True
 
     def freeze_all_but(self, layers, variables):
-        """Freezes all but some layers, what is inside, and variables."""
+        """Freezes all but some layers, with all inside, and variables."""
         for part, trainable in (
             *self._layer_flags(layers),
             *self._variable_flags(variables),
@@ -42,13 +42,13 @@ class Freeze:
                 part.trainable = trainable
 
     def _layer_flags(self, layers):
-        """Yields the layers and whether they are to train."""
+        """Yields the layers and whether they should train."""
         layers = with_inside(layers)
         for layer in self.layers:
             yield layer, id(layer) in layers or is_carrier(layer)
 
     def _variable_flags(self, variables):
-        """Yields the variables and whether they are to train."""
+        """Yields the variables and whether they should train."""
         variables = {id(v) for v in variables}
         for variable in self.variables:
             yield variable, id(variable) in variables
@@ -62,8 +62,8 @@ class Freeze:
             but: Layers to skip, with all sublayers.
 
         Returns:
-            Dict of two lists of pairs, as JSON can hold them: places of
-            layers, and of variables, with their `trainable`.
+            Dict of two lists of pairs, for JSON: indices of layers, and of
+            variables, with their `trainable`.
         """
         left_out = with_inside(but) | {id(v) for x in but for v in x.variables}
         flags = {
@@ -80,7 +80,7 @@ class Freeze:
         }
 
     def repeat_changes(self, changes):
-        """Sets the flags that `manual_changes` of an equal model returned."""
+        """Sets the flags that `manual_changes` returned for an equal model."""
         for place, trainable in changes["layers"]:
             self.layers[place].trainable = trainable
         for place, trainable in changes["variables"]:
@@ -92,9 +92,9 @@ class Freeze:
         return [layer for layer in inside(model) if id(layer) not in known]
 
     def update(self, model):
-        """Looks at the layers of a model anew, after some came or went.
+        """Updates the layers of a model after some were added or removed.
 
-        What was here keeps its flags of before, what came has those of now.
+        Known layers keep their original flags, new ones get their current ones.
         """
         flags = {id(part): flag for part, flag in self.layer_flags}
         flags.update((id(v), flag) for v, flag in self.variable_flags)
@@ -119,7 +119,7 @@ class Freeze:
         self.variables = [v for v in variables if id(v) in known]
 
     def thaw(self):
-        """Makes trainable again what was so, and nothing else."""
+        """Restores the `trainable` flags from before freezing."""
         for layer, trainable in self.layer_flags:
             layer.trainable = trainable
         for variable, trainable in self.variable_flags:

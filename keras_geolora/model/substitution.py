@@ -13,16 +13,16 @@ from keras_geolora.keras_internals import set_value_inside, value_inside
 def exchanged_values(pairs):
     """Gives variables other values for a block.
 
-    Where numbers can be read they are exchanged in the variables. In a
-    function that is traced there are none, so reading gives other tensors
-    instead. So it is on torch, whose backward pass needs the very tensors
-    that the forward pass has used.
+    Where variables can be read, their values are exchanged. In a traced
+    function they cannot, so reading them gives other tensors instead. On torch
+    they hold other tensors, because the backward pass needs those that the
+    forward pass used.
 
     Args:
         pairs: List of pairs of a variable and an array.
 
     Yields:
-        Dict from the ids of the variables to the values that they had.
+        Dict from the ids of the variables to their former values.
     """
     if keras.backend.backend() == "torch":
         exchange = other_tensors
@@ -35,7 +35,7 @@ def exchanged_values(pairs):
 
 
 def is_traced(variable):
-    """Returns whether a variable has no value to read, as in a trace.
+    """Returns whether a variable cannot be read, as in a trace.
 
     Args:
         variable: `keras.Variable`.
@@ -62,7 +62,7 @@ def other_numbers(pairs):
 
 @contextlib.contextmanager
 def other_tensors(pairs):
-    """Lets variables hold other tensors for a block, on torch.
+    """Makes variables hold other tensors for a block, on torch.
 
     Assigning would write into tensors that a backward pass still needs.
     """
@@ -79,14 +79,14 @@ def other_tensors(pairs):
 
 @contextlib.contextmanager
 def other_readings(pairs):
-    """Lets variables be read as other tensors for a block, in a trace."""
+    """Makes variables read as other tensors for a block, in a trace."""
     before = {id(variable): variable.value for variable, _ in pairs}
     with Substitution(pairs):
         yield before
 
 
 class Substitution(keras.StatelessScope):
-    """Shows other values of some variables; the rest is as outside of it.
+    """Shows other values of some variables and leaves the rest as it is.
 
     Args:
         pairs: List of pairs of a variable and an array.

@@ -1,4 +1,4 @@
-"""Several adapters on one model: switch off, choose, delete, combine."""
+"""Disables, activates, deletes and combines the adapters of a model."""
 
 import contextlib
 
@@ -23,22 +23,22 @@ from keras_geolora.model.substitution import is_traced, value_of
 
 @contextlib.contextmanager
 def geolora_disabled(model):
-    """Gives the pretrained model back for the length of a `with` block.
+    """Restores the pretrained model for the length of a `with` block.
 
     Outputs are those of the model before `enable_geolora`, bit for bit:
-    adapters rest, and what trained beside them has its former values. That
-    holds for calls, `predict` and `evaluate` of the model on which this is
-    called. What was made trainable by hand after `enable_geolora` keeps its
-    values, of which a warning tells. At the end everything is as it was.
+    adapters are disabled, and what trained beside them has its former values.
+    This covers calls, `predict` and `evaluate` of the model on which it is
+    called. Variables that you made trainable after `enable_geolora` keep their
+    values, with a warning. After the block everything is as it was.
 
     Also a method of every `keras.Model`: `with model.geolora_disabled():`.
 
     Args:
-        model: `keras.Model` with adapters of `enable_geolora`, its own or of
-            models inside.
+        model: `keras.Model` with adapters of `enable_geolora`, its own or those
+            of models inside.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If no part of the model was adapted by `enable_geolora`.
 
     Example:
@@ -62,7 +62,7 @@ def geolora_disabled(model):
     check_model(model)
     adaptations = find_adaptations(model)
     awake = [a for a in adaptations if not a.suspended]
-    # Between this function and its caller is the context manager.
+    # The context manager is between this function and its caller.
     warn_of_what_stays(awake, stacklevel=4)
     with contextlib.ExitStack() as stack:
         for adaptation in adaptations:
@@ -73,7 +73,7 @@ def geolora_disabled(model):
 
 
 def in_a_trace(model):
-    """Returns whether a function of a model is being traced at the moment."""
+    """Returns whether a function of a model is being traced."""
     layer = next(iter(carriers(model).values()))
     adapter = next(iter(layer.adapters_by_name().values()))
     return is_traced(adapter.S)
@@ -87,7 +87,7 @@ def functions_of_the_pretrained(model):
         return
     others = vars(model).pop("geolora_disabled_traces", None)
     traced = swap_functions(model, others.functions if others else {})
-    # JAX would take what is dropped for what is made next, if it lived.
+    # If these stayed alive, JAX would mistake them for those made next.
     del others
     model.geolora_is_disabled = True
     try:
@@ -99,7 +99,7 @@ def functions_of_the_pretrained(model):
 
 
 class Traces:
-    """Holds compiled functions where no backend looks for them.
+    """Hides compiled functions from the backend's tracking.
 
     Args:
         functions: Dict of `swap_functions`.
@@ -142,12 +142,12 @@ def geolora_adapters(model):
 
 
 def activate_geolora(model, name):
-    """Makes one adapter the one that acts and trains.
+    """Activates an adapter: it acts and trains, the others do not.
 
     What trained beside the adapters, such as biases, `modules_to_save` and
     the head of a KerasHub task, belongs to each adapter and changes with it.
-    What `compile` gave the model for another adapter is taken off: compile it
-    anew before you evaluate or train.
+    What `compile` set for another adapter is removed: compile the model again
+    before you evaluate or train it.
 
     Also a method of every `keras.Model`: `model.activate_geolora(name)`.
 
@@ -159,7 +159,7 @@ def activate_geolora(model, name):
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If there is no adapter of this name.
 
     Example:
@@ -185,7 +185,7 @@ def activate_geolora(model, name):
 
 
 def delete_geolora(model, name):
-    """Forgets an adapter that is not active.
+    """Deletes an adapter that is not active.
 
     Also a method of every `keras.Model`: `model.delete_geolora(name)`.
 
@@ -197,7 +197,7 @@ def delete_geolora(model, name):
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
+        TypeError: If `model` is not a `keras.Model`.
         ValueError: If there is no adapter of this name, or it is active.
 
     Example:
@@ -237,13 +237,12 @@ def delete_geolora(model, name):
 
 
 def combine_geolora(model, name, weights, rank=None):
-    """Adds up adapters with weights to a new one, and activates it.
+    """Adds a weighted sum of adapters as a new one, and activates it.
 
-    The update of every layer is the weighted sum of its updates, truncated to
-    the best approximation of a rank; the sum itself is never formed. What
-    trained beside the adapters is added up in the same way, as differences to
-    the pretrained values; of statistics, such as moving variances, the mean is
-    taken.
+    The update of every layer is the best approximation, of the given rank, of
+    the weighted sum of its updates; the sum itself is never formed. What
+    trained beside the adapters is summed in the same way, as differences from
+    the pretrained values; statistics, such as moving variances, are averaged.
 
     Also a method of every `keras.Model`.
 
@@ -258,8 +257,8 @@ def combine_geolora(model, name, weights, rank=None):
         The model itself.
 
     Raises:
-        TypeError: If `model` is no `keras.Model`.
-        ValueError: If an adapter does not exist, the new name does, or a
+        TypeError: If `model` is not a `keras.Model`.
+        ValueError: If an adapter does not exist, the new name is taken, or a
             weight is not finite.
 
     Example:
@@ -310,7 +309,7 @@ def combine(adaptation, name, weights, rank):
         layers.update(adapter.layers)
         saved.update((id(layer), layer) for layer in adapter.saved_layers)
         companions.update((id(v), v) for v in adapter.companions)
-    # All that can fail comes first.
+    # Everything that can fail comes first.
     sums = {
         path: weighted_sum(layer, weights, rank)
         for path, layer in layers.items()
@@ -338,11 +337,11 @@ def combine(adaptation, name, weights, rank):
 
 
 def combined_value(adaptation, variable, known, weights):
-    """Returns what a companion becomes in a weighted sum of adapters.
+    """Returns the value of a companion in a weighted sum of adapters.
 
-    Its pretrained value plus the weighted sum of the changes. Statistics,
-    which do not train, become a mean instead: a sum could make a variance
-    negative.
+    This is its pretrained value plus the weighted sum of the changes.
+    Statistics, which do not train, are averaged instead: a sum could make a
+    variance negative.
     """
     pretrained = adaptation.pretrained(variable)
     pairs = [
@@ -382,7 +381,7 @@ def weighted_sum(layer, weights, rank):
 
 
 def check_weights(weights):
-    """Refuses what does not give numbers to adapters."""
+    """Refuses weights that are not finite numbers for adapters."""
     numbers = list(weights.values()) if isinstance(weights, dict) else []
     if not numbers or not all(
         isinstance(w, (int, float)) and np.isfinite(w) for w in numbers
@@ -395,7 +394,7 @@ def check_weights(weights):
 
 
 def find_adaptations(model):
-    """Returns what was done to the parts of a model."""
+    """Returns the `Adaptation`s of the parts of a model."""
     check_adapted(model, "switched")
     found = adaptations_of(model)
     if not found:
@@ -408,7 +407,7 @@ def find_adaptations(model):
 
 
 def adaptations_with(model, name):
-    """Returns those of `find_adaptations` that have one adapter."""
+    """Returns those of `find_adaptations` that have a given adapter."""
     found = find_adaptations(model)
     with_name = [a for a in found if name in a.adapters]
     if not with_name:

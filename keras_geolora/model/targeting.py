@@ -1,4 +1,4 @@
-"""Which layers of a model are meant: words and patterns."""
+"""Chooses layers of a model by words and patterns."""
 
 import re
 
@@ -16,7 +16,7 @@ WORDS = ("all-linear", "attention", "all")
 
 
 def matches(pattern, path, layer):
-    """Returns whether a layer itself is meant by one pattern."""
+    """Returns whether one pattern matches a layer itself."""
     if isinstance(pattern, str):
         if pattern in (layer.name, path):
             return True
@@ -44,8 +44,8 @@ class Layers:
 
     Args:
         model: `keras.Model` or layer.
-        whole: The model that it is a part of, whose other layers may hold
-            kernels. Defaults to `model`.
+        whole: The model that contains it, whose other layers may share kernels.
+            Defaults to `model`.
     """
 
     def __init__(self, model, whole=None):
@@ -60,17 +60,17 @@ class Layers:
         }
 
     def named(self, patterns, argument):
-        """Returns the dict from path to layer of what patterns mean.
+        """Returns a dict from path to layer of what patterns match.
 
-        A pattern that means a layer with layers inside means all of them.
+        A pattern that matches a layer with layers inside includes all of them.
 
         Args:
             patterns: A pattern as in `matches`, a word of `WORDS`, or a list
                 of these.
-            argument: String, what the patterns are called in an error.
+            argument: String, the name of the patterns in errors.
 
         Raises:
-            ValueError: If a pattern means nothing.
+            ValueError: If a pattern matches nothing.
         """
         if not isinstance(patterns, (list, tuple)):
             patterns = [patterns]
@@ -89,10 +89,10 @@ class Layers:
         return {p: layer for p, layer in self.paths.items() if p in chosen}
 
     def to_adapt(self, targets, exclude=None):
-        """Returns the dict from path to layer of what is to be adapted.
+        """Returns a dict from path to layer of the layers to adapt.
 
         Raises:
-            ValueError: If nothing matches, or a pattern means only layers
+            ValueError: If nothing matches, or a pattern matches only layers
                 that cannot carry an adapter.
         """
         if not isinstance(targets, (list, tuple)):
@@ -137,7 +137,7 @@ class Layers:
     def _of_pattern(self, pattern, argument):
         asked = self.paths
         if not isinstance(pattern, (str, type)):
-            # A function expects layers of the kind that it is about.
+            # A callable expects the kind of layers that the argument is about.
             adapters = argument != "modules_to_save"
             asked = self.candidates if adapters else self.paths
         meant = with_inside(
