@@ -3,17 +3,11 @@
 import keras
 
 from keras_geolora import callbacks
-from keras_geolora.files.adapter_file import (
-    AdapterFileError,
-    load_geolora,
-    save_geolora,
-)
+from keras_geolora.files.adapter_file import load_geolora, save_geolora
+from keras_geolora.files.adapter_format import AdapterFileError
 from keras_geolora.files.averaging import average_geolora
-from keras_geolora.files.peft import (
-    export_peft,
-    import_keras_lora,
-    import_peft,
-)
+from keras_geolora.files.keras_lora import import_keras_lora
+from keras_geolora.files.peft import export_peft, import_peft
 from keras_geolora.layers import (
     GeoLoRAConv1D,
     GeoLoRAConv2D,

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 
-from keras_geolora.files.adapter_file import read_adapter
-from keras_geolora.files.peft import FAMILIES, write_peft
+from keras_geolora.files.adapter_format import read_adapter
+from keras_geolora.files.peft import write_peft
+from keras_geolora.files.peft_names import FAMILIES
 
 
 def main(arguments=None):

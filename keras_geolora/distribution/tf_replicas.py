@@ -20,7 +20,7 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
 
-def scope_of(model):
+def strategy_scope_of(model):
     """Returns a context in which variables are created like a model's own.
 
     It is the scope of the strategy under which the model was created.

@@ -5,13 +5,9 @@ import os
 import keras
 import numpy as np
 
-from keras_geolora.files.adapter_file import (
-    AdapterFileError,
-    Fit,
-    adaptation_to_save,
-    padded,
-    read_adapter,
-)
+from keras_geolora.files.adapter_file import adaptation_to_save, padded
+from keras_geolora.files.adapter_format import AdapterFileError, read_adapter
+from keras_geolora.files.fit import Fit
 from keras_geolora.geometry import manifold
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
@@ -21,11 +17,8 @@ from keras_geolora.layers.tree import (
     is_carrier,
     is_leaf,
 )
-from keras_geolora.model.adapted_model import (
-    after_other_factors,
-    check_model,
-    check_not_suspended,
-)
+from keras_geolora.model.checks import check_model, check_not_suspended
+from keras_geolora.model.compiled_functions import after_other_factors
 from keras_geolora.model.substitution import value_of
 
 
@@ -264,14 +257,14 @@ def mean_values(clients, shares):
             part = share * np.asarray(value, "float64")
             sums[id(variable)] = sums.get(id(variable), 0.0) + part
     return [
-        (v, sums[key] if is_float(v) else np.rint(sums[key]))
+        (
+            v,
+            sums[key]
+            if keras.backend.is_float_dtype(v.dtype)
+            else np.rint(sums[key]),
+        )
         for key, v in variables.items()
     ]
-
-
-def is_float(variable):
-    """Returns whether a variable holds real numbers."""
-    return keras.backend.is_float_dtype(variable.dtype)
 
 
 def shares_of(clients, weights):

@@ -5,136 +5,47 @@ import pathlib
 import re
 import warnings
 
-import h5py
 import numpy as np
 import safetensors.numpy
 
 from keras_geolora.files.adapter_file import (
-    CONTRADICTIONS,
-    AdapterFileError,
     adaptation_to_save,
     chosen_adapter,
-    keyed_variables,
     padded,
     plain_class_name,
+)
+from keras_geolora.files.adapter_format import (
+    CONTRADICTIONS,
+    AdapterFileError,
     some,
 )
-from keras_geolora.geometry.low_rank_sum import svd_of_sum
+from keras_geolora.files.base_weights import keyed_variables
+from keras_geolora.files.peft_names import (
+    TRANSPOSED,
+    family_of,
+    module_names,
+    rows_of_part,
+    split_name,
+)
+from keras_geolora.files.products import add_products
 from keras_geolora.geometry.manifold import check_layers
-from keras_geolora.keras_internals import all_layers
 from keras_geolora.layers.adapted import DEFAULT
-from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.registry import (
     kernel_shape,
-    kernel_view,
 )
 from keras_geolora.layers.tree import stable_paths
-from keras_geolora.model.adapted_model import (
-    add_adapter,
+from keras_geolora.model.checks import (
     check_can_adapt,
     check_model,
     check_name,
-    scope_of,
 )
+from keras_geolora.model.parts import backbone_of
 from keras_geolora.whole_files import write_together
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-ENCODER = {
-    "self_attention_layer/query": "attention.self.query",
-    "self_attention_layer/key": "attention.self.key",
-    "self_attention_layer/value": "attention.self.value",
-    "self_attention_layer/attention_output": "attention.output.dense",
-    "feedforward_intermediate_dense": "intermediate.dense",
-    "feedforward_output_dense": "output.dense",
-}
-DECODER = {
-    "self_attention/query": "self_attn.q_proj",
-    "self_attention/key": "self_attn.k_proj",
-    "self_attention/value": "self_attn.v_proj",
-    "self_attention/attention_output": "self_attn.o_proj",
-    "feedforward_gate_dense": "mlp.gate_proj",
-    "feedforward_intermediate_dense": "mlp.up_proj",
-    "feedforward_output_dense": "mlp.down_proj",
-}
-LLAMA = ("transformer_layer_", "layers.", DECODER)
-# The names in transformers 5 of the layers of KerasHub's backbones: the path of
-# a block up to its number, its name up to its number, and the layers of a
-# block. `[1/3]` is the second third of the columns of a kernel.
-FAMILIES = {
-    "BertBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
-    "RobertaBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
-    "XLMRobertaBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
-    "DebertaV3Backbone": (
-        "disentangled_attention_encoder_layer_",
-        "encoder.layer.",
-        {
-            **ENCODER,
-            "self_attention_layer/query": "attention.self.query_proj",
-            "self_attention_layer/key": "attention.self.key_proj",
-            "self_attention_layer/value": "attention.self.value_proj",
-        },
-    ),
-    "DistilBertBackbone": (
-        "transformer_layer_",
-        "transformer.layer.",
-        {
-            "self_attention_layer/query": "attention.q_lin",
-            "self_attention_layer/key": "attention.k_lin",
-            "self_attention_layer/value": "attention.v_lin",
-            "self_attention_layer/attention_output": "attention.out_lin",
-            "feedforward_intermediate_dense": "ffn.lin1",
-            "feedforward_output_dense": "ffn.lin2",
-        },
-    ),
-    "LlamaBackbone": LLAMA,
-    "MistralBackbone": LLAMA,
-    "QwenBackbone": LLAMA,
-    "Qwen3Backbone": LLAMA,
-    "GemmaBackbone": (
-        "decoder_block_",
-        "layers.",
-        {
-            "attention/query": "self_attn.q_proj",
-            "attention/key": "self_attn.k_proj",
-            "attention/value": "self_attn.v_proj",
-            "attention/attention_output": "self_attn.o_proj",
-            "ffw_gating": "mlp.gate_proj",
-            "ffw_gating_2": "mlp.up_proj",
-            "ffw_linear": "mlp.down_proj",
-        },
-    ),
-    "GPT2Backbone": (
-        "transformer_layer_",
-        "h.",
-        {
-            "self_attention/query": "attn.c_attn[0/3]",
-            "self_attention/key": "attn.c_attn[1/3]",
-            "self_attention/value": "attn.c_attn[2/3]",
-            "self_attention/attention_output": "attn.c_proj",
-            "feedforward_intermediate_dense": "mlp.c_fc",
-            "feedforward_output_dense": "mlp.c_proj",
-        },
-    ),
-    "ViTBackbone": (
-        "vit_encoder/transformer_block_",
-        "layers.",
-        {
-            "mha/query": "attention.q_proj",
-            "mha/key": "attention.k_proj",
-            "mha/value": "attention.v_proj",
-            "mha/attention_output": "attention.o_proj",
-            "mlp/dense": "mlp.fc1",
-            "mlp/dense_1": "mlp.fc2",
-        },
-    ),
-}
-OTHERS = {"BertBackbone": {"pooled_dense": "pooler.dense"}}
-FIRST_BLOCK = {"ViTBackbone": 1}
-# Families whose kernels transformers stores like Keras, not transposed.
-TRANSPOSED = {"GPT2Backbone"}
 # Options of PEFT with which an adapter is not a plain update of kernels.
 UNSUPPORTED = (
     "use_dora",
@@ -364,7 +275,7 @@ def import_peft(model, folder, name=DEFAULT, names=None):
     pairs = read_peft_weights(folder / WEIGHTS, config)
     layers = {
         path: layer
-        for path, layer in stable_paths(scope_of(model)).items()
+        for path, layer in stable_paths(backbone_of(model)).items()
         if kernel_shape(layer) is not None
         and is_product(plain_class_name(layer))
     }
@@ -417,187 +328,6 @@ def hand_out(pairs, named, folder):
                 updates[path] = A.T, B[rows].T
                 left[key][rows] = False
     return updates, left
-
-
-def import_keras_lora(model, path, name=DEFAULT):
-    """Loads a file of KerasHub's `save_lora_weights` into a model, exactly.
-
-    Keras factors a kernel with three axes along the last one only, so its rank
-    as a matrix can be higher than the rank in the file.
-
-    Args:
-        model: Built KerasHub backbone, or task with one, without Keras' own
-            LoRA.
-        path: String or path, ending in `.lora.h5`.
-        name: String, the name of the adapter. Defaults to `"default"`.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        TypeError: If `model` is not a `keras.Model`.
-        OSError: If there is no such file, or it is not an HDF5 file.
-        ValueError: If the file does not fit the model. The model is unchanged
-            then.
-
-    Example:
-
-    ```python
-    import tempfile
-
-    import keras_hub
-    import keras_geolora
-
-    def pretrained():
-        return keras_hub.models.BertBackbone(
-            vocabulary_size=32,
-            num_layers=1,
-            num_heads=2,
-            hidden_dim=16,
-            intermediate_dim=32,
-        )
-
-    other = pretrained()
-    other.enable_lora(rank=2)
-    model = pretrained()
-    with tempfile.TemporaryDirectory() as folder:
-        other.save_lora_weights(f"{folder}/mine.lora.h5")
-        keras_geolora.import_keras_lora(model, f"{folder}/mine.lora.h5")
-    assert model.geolora_adapters() == ["default"]
-    ```
-    """
-    check_model(model)
-    check_name(name)
-    check_can_adapt(model, name)
-    scope = scope_of(model)
-    # KerasHub numbers the layers that have weights.
-    counted = [x for x in all_layers(scope)[1:] if x.weights]
-    path_of = {id(layer): p for p, layer in stable_paths(scope).items()}
-    shapes = {
-        index: kernel_view(layer).shape
-        for index, layer in enumerate(counted)
-        if kernel_shape(layer) is not None and hasattr(layer, "kernel")
-    }
-    layers, updates = {}, {}
-    for index, (a, b) in read_keras_lora(path, shapes).items():
-        layer = counted[index]
-        place = path_of[id(layer)]
-        layers[place] = layer
-        matrix = kernel_view(layer).to_matrix(np.tensordot(a, b, 1))
-        updates[place] = matrix, np.eye(matrix.shape[1])
-    add_products(model, name, layers, updates)
-    return model
-
-
-def add_products(model, name, layers, products):
-    """Adds an adapter whose updates are given as products of two matrices."""
-    factors = {}
-    for path in layers:
-        left, right = products[path]
-        found = svd_of_sum([(left, np.eye(len(right)), right.T)])
-        # A finite product may be too large for float32.
-        factors[path] = tuple(x.astype("float32") for x in found)
-        if not all(np.isfinite(x).all() for x in factors[path]):
-            raise AdapterFileError(
-                f"The update of layer '{path}' is too large for float32. "
-                "Nothing was loaded."
-            )
-    options = {}
-    for path, (_, sigma, _) in factors.items():
-        largest = min(kernel_shape(layers[path]))
-        columns = min(2 * len(sigma), largest)
-        options[path] = AdapterOptions(len(sigma), max_rank=columns)
-    for path, (U, _, V) in factors.items():
-        if (len(U), len(V)) != kernel_shape(layers[path]):
-            raise AdapterFileError(
-                f"The update of layer '{path}' has shape {(len(U), len(V))}, "
-                f"the kernel {kernel_shape(layers[path])}. Nothing was loaded."
-            )
-    add_adapter(model, name, layers, options, [], train_bias=False)
-    for path, (U, sigma, V) in factors.items():
-        adapter = layers[path].adapters_by_name()[name]
-        for role, factor in zip("USV", (U, np.diag(sigma), V), strict=True):
-            variable = getattr(adapter, role)
-            variable.assign(padded(factor, variable.shape))
-
-
-def module_names(family, layers, names, complete=True):
-    """Returns a dict from path to the name of the module in transformers.
-
-    Args:
-        family: String, the name of the backbone's class in `FAMILIES`, or
-            `None`.
-        layers: Paths of layers.
-        names: As in `export_peft`.
-        complete: Bool, whether a layer without a name is an error.
-    """
-    if names is not None:
-        find = names if callable(names) else names.get
-        unknown = [] if callable(names) else sorted(set(names) - set(layers))
-        if unknown:
-            raise ValueError(
-                "`names` is about layers that are adapted. Received: names for "
-                f"{some(unknown)}; known are {some(layers)}"
-            )
-    else:
-        if family is None:
-            raise ValueError(
-                "The names of modules are known for "
-                f"{', '.join(FAMILIES)}. For others write "
-                "`names={path: module}`, or a callable. Received: another "
-                f"model, with layers {some(layers)}"
-            )
-
-        def find(path):
-            return name_in(family, path)
-
-    found = {path: find(path) for path in layers}
-    nameless = [path for path, name in found.items() if name is None]
-    if nameless and complete:
-        raise ValueError(
-            "Every adapted layer needs the name of its module. Give it by "
-            "`names={path: module}`, or do not adapt the layer. Received: no "
-            f"name for {some(nameless)}"
-        )
-    return {path: name for path, name in found.items() if name is not None}
-
-
-def name_in(family, path):
-    """Returns the name of the module at a path, or `None`."""
-    if path in OTHERS.get(family, {}):
-        return OTHERS[family][path]
-    block, name, inner = FAMILIES[family]
-    match = re.fullmatch(rf"{block}(\d+)/(.+)", path)
-    if match is None or match[2] not in inner:
-        return None
-    number = int(match[1]) - FIRST_BLOCK.get(family, 0)
-    return f"{name}{number}.{inner[match[2]]}"
-
-
-def family_of(model):
-    """Returns the name in `FAMILIES` of a backbone's class, or `None`."""
-    mro = (cls.__name__ for cls in type(scope_of(model)).__mro__)
-    return next((name for name in mro if name in FAMILIES), None)
-
-
-def split_name(name):
-    """Splits `module[part/count]`; no brackets mean the whole module."""
-    match = re.fullmatch(r"(.+)\[(\d+)/(\d+)\]", name)
-    if not match:
-        return name, 0, 1
-    part, count = int(match[2]), int(match[3])
-    if part >= count:
-        raise ValueError(
-            "The parts of a module are counted from 0: of three, the last is "
-            f"'{match[1]}[2/3]'. Received: '{name}' in `names`"
-        )
-    return match[1], part, count
-
-
-def rows_of_part(B, part, count):
-    """Returns the slice of the rows of one part of a fused module."""
-    rows = len(B) // count
-    return slice(part * rows, (part + 1) * rows)
 
 
 def fused(blocks):
@@ -708,46 +438,3 @@ def in_pattern(patterns, module):
         if found:
             return value
     return None
-
-
-def read_keras_lora(path, shapes):
-    """Returns a dict from the number of a layer to its two factors.
-
-    Args:
-        path: String or path.
-        shapes: Dict from the number of a layer to the shape of its kernel.
-    """
-    pairs = {}
-    with h5py.File(path, "r") as file:
-        try:
-            for key, group in file["lora"].items():
-                if key.isdecimal():
-                    a, b = (group["vars"][f"lora_kernel_{x}"] for x in "ab")
-                    # A file may declare any size: check before reading.
-                    found = (*a.shape[:-1], b.shape[1])
-                    rank = min(np.prod(found[:-1]), found[-1])
-                    if (
-                        found != shapes.get(int(key))
-                        or not a.shape[-1] == b.shape[0] <= rank
-                        or (a.dtype.kind, b.dtype.kind) != ("f", "f")
-                    ):
-                        raise AdapterFileError(
-                            f"'{path}' has factors of shapes {a.shape} and "
-                            f"{b.shape} for number {key} of the layers with "
-                            "weights, whose kernel has the shape "
-                            f"{shapes.get(int(key))}. It belongs to another "
-                            "model. Nothing was loaded."
-                        )
-                    pairs[int(key)] = np.array(a), np.array(b)
-        except AdapterFileError:
-            raise
-        except (*CONTRADICTIONS, IndexError) as error:
-            raise AdapterFileError(
-                f"'{path}' is no file of KerasHub's `save_lora_weights`."
-            ) from error
-    if not pairs:
-        raise AdapterFileError(f"'{path}' has no LoRA weights.")
-    for index, factors in pairs.items():
-        if not all(np.isfinite(x).all() for x in factors):
-            raise AdapterFileError(f"Layer {index} has numbers not finite.")
-    return pairs

@@ -15,11 +15,7 @@ from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.manifold import check_layers, check_values
 from keras_geolora.keras_internals import (
-    compile_config,
     own_trainable,
-    renew_compiled_state,
-    renew_torch_parameters,
-    variables_of,
 )
 from keras_geolora.layers.factor import Factor
 from keras_geolora.layers.in_place import become_adapted, become_plain
@@ -31,23 +27,22 @@ from keras_geolora.layers.tree import (
     stable_paths,
 )
 from keras_geolora.model.adaptation import Adaptation
+from keras_geolora.model.buffers import resize_buffers
+from keras_geolora.model.checks import (
+    check_not_suspended,
+    check_optimizer,
+    check_optimizer_is_new,
+)
+from keras_geolora.model.compiled_functions import after_a_change, forget_traces
 from keras_geolora.model.compiled_state import drop_unfit, fits
+from keras_geolora.model.parts import adapted_parts, backbone_of, plain_class_of
 from keras_geolora.optimizer.geolora import (
     find_geolora,
-    rebuild,
     renewed,
-    start_anew,
     take_attributes,
 )
-from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
+from keras_geolora.optimizer.of_model import trains_as_keras
 
-# Attributes in which Keras and KerasHub keep compiled functions.
-FUNCTIONS = (
-    "train_function",
-    "test_function",
-    "predict_function",
-    "generate_function",
-)
 # Keys in files of weights, beside the numbers that Keras uses as keys.
 PREFIX = "geolora_"
 SIGNATURE = "geolora_signature"
@@ -307,7 +302,7 @@ class AdaptedModel(PausesAsAWhole):
         if find_geolora(optimizer) is None or not trains_as_keras(self):
             return
         if not optimizer.built:
-            with tf_replicas.scope_of(self):
+            with tf_replicas.strategy_scope_of(self):
                 optimizer.build(self.trainable_variables)
 
     def _renew_optimizer(self):
@@ -458,16 +453,6 @@ def save_to_preset(self, *args, **kwargs):
     )
 
 
-def scope_of(model):
-    """Returns the backbone of a KerasHub task, or else the model itself."""
-    # Some backbones contain another, which is only a part of them.
-    is_backbone = any(c.__name__ == "Backbone" for c in type(model).__mro__)
-    backbone = getattr(model, "backbone", None)
-    if is_backbone or not isinstance(backbone, keras.layers.Layer):
-        return model
-    return backbone
-
-
 def add_adapter(
     model, name, layers, options, saved_layers, train_bias, asked=None
 ):
@@ -490,7 +475,7 @@ def add_adapter(
     adaptation = getattr(model, "geolora_adaptation", None)
     first = adaptation is None
     if first:
-        adaptation = Adaptation(model, scope_of(model))
+        adaptation = Adaptation(model, backbone_of(model))
     else:
         active, changes = adaptation.active, adaptation.manual_changes()
     try:
@@ -499,7 +484,7 @@ def add_adapter(
             others = adaptation.manual_changes(
                 but=[*layers.values(), *saved_layers]
             )
-        with tf_replicas.scope_of(model):
+        with tf_replicas.strategy_scope_of(model):
             for path, layer in layers.items():
                 adapted_class(layer).adapt(
                     layer,
@@ -547,7 +532,7 @@ def adapt_by_plan(model, plan):
             "`build_from_config`, or its layers their input shapes. "
             f"Received: model '{model.name}', which is not built"
         )
-    paths = {"": scope_of(model), **stable_paths(scope_of(model))}
+    paths = {"": backbone_of(model), **stable_paths(backbone_of(model))}
     for path, layer in paths.items():
         layer.trainable = path not in plan["frozen"]
     for adapter in plan["adapters"]:
@@ -608,19 +593,6 @@ def as_plain(model):
             become_adapted(layer, cls)
 
 
-def adapted_parts(model):
-    """Returns the adapted ones of a model and the models inside."""
-    return [x for x in (model, *inside(model)) if isinstance(x, AdaptedModel)]
-
-
-def adaptations_of(model):
-    """Returns the `Adaptation`s of the model and of models inside."""
-    adaptations = [part.geolora_adaptation for part in adapted_parts(model)]
-    for adaptation in adaptations:
-        adaptation.take_in_changes()
-    return adaptations
-
-
 def make_adapted(part, adaptation):
     """Gives a model, and its backbone, their adapted classes."""
     part.geolora_adaptation = adaptation
@@ -641,219 +613,3 @@ def make_plain(part, adaptation):
     if hasattr(part, "geolora_adaptation"):
         del part.geolora_adaptation
     forget_traces(part)
-
-
-def plain_class_of(model):
-    """Returns the class that a model has without adapters."""
-    return getattr(model, "plain_class", type(model))
-
-
-def swap_functions(model, functions):
-    """Replaces a model's compiled functions and returns the former ones.
-
-    Functions from before the last `compile`, which use another optimizer and
-    loss, are dropped.
-    """
-    compiled = compile_config(model)
-    if functions.get("compiled") is not compiled:
-        functions = {}
-    before = {n: getattr(model, n) for n in FUNCTIONS if hasattr(model, n)}
-    for name in before:
-        setattr(model, name, functions.get(name))
-    return {**before, "compiled": compiled}
-
-
-def after_a_change(model):
-    """Drops what was compiled for former layers or variables.
-
-    Returns:
-        List of `CompiledState`s, what was removed from the model.
-    """
-    forget_traces(model)
-    return drop_unfit(model)
-
-
-def after_other_factors(model):
-    """Lets optimizers start anew, after other factors were loaded.
-
-    What they remembered was in coordinates of the bases before.
-    """
-    models = [x for x in (model, *inside(model)) if isinstance(x, keras.Model)]
-    for part in models:
-        for optimizer in optimizers_of(part).values():
-            if find_geolora(optimizer) is not None and optimizer.built:
-                with tf_replicas.scope_of(part):
-                    start_anew(optimizer)
-
-
-def forget_traces(model):
-    """Drops what was cached for the former layers.
-
-    Compiled functions hold the old computation, torch modules a list of the old
-    parameters.
-    """
-    for part in (model, *inside(model)):
-        renew_torch_parameters(part)
-        if isinstance(part, keras.Model):
-            swap_functions(part, {})
-            vars(part).pop("geolora_disabled_traces", None)
-        renew_compiled_state(part)  # whose keys keep layers alive
-
-
-def resize_buffers(model, max_ranks, optimizer=None):
-    """Changes the widths of adapters' buffers and of their slots.
-
-    Args:
-        model: `keras.Model`.
-        max_ranks: Dict from the ids of `LowRankAdapter`s to widths. Columns
-            in use that do not fit are lost.
-        optimizer: The optimizer that trains the model. Defaults to those of
-            `compile`.
-    """
-    changes = [
-        (layer, name, max_ranks[id(adapter)])
-        for layer in carriers(model).values()
-        for name, adapter in layer.adapters_by_name().items()
-        if max_ranks.get(id(adapter), adapter.max_rank) != adapter.max_rank
-    ]
-    if not changes:
-        return
-    if optimizer is None:
-        found = optimizers_of(model).values()
-    else:
-        check_optimizer_is_new(optimizer, model.trainable_variables)
-        found = [optimizer]
-    found = [x for x in found if find_geolora(x) is not None and x.built]
-    in_training = getattr(model, "train_function", None) is not None
-    with tf_replicas.scope_of(model):
-        optimizers = [(x, renewed(x)) for x in found]
-        new_of = {}
-        for layer, name, max_rank in changes:
-            old = layer.adapters_by_name()[name]
-            layer.resize_adapter(name, max_rank)
-            new = layer.adapters_by_name()[name]
-            new_of.update(
-                (id(getattr(old, role)), getattr(new, role)) for role in "USV"
-            )
-        forget_traces(model)
-        for optimizer, new in optimizers:
-            known = variables_of(optimizer)
-            rebuild(optimizer, new, [new_of.get(id(v), v) for v in known])
-    if in_training:  # `fit` makes it before the first epoch only
-        model.make_train_function(force=True)
-
-
-def check_model(model):
-    """Refuses anything but a model."""
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a `keras.Model`. Received: "
-            f"model={model!r} (of type {type(model).__name__})"
-        )
-
-
-def check_name(name):
-    """Refuses an invalid name of an adapter."""
-    if not isinstance(name, str) or not name or set(name) & set("/."):
-        raise ValueError(
-            "The `name` of an adapter becomes part of paths, so it must be a "
-            "string that is not empty, without '/' and '.'. "
-            f"Received: name={name!r}"
-        )
-
-
-def check_can_adapt(model, name):
-    """Refuses a model that is not built, or is adapted in another way."""
-    if not model.built:
-        raise ValueError(
-            "Only a built model has kernels to adapt. Call it on a batch of "
-            "data, or `model.build(input_shape)`, first. "
-            f"Received: model '{model.name}', which is not built"
-        )
-    adaptation = getattr(model, "geolora_adaptation", None)
-    strange = [
-        layer
-        for layer in carriers(model).values()
-        if adaptation is None or layer.adaptation is not adaptation
-    ]
-    if strange:
-        raise ValueError(
-            "A part of the model is adapted already, by itself. Adapt it "
-            "again there, or merge its adapters with `merge_geolora()`. "
-            f"Received: model '{model.name}' with {len(strange)} adapted "
-            "layers"
-        )
-    if adaptation is None:
-        return
-    if name in adaptation.adapters:
-        raise ValueError(
-            "A model has one adapter of a name. Choose another `name`, or "
-            "merge with `model.merge_geolora()`, or remove with "
-            f"`model.remove_geolora()`. Received: name='{name}', model "
-            f"'{model.name}' with {sorted(adaptation.adapters)}"
-        )
-    check_not_suspended([adaptation])
-
-
-def check_adapted(model, what):
-    """Refuses a model without adapters, or with those of another model."""
-    layers = carriers(model)
-    if not layers:
-        raise ValueError(
-            f"Only a model with adapted layers can be {what}; adapt it with "
-            f"`model.enable_geolora()`. Received: model '{model.name}' "
-            "without an adapted layer"
-        )
-    mine = adaptations_of(model)
-    for layer in layers.values():
-        owner = layer.adaptation
-        if owner is not None and owner not in mine:
-            raise ValueError(
-                f"The adapters of this model belong to '{owner.model_name}', "
-                "on which `enable_geolora` was called. Call the method there. "
-                f"Received: model '{model.name}'"
-            )
-
-
-def check_not_suspended(adaptations):
-    """Refuses changes while adapters are disabled."""
-    for adaptation in adaptations:
-        if adaptation.suspended:
-            raise ValueError(
-                "Inside `with model.geolora_disabled()` adapters rest; change "
-                "them outside. "
-                f"Received: model '{adaptation.model_name}' with its adapters "
-                "disabled"
-            )
-
-
-def check_adapted_and_enabled(model, what):
-    """Refuses all but models with adapters that are not disabled."""
-    check_model(model)
-    check_adapted(model, what)
-    check_not_suspended(adaptations_of(model))
-
-
-def check_optimizer_is_new(optimizer, variables):
-    """Refuses an optimizer that was built on other variables."""
-    known = variables_of(optimizer)
-    if optimizer.built and {id(v) for v in known} != {id(v) for v in variables}:
-        raise ValueError(
-            "What trains has changed since the optimizer was built, by "
-            "another adapter or another `trainable`. Compile the model "
-            "again, with a new `GeoLoRA`. "
-            f"Received: an optimizer of {len(known)} variables for "
-            f"{len(variables)}"
-        )
-
-
-def check_optimizer(optimizer):
-    """Refuses to train adapters with anything but `GeoLoRA`."""
-    if find_geolora(optimizer) is not None:
-        return
-    raise ValueError(
-        "Adapters are trained by GeoLoRA, around any Keras optimizer: "
-        "`model.compile(optimizer=keras_geolora.GeoLoRA("
-        "keras.optimizers.AdamW(1e-3)), ...)`. "
-        f"Received: optimizer={optimizer!r}"
-    )

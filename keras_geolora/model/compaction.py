@@ -4,10 +4,8 @@ import operator
 
 from keras_geolora.layers.adapter import check_columns
 from keras_geolora.layers.tree import carriers
-from keras_geolora.model.adapted_model import (
-    check_adapted_and_enabled,
-    resize_buffers,
-)
+from keras_geolora.model.buffers import resize_buffers
+from keras_geolora.model.checks import check_adapted_and_enabled
 
 
 def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):

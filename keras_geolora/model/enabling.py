@@ -10,20 +10,19 @@ from keras_geolora.layers.clipping import clipped
 from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.tree import adapted_layers, carriers
 from keras_geolora.model.adapted_model import (
-    adaptations_of,
-    adapted_parts,
     add_adapter,
-    after_a_change,
+    make_adapted,
+    make_plain,
+    warn_of_what_stays,
+)
+from keras_geolora.model.checks import (
     check_adapted_and_enabled,
     check_can_adapt,
     check_model,
     check_name,
-    forget_traces,
-    make_adapted,
-    make_plain,
-    scope_of,
-    warn_of_what_stays,
 )
+from keras_geolora.model.compiled_functions import after_a_change, forget_traces
+from keras_geolora.model.parts import adaptations_of, adapted_parts, backbone_of
 from keras_geolora.model.substitution import value_of
 from keras_geolora.model.targeting import Layers
 
@@ -125,7 +124,7 @@ def enable_geolora(
     check_model(model)
     check_name(name)
     check_can_adapt(model, name)
-    layers = Layers(scope_of(model), model)
+    layers = Layers(backbone_of(model), model)
     saved = {}
     if modules_to_save is not None:
         saved = layers.named(modules_to_save, "modules_to_save")

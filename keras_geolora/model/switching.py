@@ -8,16 +8,18 @@ from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
 from keras_geolora.layers.tree import carriers
-from keras_geolora.model.adapted_model import (
-    adaptations_of,
-    after_a_change,
+from keras_geolora.model.adapted_model import warn_of_what_stays
+from keras_geolora.model.checks import (
     check_adapted,
     check_model,
     check_name,
     check_not_suspended,
-    swap_functions,
-    warn_of_what_stays,
 )
+from keras_geolora.model.compiled_functions import (
+    after_a_change,
+    swap_functions,
+)
+from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.substitution import is_traced, value_of
 
 
@@ -293,7 +295,7 @@ def combine_geolora(model, name, weights, rank=None):
                 f"or delete it by `model.delete_geolora('{name}')`. "
                 f"Received: name='{name}'"
             )
-    with tf_replicas.scope_of(model):
+    with tf_replicas.strategy_scope_of(model):
         for adaptation in adaptations[0]:
             combine(adaptation, name, weights, rank)
     after_a_change(model)

@@ -18,11 +18,8 @@ import numpy as np
 
 from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.layers.tree import carriers, inside
-from keras_geolora.model.adapted_model import (
-    adaptations_of,
-    check_model,
-    check_not_suspended,
-)
+from keras_geolora.model.checks import check_model, check_not_suspended
+from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
 from keras_geolora.serving.signature import (
     SENTENCES,

@@ -22,8 +22,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_geolora.layers.tree import adapted_layers, carriers
-from keras_geolora.model.adapted_model import adaptations_of
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
+from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
 from keras_geolora.serving.signature import Signature, named_outputs
 

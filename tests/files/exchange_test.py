@@ -17,7 +17,11 @@ from keras import ops
 
 import keras_geolora
 from keras_geolora import AdapterFileError
-from keras_geolora.files.peft import FAMILIES, family_of, module_names
+from keras_geolora.files.peft_names import (
+    FAMILIES,
+    family_of,
+    module_names,
+)
 from keras_geolora.layers.tree import adapted_layers, stable_paths
 
 pytestmark = [

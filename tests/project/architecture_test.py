@@ -33,7 +33,7 @@ EXTERNAL = {"keras", "numpy", "safetensors"}
 EXTERNAL_OF = {
     "viewing.heat_map": {"matplotlib"},
     "callbacks.rank_tensor_board": {"tensorboardX"},
-    "files.peft": {"h5py"},
+    "files.keras_lora": {"h5py"},
     "serving.saved_model": {"tensorflow"},
     "distribution.tf_replicas": {"tensorflow"},
 }
