@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_geolora
-from keras_geolora.layers import adapter as products
+from keras_geolora.layers import products
 
 BACKEND = keras.backend.backend()
 CORE = np.diag([0.8, 0.6, 0, 0]).astype("float32")
