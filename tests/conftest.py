@@ -9,6 +9,7 @@ does not depend on the backend runs once. Each mark says why.
 """
 
 import collections
+import gc
 import pathlib
 import sys
 
@@ -122,6 +123,26 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     for reason, count in sorted(config.stash[left_out].items()):
         terminalreporter.write_line(f"LEFT OUT [{count}] {reason}")
+
+
+def pytest_collection_finish():
+    leave_to_the_end()
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures of a file
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is None or nextitem.path != item.path:
+        leave_to_the_end()
+
+
+def leave_to_the_end():
+    """Has the garbage collector look at younger objects only.
+
+    Imports, and what backends keep of each file, are millions of objects. Keras
+    collects garbage for every layer that it quantizes, a second each.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import pytest
 
 import keras_geolora
 from keras_geolora import GeoLoRA
+from keras_geolora.optimizer.geolora import find_geolora
 
 ROWS = 8  # of a batch
 CHECKS = []
@@ -140,7 +141,7 @@ def all_replicas_skip_what_the_second_one_cannot_take(strategy):
         assert_replicas_agree(two)
         for variable in two.variables + two.optimizer.variables:
             assert np.isfinite(variable.numpy()).all(), variable.path
-        skipped = keras_geolora.optimizer.find_geolora(two.optimizer)
+        skipped = find_geolora(two.optimizer)
         assert skipped.skipped_steps.numpy() == 1
 
 

@@ -1,6 +1,7 @@
 """A run that is interrupted and resumed equals one that was not."""
 
 import copy
+import functools
 import importlib.util
 import os
 import pathlib
@@ -90,15 +91,21 @@ def through_pickle(model, folder, inner):
     return pickle.loads(pickle.dumps(model))
 
 
+@functools.cache
+def whole_and_part(inner):
+    """A run of four epochs, and the same one after two."""
+    whole, part = adapted(inner), adapted(inner)
+    fit(whole, 4)
+    fit(part, 2)
+    return whole, part
+
+
 @pytest.mark.parametrize(
     "route", [through_weights, through_keras_file, through_pickle]
 )
 @pytest.mark.parametrize("inner", INNER)
 def test_a_saved_run_goes_on_as_if_nothing_had_happened(tmp_path, inner, route):
-    whole = adapted(inner)
-    fit(whole, 4)
-    part = adapted(inner)
-    fit(part, 2)
+    whole, part = whole_and_part(inner)
     resumed = route(part, tmp_path, inner)
     assert_same(state(resumed), state(part))
     fit(resumed, 4, start=2)

@@ -71,7 +71,7 @@ def test_a_layer_says_the_same_with_and_without_an_adapter(layer, shape):
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_kernel_is_seen_in_its_shape_in_floating_point(mode):
-    for layer, shape in LAYERS[:4]:
+    for layer, shape in LAYERS[:2]:
         layer = type(layer).from_config(layer.get_config())
         layer.build(shape)
         before = kernel_view(layer)
