@@ -22,7 +22,7 @@ from moving import move
 
 import keras_geolora
 from keras_geolora import AdapterFileError, GeoLoRA, whole_files
-from keras_geolora.files import adapter_file
+from keras_geolora.files import adapter_format
 from keras_geolora.layers.tree import adapted_layers
 
 RNG = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_a_fresh_base_becomes_the_trained_model(path):
 def test_factors_are_cut_to_their_ranks(path):
     model = trained(max_rank=3)
     model.save_geolora(path)
-    _, tensors = adapter_file.read_adapter(path)
+    _, tensors = adapter_format.read_adapter(path)
     layers = [layer for layer in model.layers if hasattr(layer, "rank")]
     assert [tensors[f"{name}.S"].shape for name in ("dense", "dense_1")] == [
         (layer.rank, layer.rank) for layer in layers
@@ -367,7 +367,7 @@ def test_no_damage_goes_unnoticed(path, tmp_path):
     """1,200 mutations: each is refused, or what is read is the same."""
     trained().save_geolora(path)
     whole = path.read_bytes()
-    description, tensors = adapter_file.read_adapter(path)
+    description, tensors = adapter_format.read_adapter(path)
     rng = random.Random(0)
     broken = tmp_path / "broken.safetensors"
     header = struct.unpack("<Q", whole[:8])[0]
@@ -397,7 +397,7 @@ def test_no_damage_goes_unnoticed(path, tmp_path):
                 data[at:at] = rng.randbytes(rng.randrange(1, 64))
         broken.write_bytes(data)
         try:
-            other, others = adapter_file.read_adapter(broken)
+            other, others = adapter_format.read_adapter(broken)
         except AdapterFileError:
             continue
         same += 1
@@ -427,9 +427,9 @@ def test_a_damaged_file_leaves_the_model_alone(path, mutation):
 
 def rewritten(path, change):
     """Writes a file that contradicts itself, with the right checksum."""
-    description, tensors = adapter_file.read_adapter(path)
+    description, tensors = adapter_format.read_adapter(path)
     change(description, tensors)
-    path.write_bytes(adapter_file.serialized(tensors, description))
+    path.write_bytes(adapter_format.serialized(tensors, description))
 
 
 FORGED = {
@@ -502,8 +502,8 @@ def test_ranks_out_of_order_contradict_the_file(path, forgery):
 def test_nested_descriptions_are_refused(path):
     text = "[" * 100_000
     metadata = {
-        adapter_file.ENTRY: text,
-        adapter_file.DIGEST: adapter_file.digest(text, {}),
+        adapter_format.ENTRY: text,
+        adapter_format.DIGEST: adapter_format.digest(text, {}),
     }
     path.write_bytes(safetensors.numpy.save({}, metadata))
     with pytest.raises(AdapterFileError, match="no description"):

@@ -128,8 +128,8 @@ def test_an_optimizer_starts_anew_where_factors_are_loaded(tmp_path, average):
     fresh.optimizer.learning_rate = 3e-3
     assert model.optimizer.inner_optimizer is inner
     assert int(model.optimizer.iterations) == 0
-    for one, other in zip(fit(model).weights, fit(fresh).weights, strict=True):
-        np.testing.assert_allclose(*as_arrays([one, other]), atol=1e-5)
+    fit(model), fit(fresh)
+    np.testing.assert_allclose(predict(model), predict(fresh), atol=1e-5)
 
 
 def test_what_goes_on_training_stays_compiled():
