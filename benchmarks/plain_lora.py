@@ -5,7 +5,7 @@ import functools
 import keras
 from keras import ops
 
-from keras_geolora.layers.einsum_dense import Einsum
+from keras_geolora.layers.einsum_dense import einsum_of
 from keras_geolora.layers.in_place import set_aside
 from keras_geolora.layers.registry import adapted_subclass
 from keras_geolora.model.freezing import Freeze
@@ -51,7 +51,7 @@ class PlainLoRA:
     @property
     def einsum(self):
         if isinstance(self, keras.layers.EinsumDense):
-            return Einsum(self.equation)
+            return einsum_of(self.equation)
         return None
 
     @property

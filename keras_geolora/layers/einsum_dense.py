@@ -1,5 +1,7 @@
 """EinsumDense layer with a low-rank adapter."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -54,7 +56,7 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         # A quantized kernel has a different shape.
         shape = getattr(layer, "original_kernel_shape", None)
         shape = tuple(shape or shape_of_kernel(layer))
-        einsum = Einsum(layer.equation)
+        einsum = einsum_of(layer.equation)
         return KernelView("kernel", shape, einsum.rows, einsum.columns)
 
     def call(self, inputs, training=None):
@@ -65,21 +67,27 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         return ops.einsum(self.equation, inputs, kernel)
 
     def _merged_product(self, inputs):
-        einsum, view = Einsum(self.equation), self.kernel_view
+        einsum, view = einsum_of(self.equation), self.kernel_view
         kernel = view.to_matrix(self.kernel)
         rows = einsum.inputs_to_rows(inputs, view)
         y = self.adapter.merged_call(rows, kernel)
         return einsum.rows_to_outputs(y, view)
 
     def _update_product(self, inputs):
-        einsum, view = Einsum(self.equation), self.kernel_view
+        einsum, view = einsum_of(self.equation), self.kernel_view
         # The adapter would read integers as row numbers.
         x = ops.cast(inputs, self.compute_dtype)
         y = self.adapter(einsum.inputs_to_rows(x, view))
         return einsum.rows_to_outputs(y, view)
 
     def _rows_to_inputs(self, rows):
-        return Einsum(self.equation).rows_to_inputs(rows, self.kernel_view)
+        return einsum_of(self.equation).rows_to_inputs(rows, self.kernel_view)
+
+
+@functools.cache
+def einsum_of(equation):
+    """Returns the `Einsum` of an equation; every call of a layer asks."""
+    return Einsum(equation)
 
 
 class Einsum:

@@ -12,7 +12,7 @@ from keras_geolora.layers.conv import (
     GeoLoRAConv3D,
 )
 from keras_geolora.layers.dense import GeoLoRADense
-from keras_geolora.layers.einsum_dense import Einsum, GeoLoRAEinsumDense
+from keras_geolora.layers.einsum_dense import GeoLoRAEinsumDense, einsum_of
 from keras_geolora.layers.embedding import (
     GeoLoRAEmbedding,
     GeoLoRAReversibleEmbedding,
@@ -82,7 +82,7 @@ def refusal(layer):
         return "it is not built: call the model on a batch of data first"
     if isinstance(layer, keras.layers.EinsumDense):
         try:
-            Einsum(layer.equation)
+            einsum_of(layer.equation)
         except ValueError as error:
             return str(error)
     return None

@@ -3,6 +3,8 @@
 import operator
 import re
 
+import keras
+
 from keras_geolora.keras_internals import direct_layers
 from keras_geolora.layers.adapter import LowRankAdapter
 
@@ -46,6 +48,11 @@ def with_inside(layers):
 def inside(layer):
     """Returns the layers inside a layer."""
     return [child for _, child in walk(layer)]
+
+
+def models_of(model):
+    """Returns a model and the models inside."""
+    return [x for x in (model, *inside(model)) if isinstance(x, keras.Model)]
 
 
 def stable_paths(layer):

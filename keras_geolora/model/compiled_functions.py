@@ -8,7 +8,7 @@ from keras_geolora.keras_internals import (
     renew_compiled_state,
     renew_torch_parameters,
 )
-from keras_geolora.layers.tree import inside
+from keras_geolora.layers.tree import inside, models_of
 from keras_geolora.model.compiled_state import drop_unfit
 from keras_geolora.optimizer.geolora import find_geolora, start_anew
 from keras_geolora.optimizer.of_model import optimizers_of
@@ -52,8 +52,7 @@ def after_other_factors(model):
 
     What they remembered was in coordinates of the bases before.
     """
-    models = [x for x in (model, *inside(model)) if isinstance(x, keras.Model)]
-    for part in models:
+    for part in models_of(model):
         for optimizer in optimizers_of(part).values():
             if find_geolora(optimizer) is not None and optimizer.built:
                 with tf_replicas.strategy_scope_of(part):

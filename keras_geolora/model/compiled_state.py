@@ -14,7 +14,7 @@ from keras_geolora.keras_internals import (
     variables_of,
 )
 from keras_geolora.layers.factor import Factor
-from keras_geolora.layers.tree import carriers, inside
+from keras_geolora.layers.tree import carriers, models_of
 from keras_geolora.optimizer.geolora import find_geolora
 from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
 
@@ -102,5 +102,4 @@ def drop_unfit(model):
     Returns:
         List of `CompiledState`s.
     """
-    models = [x for x in (model, *inside(model)) if isinstance(x, keras.Model)]
-    return [CompiledState(x) for x in models if not fits(x)]
+    return [CompiledState(x) for x in models_of(model) if not fits(x)]

@@ -127,6 +127,16 @@ def test_the_integrator_is_made_of_keras_operations_only():
         assert public or top in sys.stdlib_module_names, imported
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in sorted(MODULES) if within(name, ["geometry"])]
+)
+def test_the_geometry_sees_arrays_only(name):
+    allowed = "keras.ops", "numpy", "keras_geolora.geometry"
+    for imported in imports(MODULES[name]):
+        top = imported.split(".")[0]
+        assert within(imported, allowed) or top in sys.stdlib_module_names
+
+
 def test_no_module_is_a_drawer_for_odds_and_ends():
     names = {name.rpartition(".")[2] for name in MODULES}
     assert not names & {"utils", "util", "helpers", "common", "misc"}
