@@ -1,7 +1,5 @@
 """EinsumDense layer with a low-rank adapter."""
 
-import functools
-
 import keras
 from keras import ops
 
@@ -84,10 +82,16 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         return einsum_of(self.equation).rows_to_inputs(rows, self.kernel_view)
 
 
-@functools.cache
+# Every call of a layer asks, and parsing takes longer than looking up. It is no
+# `functools.cache`, because torch.compile warns of one.
+einsums = {}
+
+
 def einsum_of(equation):
-    """Returns the `Einsum` of an equation; every call of a layer asks."""
-    return Einsum(equation)
+    """Returns the `Einsum` of an equation."""
+    if equation not in einsums:
+        einsums[equation] = Einsum(equation)
+    return einsums[equation]
 
 
 class Einsum:
