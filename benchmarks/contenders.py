@@ -55,12 +55,12 @@ def draw_weights(model, seed, rank):
     import keras
 
     from keras_geolora.layers.adapter import Orthonormal
-    from keras_geolora.layers.factor import Factor
+    from keras_geolora.layers.factor import factor_of
 
     for index, weight in enumerate(model.trainable_weights):
         own_seed = 1000 * seed + index
-        if isinstance(weight.constraint, Factor):
-            if weight.constraint.role == "S":
+        if factor := factor_of(weight):
+            if factor.role == "S":
                 continue
             draw = Orthonormal(rank, seed=own_seed)
         elif weight.name in ("A", "lora_kernel_a"):

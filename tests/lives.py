@@ -29,6 +29,7 @@ from keras import ops
 
 import keras_geolora  # noqa: F401
 from keras_geolora import GeoLoRA
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import carriers
 from keras_geolora.model.compiled_state import fits
 
@@ -344,8 +345,8 @@ class Life:
         self.model.save_weights(path)
         kept = state(self.model)
         for variable in self.model.trainable_variables:
-            role = getattr(variable.constraint, "role", "S")
-            if role == "S":
+            factor = factor_of(variable)
+            if factor is None or factor.role == "S":
                 variable.assign(2 * as_array(variable))
         self.model.load_weights(path)
         assert_same_state(self.model, kept)

@@ -4,7 +4,7 @@ import numpy as np
 import reference
 from keras import ops
 
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import adapted_layers
 
 
@@ -12,7 +12,7 @@ def move(model):
     """Gives every adapter and what trains beside it other values."""
     rng = np.random.default_rng(1)
     for variable in model.trainable_variables:
-        if isinstance(variable.constraint, Factor):
+        if factor_of(variable):
             continue
         value = ops.convert_to_numpy(variable)
         noise = rng.normal(size=value.shape).astype("float32") * 0.1

@@ -16,7 +16,7 @@ from keras_geolora.files.adapter_format import (
 )
 from keras_geolora.files.base_weights import fingerprint, keyed_variables
 from keras_geolora.files.fit import Fit
-from keras_geolora.geometry.manifold import check_layers
+from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.adapted_model import add_adapter

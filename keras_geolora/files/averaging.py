@@ -11,7 +11,7 @@ from keras_geolora.files.fit import Fit
 from keras_geolora.geometry import manifold
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import (
     inside,
     is_carrier,
@@ -181,7 +181,7 @@ def client_of_weights(model, index, arrays):
     learned = what_learns(model)
     values = []
     for variable, value in zip(variables, arrays, strict=True):
-        if isinstance(variable.constraint, Factor):
+        if factor_of(variable):
             continue
         if value.shape != tuple(variable.shape):
             raise ValueError(

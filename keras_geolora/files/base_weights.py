@@ -2,7 +2,7 @@
 
 import hashlib
 
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.parts import backbone_of
 from keras_geolora.model.substitution import value_of
@@ -48,9 +48,7 @@ def keyed_variables(model):
         # Inner layers come first, so that each keeps its own variables.
         for path, layer in reversed(paths.items()):
             for variable in layer.weights:
-                if id(variable) in seen or isinstance(
-                    variable.constraint, Factor
-                ):
+                if id(variable) in seen or factor_of(variable):
                     continue
                 seen.add(id(variable))
                 key = first = f"{prefix}{path}/{variable.name}"

@@ -28,8 +28,8 @@ from keras_geolora.files.peft_names import (
     split_name,
 )
 from keras_geolora.files.products import add_products
-from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.layers.adapted import DEFAULT
+from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.registry import (
     kernel_shape,
 )

@@ -111,57 +111,6 @@ def check_factors(factors, then):
         raise ValueError(f"{RULE} Received: {described(far)}. {then}")
 
 
-def name_of(factor):
-    """Returns the name of a factor's adapter for messages."""
-    return factor.path.rpartition("/")[0]
-
-
-def factors_of(layers, name=None):
-    """Returns the factors of the adapters of layers, active or not, by path.
-
-    Args:
-        layers: Iterable of adapted layers.
-        name: String, the one adapter to look at. Defaults to all.
-    """
-    return {
-        name_of(adapter.U): (adapter.U, adapter.S, adapter.V)
-        for layer in layers
-        for key, adapter in layer.adapters_by_name().items()
-        if name in (None, key)
-    }
-
-
-def check_layers(layers, not_done, name=None):
-    """Refuses layers with factors that are off the manifold.
-
-    Args:
-        layers: Iterable of adapted layers.
-        not_done: Sentence that says what was not done.
-        name: String, the one adapter to look at. Defaults to all.
-    """
-    check_factors(factors_of(layers, name), f"{not_done} {MEND} {AVERAGE}")
-
-
-def check_values(variables, values):
-    """Refuses values of variables if factors among them are off the manifold.
-
-    Args:
-        variables: List of variables, some of them factors.
-        values: List of their arrays.
-    """
-    factors = {}
-    for variable, value in zip(variables, values, strict=False):
-        role = getattr(variable.constraint, "role", None)
-        if role is not None:
-            factors.setdefault(name_of(variable), {})[role] = value
-    whole = {
-        name: tuple(x[role] for role in "USV")
-        for name, x in factors.items()
-        if set(x) == set("USV") and have_shapes(*(x[role] for role in "USV"))
-    }
-    check_factors(whole, f"Nothing was changed. {AVERAGE}")
-
-
 def have_shapes(U, S, V):
     """Returns whether arrays have the shapes of factors."""
     columns = np.shape(S)[-1:]

@@ -13,7 +13,6 @@ from keras_geolora.distribution.layouts import (
     factor_layouts,
     settle,
 )
-from keras_geolora.geometry.manifold import check_values
 from keras_geolora.keras_internals import (
     in_layer_call,
     is_computed_again,
@@ -24,6 +23,7 @@ from keras_geolora.keras_internals import (
     unlocked,
 )
 from keras_geolora.layers.adapter import LowRankAdapter, check_rank
+from keras_geolora.layers.factor import check_values
 from keras_geolora.layers.in_place import (
     READERS,
     become_adapted,

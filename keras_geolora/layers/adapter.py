@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_geolora.geometry import manifold
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import Factor, check_values, name_of
 from keras_geolora.layers.products import (
     is_known,
     is_sparse,
@@ -266,7 +266,7 @@ class LowRankAdapter(keras.layers.Layer):
     def save_own_variables(self, store):
         """Like the Keras method; refuses factors that left the manifold."""
         manifold.check_factors(
-            {manifold.name_of(self.U): (self.U, self.S, self.V)},
+            {name_of(self.U): (self.U, self.S, self.V)},
             f"They were not saved. {manifold.MEND} {manifold.AVERAGE}",
         )
         super().save_own_variables(store)
@@ -281,7 +281,7 @@ class LowRankAdapter(keras.layers.Layer):
         try:
             if len(given) == 3 and manifold.have_shapes(*given):
                 manifold.check_factors(
-                    {manifold.name_of(self.U): given},
+                    {name_of(self.U): given},
                     "This adapter was left as it was; other weights of the "
                     f"file may be in the model already. {manifold.AVERAGE}",
                 )
@@ -292,7 +292,7 @@ class LowRankAdapter(keras.layers.Layer):
 
     def set_weights(self, weights):
         """Like the Keras method; refuses factors off the manifold."""
-        manifold.check_values(self.weights, weights)
+        check_values(self.weights, weights)
         super().set_weights(weights)
 
     @property

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import (
     inside,
     is_carrier,
@@ -217,9 +217,7 @@ class Adaptation:
         companions = list(self.head)
         for layer in saved_layers:
             # The layer's own weights, without those of adapters.
-            companions.extend(
-                v for v in layer.weights if not isinstance(v.constraint, Factor)
-            )
+            companions.extend(v for v in layer.weights if factor_of(v) is None)
         if train_bias:
             for layer in layers:
                 if getattr(layer, "bias", None) is not None:

@@ -13,11 +13,10 @@ import numpy as np
 from keras_geolora.adapted_model import unpickle
 from keras_geolora.callbacks import EpochCut, RankLogger, SilentFailureGuard
 from keras_geolora.distribution import tf_replicas
-from keras_geolora.geometry.manifold import check_layers, check_values
 from keras_geolora.keras_internals import (
     own_trainable,
 )
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import check_layers, check_values, factor_of
 from keras_geolora.layers.in_place import become_adapted, become_plain
 from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.registry import adapted_class
@@ -284,10 +283,10 @@ class AdaptedModel(PausesAsAWhole):
             resize_buffers(
                 self,
                 {
-                    id(variable.constraint.adapter): len(value)
+                    id(factor.adapter): len(value)
                     for variable, value in pairs
-                    if isinstance(variable.constraint, Factor)
-                    and variable.constraint.role == "S"
+                    if (factor := factor_of(variable))
+                    and factor.role == "S"
                     and np.ndim(value) == 2
                 },
             )

@@ -13,7 +13,7 @@ from keras_geolora.keras_internals import (
     SINCE_COMPILE,
     variables_of,
 )
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import carriers, models_of
 from keras_geolora.optimizer.geolora import find_geolora
 from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
@@ -54,8 +54,8 @@ def knows_all(optimizer, model, active, exactly):
     """
 
     def may_train(variable):
-        factor = variable.constraint
-        if isinstance(factor, Factor):
+        factor = factor_of(variable)
+        if factor is not None:
             return active.get(id(factor.adapter), False)
         return id(variable) in present
 

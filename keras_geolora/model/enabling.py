@@ -4,9 +4,9 @@ import hashlib
 
 from keras import ops
 
-from keras_geolora.geometry.manifold import check_layers
 from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.layers.clipping import clipped
+from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.tree import adapted_layers, carriers
 from keras_geolora.model.adapted_model import (

@@ -1,6 +1,6 @@
 """Which variables of an adapted model train."""
 
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import inside, is_carrier, is_leaf, with_inside
 
 
@@ -110,9 +110,7 @@ class Freeze:
             return [(x, flags.get(id(x), x.trainable)) for x in parts]
 
         layers = [model, *inside(model)]
-        variables = [
-            v for v in model.variables if not isinstance(v.constraint, Factor)
-        ]
+        variables = [v for v in model.variables if factor_of(v) is None]
         self.layer_flags = with_flags(layers)
         self.variable_flags = with_flags(variables)
         self.layers = [layer for layer in layers if is_leaf(layer)]

@@ -17,7 +17,7 @@ from keras_geolora.geometry.budget import Claim
 from keras_geolora.geometry.integrator import Point, Unknowns, choose
 from keras_geolora.geometry.transport import transport
 from keras_geolora.keras_internals import decays, gradient_accumulators
-from keras_geolora.layers.factor import Factor
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.optimizer.slot_rules import (
     find_slots,
     has_factored_moments,
@@ -180,8 +180,8 @@ def find_adapters(variables):
     """
     adapters, factors = {}, {}
     for variable in variables:
-        factor = variable.constraint
-        if isinstance(factor, Factor):
+        factor = factor_of(variable)
+        if factor is not None:
             key = id(factor.adapter)
             adapters[key] = factor.adapter
             factors.setdefault(key, {})[factor.role] = variable
@@ -528,7 +528,7 @@ def build_inner(inner_optimizer, variables):
 
 def plain_variables(variables):
     """Returns the variables that are not factors of adapters."""
-    return [v for v in variables if not isinstance(v.constraint, Factor)]
+    return [v for v in variables if factor_of(v) is None]
 
 
 def carry_groups(old, new):

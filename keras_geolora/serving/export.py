@@ -16,7 +16,7 @@ import threading
 import keras
 import numpy as np
 
-from keras_geolora.geometry.manifold import check_layers
+from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.tree import carriers, inside
 from keras_geolora.model.checks import check_model, check_not_suspended
 from keras_geolora.model.parts import adaptations_of

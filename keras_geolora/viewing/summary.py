@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_geolora.geometry import manifold
 from keras_geolora.layers.clipping import asked_of
+from keras_geolora.layers.factor import factors_of
 from keras_geolora.layers.tree import adapted_layers, carriers
 from keras_geolora.optimizer.geolora import UNLIMITED, find_geolora
 from keras_geolora.viewing.abbreviation import abbreviated
@@ -193,7 +194,7 @@ def notes_on_ranks(rows):
 
 def warnings_of(layers):
     """Yields a warning if any factors are off the manifold."""
-    far = manifold.far_off(manifold.factors_of(layers))
+    far = manifold.far_off(factors_of(layers))
     if far:
         yield (
             f"Warning: {manifold.described(far)}. {manifold.RULE} Such an "

@@ -10,6 +10,7 @@ import keras_geolora
 from keras_geolora import GeoLoRA, GeoLoRADense
 from keras_geolora.geometry import manifold
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
+from keras_geolora.layers.factor import factors_of
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 8)).astype("float32")
@@ -123,7 +124,7 @@ def test_the_size_of_an_update_is_no_damage():
 
 def test_a_training_stays_far_below_what_is_allowed():
     model = fit(adapted(), epochs=20)
-    found = manifold.factors_of([model.get_layer("hidden")])
+    found = factors_of([model.get_layer("hidden")])
     (three,) = found.values()
     assert manifold.distance(*map(ops.convert_to_numpy, three)) < 1e-5
 
