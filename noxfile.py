@@ -6,6 +6,7 @@
     python -m nox -s tests -- --backend jax -k rank       # one, and a choice
     python -m nox -s example -- images --backend torch
     python -m nox -s lint docs package
+    python -m nox -s oldest -- tests/layers               # the oldest Keras
 
 `KERAS_BACKEND` chooses the backend where `--backend` does not.
 """
@@ -35,7 +36,8 @@ EXAMPLES = (
 )
 TESTED = "requirements/tested.txt"
 DATA = "examples/requirements.txt"
-EXTRAS = nox.project.load_toml()["project"]["optional-dependencies"]
+PROJECT = nox.project.load_toml()["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 # Tests and examples share this environment: the frameworks fill gigabytes.
 FRAMEWORKS = pathlib.Path(
@@ -86,6 +88,32 @@ def tests(session):
         session.log(f"Tests on {name} took {time.monotonic() - start:.0f} s")
     if failed:
         session.error(f"Tests failed on {', '.join(failed)}")
+
+
+@nox.session(venv_backend="none")
+def oldest(session):
+    """Run the tests with the oldest Keras and KerasHub that are allowed."""
+    backend, rest = parse(session)
+    install(session)
+    allowed = [*PROJECT["dependencies"], *EXTRAS["hub"]]
+    versions = [
+        name.replace(">=", "==") for name in allowed if name.startswith("keras")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        borrow_frameworks(session, folder)
+        python = str(folder / "bin" / "python")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        session.run(
+            *(*pip, "--python", python, "install", "-q", "--no-deps"), *versions
+        )
+        options = ["-n", "2", "--no-loadscope-reorder", *rest]
+        run_python(
+            session,
+            backend or BACKENDS[0],
+            *("-m", "pytest", *options),
+            python=python,
+        )
 
 
 @nox.session(venv_backend="none")
@@ -213,7 +241,7 @@ def make(session, folder, files, *installs):
         installed.write_text(wanted)
 
 
-def run_python(session, backend, *command):
+def run_python(session, backend, *command, python=FRAMEWORKS / "bin/python"):
     env = {
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -234,7 +262,7 @@ def run_python(session, backend, *command):
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if backend == "jax":
         shrink(JAX_CACHE, JAX_CACHE_SIZE)
-    session.run(str(FRAMEWORKS / "bin" / "python"), *command, env=env)
+    session.run(str(python), *command, env=env)
 
 
 def shrink(folder, size):
