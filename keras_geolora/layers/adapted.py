@@ -23,6 +23,7 @@ from keras_geolora.keras_internals import (
     unlocked,
 )
 from keras_geolora.layers.adapter import LowRankAdapter, check_rank
+from keras_geolora.layers.adapter_state import AdapterState, TrainableFlags
 from keras_geolora.layers.factor import check_values
 from keras_geolora.layers.in_place import (
     READERS,
@@ -42,16 +43,6 @@ from keras_geolora.layers.products import (
 
 # The name of an adapter unless the user chooses one.
 DEFAULT = "default"
-# Attributes that an adapted layer has beyond those of the Keras layer.
-OWN_ATTRIBUTES = (
-    "_adapters",
-    "_active_adapter",
-    "_adapter_options",
-    "_trainable_before",
-    "_paused_flags",
-    "adaptation",
-    "train_bias",
-)
 
 
 class KernelNorm:
@@ -73,17 +64,6 @@ class KernelNorm:
             return self.known
 
 
-class TrainableFlags:
-    """Remembers which variables were trainable."""
-
-    def __init__(self, variables):
-        self.flags = [(v, v.trainable) for v in variables]
-
-    def restore(self):
-        for variable, trainable in self.flags:
-            variable.trainable = trainable
-
-
 class AdaptedLayer:
     """Mixin that adds low-rank adapters to a Keras layer with a kernel.
 
@@ -96,13 +76,7 @@ class AdaptedLayer:
     `view_of` how to view the kernel of such a layer as a matrix.
     """
 
-    _adapter_options = None
-    # The flags of the Keras layer's variables before it was adapted, and of
-    # those that train again once the layer is no longer paused.
-    _trainable_before = TrainableFlags(())
-    _paused_flags = TrainableFlags(())
-    # The `Adaptation` that added the adapters and may suspend them, if any.
-    adaptation = None
+    adapter_state = None
 
     def __init__(
         self,
@@ -134,8 +108,7 @@ class AdaptedLayer:
         if rank is not None:
             check_rank("rank", rank, 1, float("inf"))
             options["rank"] = rank
-        self._adapter_options = options
-        self.train_bias = train_bias
+        self.adapter_state = AdapterState(options, train_bias)
         if self.built:  # as an `Embedding` with initial weights is
             self._add_adapter_of_options()
 
@@ -144,9 +117,10 @@ class AdaptedLayer:
         self._add_adapter_of_options()
 
     def _add_adapter_of_options(self):
-        if self._adapter_options:
+        options = self.adapter_state.options
+        if options:
             check_without_lora(self)
-            self._add_adapter(DEFAULT, self._adapter_options)
+            self._add_adapter(DEFAULT, options)
 
     @property
     def trainable(self):
@@ -168,14 +142,15 @@ class AdaptedLayer:
         if before and not value:
             self._pause()
         elif value and not before:
-            self._paused_flags.restore()
+            self.adapter_state.paused.restore()
         set_own_trainable(self, bool(value))
-        self.activate_adapter(self._active_adapter)
+        self.activate_adapter(self.adapter_state.active)
 
     def _pause(self):
         """Freezes the Keras layer's trainable variables and remembers them."""
-        own = [v for v, _ in self._trainable_before.flags if v.trainable]
-        self._paused_flags = TrainableFlags(own)
+        state = self.adapter_state
+        own = [v for v, _ in state.trainable_before.flags if v.trainable]
+        state.paused = TrainableFlags(own)
         for variable in own:
             variable.trainable = False
 
@@ -224,12 +199,13 @@ class AdaptedLayer:
                 f" Received: {layer!r} (of type {type(layer).__name__})"
             )
         check_adaptable(layer, name)
-        plain, active = type(layer), vars(layer).get("_active_adapter")
+        plain, active = type(layer), None
         try:
-            if plain is not cls:
+            if plain is cls:
+                active = layer.adapter_state.active
+            else:
                 become_adapted(layer, cls)
-                layer._adapter_options = options
-                layer.train_bias = train_bias
+                layer.adapter_state = AdapterState(options, train_bias)
             with name_scopes_of(layer):
                 layer._add_adapter(name, options)
         except BaseException:  # including interrupts
@@ -244,7 +220,7 @@ class AdaptedLayer:
         """Removes an adapter that was not completed."""
         self._hold_adapters(without(self._adapters, name))
         if not self._adapters:
-            self._trainable_before.restore()
+            self.adapter_state.trainable_before.restore()
         self.activate_adapter(active)
 
     def _new_adapter(self, name, options):
@@ -273,17 +249,18 @@ class AdaptedLayer:
     def _add_adapter(self, name, options):
         adapter = self._new_adapter(name, options)
         if not self._adapters:
-            self._trainable_before = TrainableFlags(self.variables)
+            before = TrainableFlags(self.variables)
+            self.adapter_state.trainable_before = before
             self._freeze()
         self._hold_adapters({**self._adapters, name: adapter})
         self.activate_adapter(name)
 
     def _freeze(self):
         """Freezes the Keras layer, except the bias if `train_bias` is set."""
-        for variable, _ in self._trainable_before.flags:
+        for variable, _ in self.adapter_state.trainable_before.flags:
             variable.trainable = False
         if getattr(self, "bias", None) is not None:
-            self.bias.trainable = self.train_bias
+            self.bias.trainable = self.adapter_state.train_bias
         if not self.trainable:
             self._pause()
 
@@ -311,7 +288,9 @@ class AdaptedLayer:
     @property
     def adapter(self):
         """The active `LowRankAdapter`, or `None`."""
-        return self._adapters.get(vars(self).get("_active_adapter"))
+        if not self._adapters:
+            return None
+        return self._adapters.get(self.adapter_state.active)
 
     @property
     def is_adapted(self):
@@ -342,7 +321,7 @@ class AdaptedLayer:
         Args:
             name: String. If no adapter has this name, none is active.
         """
-        self._active_adapter = name
+        self.adapter_state.active = name
         for other, adapter in self._adapters.items():
             adapter.trainable = self.trainable and other == name
 
@@ -370,8 +349,8 @@ class AdaptedLayer:
             state.assign(value)
         new.trainable = old.trainable
         if self.adaptation is None:  # the layer's config holds the options
-            self._adapter_options = {
-                **self._adapter_options,
+            self.adapter_state.options = {
+                **self.adapter_state.options,
                 "rank": options.rank,
                 "max_rank": options.max_rank,
                 "min_rank": options.min_rank,
@@ -391,13 +370,7 @@ class AdaptedLayer:
         Returns:
             What `attach_adapters` needs to restore them.
         """
-        kept = {
-            name: vars(self)[name]
-            for name in OWN_ATTRIBUTES
-            if name in vars(self)
-        }
-        kept["_adapters"] = dict(self._adapters)
-        kept["__class__"] = type(self)
+        kept = type(self), self.adapter_state, dict(self._adapters)
         try:
             self._take_off_adapters()
         except BaseException:  # including interrupts
@@ -407,8 +380,8 @@ class AdaptedLayer:
 
     def _take_off_adapters(self):
         self._hold_adapters({})
-        self._trainable_before.restore()
-        forget_attributes(self, OWN_ATTRIBUTES)
+        self.adapter_state.trainable_before.restore()
+        forget_attributes(self, ["adapter_state"])
         become_plain(self)
         if not self.trainable:
             keras.layers.Layer.trainable.fset(self, False)
@@ -416,10 +389,9 @@ class AdaptedLayer:
     @staticmethod
     def attach_adapters(layer, kept):
         """Restores the adapters that `detach_adapters` removed."""
-        kept = dict(kept)
-        become_adapted(layer, kept.pop("__class__"))
-        adapters = kept.pop("_adapters")
-        vars(layer).update(kept)
+        cls, state, adapters = kept
+        become_adapted(layer, cls)
+        layer.adapter_state = state
         layer._freeze()
         layer._hold_adapters(adapters)
 
@@ -471,6 +443,11 @@ class AdaptedLayer:
                 "`model.enable_geolora()`. "
                 f"Received: layer '{self.name}' without an adapter"
             )
+
+    @property
+    def adaptation(self):
+        """The `Adaptation` that added the adapters, or `None`."""
+        return self.adapter_state and self.adapter_state.adaptation
 
     @property
     def _acting_adapter(self):
@@ -539,8 +516,9 @@ class AdaptedLayer:
                 f"'{self.name}' of model '{self.adaptation.model_name}'"
             )
         config = super().get_config()
-        if self._adapter_options:
-            config.update(self._adapter_options, train_bias=self.train_bias)
+        state = self.adapter_state
+        if state.options:
+            config.update(state.options, train_bias=state.train_bias)
         return config
 
 

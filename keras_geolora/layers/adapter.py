@@ -311,8 +311,10 @@ class LowRankAdapter(keras.layers.Layer):
         if layer is None:  # it belongs to no layer
             return True
         # Not via properties, which a merged layer does not have.
-        adapters = vars(layer).get("_adapters", {})
-        return adapters.get(vars(layer).get("_active_adapter")) is self
+        adapters = vars(layer).get("_adapters")
+        if not adapters:
+            return False
+        return adapters.get(vars(layer)["adapter_state"].active) is self
 
     @property
     def rank(self):

@@ -197,7 +197,7 @@ class Adaptation:
         for variable in companions:
             self._pretrained.setdefault(id(variable), value_of(variable))
         for layer in layers:
-            layer.adaptation = self
+            layer.adapter_state.adaptation = self
         path_of = self._path_of()
         self.adapters[name] = NamedAdapter(
             {path_of[id(layer)]: layer for layer in layers},
