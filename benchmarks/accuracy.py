@@ -300,6 +300,15 @@ def label(row):
     return ", ".join([row["method"], *options])
 
 
+def in_words(name):
+    """Returns the name of a method with its options for a table."""
+    method, *options = name.split(", ")
+    words = [IN_WORDS[method]]
+    for option in options:
+        words.append("no budget" if option == "room 1" else option)
+    return ", ".join(words)
+
+
 def mean(rows, name="accuracy"):
     """Returns the mean of a number over rows."""
     return statistics.mean(row[name] for row in rows)
@@ -351,7 +360,7 @@ def rates_table(methods):
     header = ["method", "rank", *(f"{rate:.0e}" for rate in rates)]
     header += ["within 0.02 of its best", "lost"]
     lines = [
-        [method, rank, *(cell(found.get(rate)) for rate in rates)]
+        [in_words(method), rank, *(cell(found.get(rate)) for rate in rates)]
         + [band(found, rates), lost_of(found)]
         for method, ranks in methods.items()
         for rank, found in sorted(ranks.items())
@@ -380,7 +389,7 @@ def differences(methods):
             seeds = sorted({*ahead} & {*behind})
             gains = [ahead[seed] - behind[seed] for seed in seeds]
             text = ", ".join(f"{gain:+.3f}" for gain in gains)
-            lines.append([method, rank, text, mean_and_error(gains)])
+            lines.append([in_words(method), rank, text, mean_and_error(gains)])
     return lines
 
 
@@ -455,7 +464,7 @@ def size_line(method, rank, found):
     rows = found[rate]
     ranks = [rank for row in rows for rank in row["ranks"]]
     return [
-        method,
+        in_words(method),
         rank,
         f"{rate:.0e}",
         f"{mean(rows, 'parameters'):,.0f}",
@@ -473,7 +482,7 @@ def smallest(methods):
     lines = []
     for method, found in points.items():
         near = [x for x, y, *_ in found if y >= best - 0.01]
-        lines.append([method, f"{near[0]:,.0f}" if near else "none"])
+        lines.append([in_words(method), f"{near[0]:,.0f}" if near else "none"])
     return lines
 
 
@@ -591,6 +600,12 @@ TASK_NAMES = {
     "trec": "TREC, topics of questions",
     "sms": "SMS, spam or not",
     "fashion": "Fashion-MNIST, pictures",
+}
+IN_WORDS = {
+    "geolora": "GeoLoRA",
+    "peft_lora": "LoRA of PEFT",
+    "peft_adalora": "AdaLoRA of PEFT",
+    "keras_lora": "LoRA of Keras",
 }
 # Runs without a budget are one line: their tolerance varies, not their rank.
 FREE = "geolora, room 1"

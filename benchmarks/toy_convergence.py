@@ -195,7 +195,7 @@ def print_tables():
         for inner in RATES:
             lines = [
                 [
-                    method,
+                    NAMES[method],
                     *(
                         cell(of_method(rows, p, inner, method))
                         for p in PROBLEMS
