@@ -21,6 +21,13 @@ PRIVATE = {
         "_get_call_context": "whether the call of another layer is running",
         "_maybe_reset_call_context": "the same, without a trace",
     },
+    "layer on torch": {
+        "_torch_params": "the parameters as torch sees them",
+        "_track_variables": "shows torch the parameters anew",
+    },
+    "layer on tensorflow": {
+        "_tracked": "the lists and dicts that an export looks through",
+    },
     "tensor": {"_keras_history": "the layer that an output comes from"},
     "variable": {
         "_value": "on torch, to exchange a value without writing into it",
