@@ -180,7 +180,7 @@ def test_a_training_resumed_in_another_process_goes_on_with_the_file(tmp_path):
     with pytest.raises(InterruptedError):
         fit(fresh(), RankHistory(file), Crash(), backup(), epochs=2)
     resumed = RankHistory(file)
-    fit(fresh(), resumed, backup(), epochs=2)
+    fit(adapted(), resumed, backup(), epochs=2)
     assert resumed.steps == whole.steps
     assert resumed.ranks == whole.ranks
 
