@@ -1,5 +1,8 @@
-"""Adapters as they are after a training, without one."""
+"""Adapters as they are after a training, without one; and shared trainings."""
 
+import functools
+
+import keras
 import numpy as np
 import reference
 from keras import ops
@@ -23,3 +26,31 @@ def move(model):
         shape = adapter.input_dim, adapter.output_dim
         factors = reference.random_factors(rng, *shape, sigma)
         reference.put_factors(adapter, *factors)
+
+
+def anew(create):
+    """Returns a compiled model as `create` makes it, the same at every call.
+
+    So its training step is traced once for all who ask. They may train it, and
+    leave its layers and its optimizer as they are.
+    """
+    model, variables, values = created_once(create)
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return model
+
+
+@functools.cache
+def created_once(create):
+    model = create()
+    model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    values = [np.array(ops.convert_to_numpy(v)) for v in variables]
+    return model, variables, values
+
+
+def take_a_step(model, x, y):
+    """Trains on one batch, eagerly where it would take longer to trace."""
+    model.run_eagerly = keras.backend.backend() == "tensorflow"
+    model.train_on_batch(x, y)
+    return model

@@ -1,5 +1,6 @@
 """`python -m keras_geolora`: inspect, convert and diff."""
 
+import functools
 import json
 import os
 import pathlib
@@ -14,8 +15,17 @@ import pytest
 import keras_geolora
 from keras_geolora.__main__ import main
 
+by_numpy = pytest.mark.backend_independent("NumPy reads and compares files")
 
-def saved(path, seed=0, rank=2, **options):
+
+def saved(path, **options):
+    backbone = created(**options)
+    backbone.save_geolora(path)
+    return backbone
+
+
+@functools.cache
+def created(seed=0, rank=2, **options):
     keras.utils.set_random_seed(0)
     backbone, _ = families.build("BertBackbone")
     backbone.enable_geolora(rank=rank, seed=seed, **options)
@@ -24,7 +34,6 @@ def saved(path, seed=0, rank=2, **options):
             size = layer.adapter.max_rank
             core = np.diag(np.r_[np.arange(rank, 0, -1), np.zeros(size - rank)])
             layer.adapter.S.assign(core)
-    backbone.save_geolora(path)
     return backbone
 
 
@@ -33,6 +42,7 @@ def path(tmp_path):
     return str(tmp_path / "mine.safetensors")
 
 
+@by_numpy
 def test_inspect_shows_ranks_parameters_and_spectrum(path, capsys):
     saved(path, train_bias=True)
     assert main(["inspect", path]) == 0
@@ -54,6 +64,7 @@ def test_inspect_shows_ranks_parameters_and_spectrum(path, capsys):
     assert "pooled_dense/bias (16,)" in text
 
 
+@by_numpy
 def test_inspect_prints_json(path, capsys):
     saved(path)
     main(["inspect", path, "--json"])
@@ -70,6 +81,7 @@ def test_convert_writes_what_export_writes(path, tmp_path, capsys):
         assert one == (tmp_path / "exported" / name).read_bytes()
 
 
+@by_numpy
 def test_convert_takes_names(tmp_path, capsys):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
@@ -86,14 +98,17 @@ def test_convert_takes_names(tmp_path, capsys):
     assert config["target_modules"] == ["score"]
 
 
+@by_numpy
 def test_diff_of_equal_files(path, tmp_path, capsys):
     saved(path)
     other = str(tmp_path / "other.safetensors")
+    created.cache_clear()
     saved(other)
     assert main(["diff", path, other]) == 0
     assert "same" in capsys.readouterr().out
 
 
+@by_numpy
 def test_diff_shows_what_differs(path, tmp_path, capsys):
     saved(path, train_bias=True)
     other = str(tmp_path / "other.safetensors")
@@ -108,6 +123,7 @@ def test_diff_shows_what_differs(path, tmp_path, capsys):
     assert 0.5 < float(query[5]) < 1.6
 
 
+@by_numpy
 def test_errors_are_sentences(path, tmp_path, capsys):
     pathlib.Path(path).write_bytes(b"no")
     assert main(["inspect", path]) == 2
@@ -115,7 +131,8 @@ def test_errors_are_sentences(path, tmp_path, capsys):
     assert main(["diff", path, str(tmp_path / "none")]) == 2
 
 
-def test_it_runs_as_a_module(path):
+@by_numpy
+def test_it_runs_as_a_module(path, forked):
     saved(path)
     root = str(pathlib.Path(__file__).parents[2])
     run = subprocess.run(

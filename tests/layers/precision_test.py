@@ -14,8 +14,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The use of `x.T`"),
 ]
 
-X = np.random.default_rng(0).normal(size=(64, 16)).astype("float32")
-Y = X @ np.random.default_rng(1).normal(size=(16, 4)).astype("float32")
+X = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+Y = X @ np.random.default_rng(1).normal(size=(8, 8)).astype("float32")
 
 
 def create(policy="float32"):
@@ -23,13 +23,13 @@ def create(policy="float32"):
     with_policy = {"dtype": policy}
     return keras.Sequential(
         [
-            keras.Input((16,)),
-            keras.layers.Dense(32, activation="relu", **with_policy),
+            keras.Input((8,)),
+            keras.layers.Dense(8, activation="relu", **with_policy),
             keras.layers.EinsumDense(
-                "ab,bcd->acd", (4, 8), bias_axes="d", **with_policy
+                "ab,bcd->acd", (2, 4), bias_axes="d", **with_policy
             ),
             keras.layers.Flatten(**with_policy),
-            keras.layers.Dense(4, name="head", dtype="float32"),
+            keras.layers.Dense(8, name="head", dtype="float32"),
         ]
     )
 
@@ -121,7 +121,7 @@ def test_a_small_step_moves_a_bfloat16_model():
 def quantized(mode):
     model = create()
     if mode == "int4 in blocks":
-        config = keras.quantizers.Int4QuantizationConfig(block_size=8)
+        config = keras.quantizers.Int4QuantizationConfig(block_size=4)
         model.quantize("int4", config=config)
     else:
         model.quantize(mode)
@@ -162,9 +162,9 @@ class Block(keras.layers.Layer):
 
     def __init__(self):
         super().__init__()
-        self.up = keras.layers.Dense(64, activation="relu")
+        self.up = keras.layers.Dense(8, activation="relu")
         self.down = keras.layers.EinsumDense(
-            "abc,cd->abd", (None, 32), bias_axes="d"
+            "abc,cd->abd", (None, 8), bias_axes="d"
         )
 
     def call(self, x):
@@ -174,14 +174,14 @@ class Block(keras.layers.Layer):
 @pytest.mark.parametrize("mode", ["gptq", "awq"])
 def test_a_calibrated_base_is_adapted_and_trained(mode):
     keras.utils.set_random_seed(0)
-    embedding, block = keras.layers.Embedding(30, 32), Block()
+    embedding, block = keras.layers.Embedding(30, 8), Block()
     model = keras.Sequential(
         [
             keras.Input((5,), dtype="int32"),
             embedding,
             block,
             keras.layers.GlobalAveragePooling1D(),
-            keras.layers.Dense(4, name="head"),
+            keras.layers.Dense(8, name="head"),
         ]
     )
     ids, y = tokens(), Y[:32]
@@ -191,7 +191,7 @@ def test_a_calibrated_base_is_adapted_and_trained(mode):
         tokenizer=lambda text: text,
         num_samples=8,
         sequence_length=5,
-        group_size=32,
+        group_size=4,
         quantization_layer_structure={
             "pre_block_layers": [embedding],
             "sequential_blocks": [block],

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from moving import move
 
 from keras_geolora import GeoLoRA
 from keras_geolora.layers.tree import adapted_layers, carriers
@@ -12,22 +13,22 @@ from keras_geolora.layers.tree import adapted_layers, carriers
 pytestmark = pytest.mark.filterwarnings("ignore:The last layer")
 
 X = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
-Y = np.random.default_rng(1).normal(size=(16, 3)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(16, 8)).astype("float32")
 
 
 def functional():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8,))
-    x = keras.layers.Dense(12, activation="relu", name="hidden")(inputs)
+    x = keras.layers.Dense(8, activation="relu", name="hidden")(inputs)
     x = keras.layers.BatchNormalization(name="norm")(x)
-    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    return keras.Model(inputs, keras.layers.Dense(8, name="head")(x))
 
 
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
         self.part = functional()
-        self.top = keras.layers.Dense(3, name="top")
+        self.top = keras.layers.Dense(8, name="top")
 
     def call(self, x, training=None):
         return self.top(self.part(x, training=training))
@@ -57,9 +58,27 @@ def adapted(create, **options):
     return model
 
 
-def train(model, rate=0.05, epochs=2):
-    model.compile(GeoLoRA(keras.optimizers.Adam(rate)), loss="mse")
+def compiled(model):
+    model.compile(GeoLoRA(keras.optimizers.Adam(0.05)), loss="mse")
+    return model
+
+
+def fit(model, epochs=2):
     model.fit(X, Y, epochs=epochs, batch_size=8, verbose=0)
+    return model
+
+
+def train(model):
+    return fit(compiled(model))
+
+
+def moved(model):
+    """As after a training, of adapters and of modules that are saved."""
+    move(model)
+    for layer in model._flatten_layers():
+        if layer.name == "norm" and layer.trainable_variables:
+            for variable in layer.weights:
+                variable.assign(ops.convert_to_numpy(variable) + 0.25)
     return model
 
 
@@ -82,7 +101,7 @@ CREATE = [functional, subclassed, nested, holding]
 
 @pytest.mark.parametrize("create", CREATE)
 def test_unmerging_restores_every_byte(create):
-    model = train(adapted(create))
+    model = compiled(moved(adapted(create)))
     before, outputs = state(model), predict(model)
     trainable = [v.path for v in model.trainable_variables]
     classes = [type(x) for x in carriers(model).values()]
@@ -94,13 +113,13 @@ def test_unmerging_restores_every_byte(create):
     np.testing.assert_array_equal(predict(model), outputs)
     assert [v.path for v in model.trainable_variables] == trainable
     assert [type(x) for x in carriers(model).values()] == classes
-    train(model, epochs=1)
+    fit(model)
     assert not np.array_equal(predict(model), outputs)
     model.merge_geolora()
 
 
 def test_what_was_learned_after_merging_is_not_unmerged():
-    model = train(adapted(functional))
+    model = moved(adapted(functional))
     model.merge_geolora()
     model.compile("sgd", loss="mse")
     model.fit(X, Y, verbose=0)
@@ -136,7 +155,7 @@ OPTIONS = {"train_bias": True, "modules_to_save": "norm"}
 @pytest.mark.parametrize("create", CREATE)
 def test_disabling_gives_the_pretrained_outputs_bit_for_bit(create):
     pretrained = predict(create())
-    model = train(adapted(create, train_bias=True))
+    model = moved(adapted(create, train_bias=True))
     outputs, before = predict(model), state(model)
     assert not np.array_equal(outputs, pretrained)
     for _ in range(2):
@@ -152,15 +171,17 @@ def test_disabling_gives_the_pretrained_outputs_bit_for_bit(create):
 
 
 def test_disabling_ends_when_the_block_fails():
+    pretrained = predict(functional())
     model = train(adapted(functional, **OPTIONS))
     outputs = predict(model)
     with pytest.raises(KeyError), model.geolora_disabled():
+        np.testing.assert_array_equal(predict(model), pretrained)
         raise KeyError
     np.testing.assert_array_equal(predict(model), outputs)
 
 
 def test_compiled_functions_are_kept_while_disabled():
-    model = train(adapted(functional))
+    model = compiled(moved(adapted(functional)))
     predict(model)
     with model.geolora_disabled():
         predict(model)
@@ -172,7 +193,7 @@ def test_compiled_functions_are_kept_while_disabled():
 
 
 def test_a_compilation_while_disabled_holds_afterwards():
-    model = train(adapted(functional))
+    model = compiled(moved(adapted(functional)))
     with model.geolora_disabled():
         model.compile(GeoLoRA(keras.optimizers.SGD(0.0)), loss="mse")
         model.evaluate(X, Y, verbose=0)
@@ -184,7 +205,7 @@ def test_a_compilation_while_disabled_holds_afterwards():
 
 
 def test_a_compilation_drops_functions_of_the_disabled_model():
-    model = train(adapted(functional))
+    model = compiled(moved(adapted(functional)))
     with model.geolora_disabled():
         squared = model.evaluate(X, Y, verbose=0)
     model.compile(GeoLoRA("adam"), loss="mae")
@@ -215,7 +236,7 @@ def test_removing_gives_back_the_model_as_it_was(create):
     trainable = [v.name for v in plain.trainable_variables]
     model = create()
     model.enable_geolora(rank=2, **OPTIONS)
-    train(model)
+    train(model) if create is functional else moved(model)
     assert model.remove_geolora() is model
     assert [v.name for v in model.trainable_variables] == trainable
     for old, new in zip(before.values(), state(model).values(), strict=True):
@@ -247,7 +268,7 @@ def test_adapters_have_names_and_companions_of_their_own():
     model = functional()
     pretrained = predict(model)
     model.enable_geolora(rank=2, name="a", seed=0, train_bias=True)
-    train(model)
+    moved(model)
     a = predict(model)
     model.enable_geolora(
         rank=3, name="b", seed=1, targets="hidden", modules_to_save="norm"
@@ -256,7 +277,7 @@ def test_adapters_have_names_and_companions_of_their_own():
     assert sorted(adapted_layers(model)) == ["hidden"]
     assert len(model.trainable_variables) == 3 + 2
     assert not model.get_layer("hidden").bias.trainable
-    train(model)
+    moved(model)
     b = predict(model)
     assert model.geolora_adapters() == ["b", "a"]
     for name, expected in [("a", a), ("b", b), ("b", b), ("a", a)]:
@@ -280,16 +301,15 @@ def test_adapters_have_names_and_companions_of_their_own():
 
 
 def test_the_optimizer_of_another_adapter_is_given_up():
-    model = adapted(functional, name="a")
-    train(model)
+    model = compiled(adapted(functional, name="a"))
+    model.optimizer.build(model.trainable_variables)
     model.enable_geolora(rank=2, name="b")
     with pytest.raises(ValueError, match=r"You must call `compile\(\)`"):
         model.fit(X, Y, verbose=0)
 
 
 def test_adapters_of_a_part_are_switched_from_outside():
-    model = adapted(holding)
-    train(model)
+    model = compiled(moved(adapted(holding)))
     outputs = predict(model)
     part = model.layers[0]
     part.enable_geolora(rank=2, name="other")
@@ -307,8 +327,9 @@ def test_a_weighted_sum_adds_up_the_updates():
         model.enable_geolora(
             rank=rank, name=name, seed=rank, scale=rank / 2, train_bias=True
         )
-        train(model)
+        moved(model)
         hidden = model.get_layer("hidden")
+        hidden.bias.assign(rank * ops.convert_to_numpy(hidden.bias))
         updates[name] = ops.convert_to_numpy(hidden.delta())
         biases[name] = ops.convert_to_numpy(hidden.bias).copy()
     model.combine_geolora("sum", {"a": 0.5, "b": -2.0})
@@ -330,13 +351,13 @@ def test_a_weighted_sum_adds_up_the_updates():
     np.testing.assert_allclose(
         ops.convert_to_numpy(model.get_layer("hidden").delta()), best, atol=1e-6
     )
-    train(model, epochs=1)
+    train(model)
 
 
 def test_an_adapter_survives_being_a_saved_module_of_another():
     model = functional()
     model.enable_geolora(rank=2, name="a", targets="hidden")
-    train(model)
+    moved(model)
     a = predict(model)
     model.enable_geolora(
         rank=2, name="b", targets="head", modules_to_save="hidden"
@@ -376,7 +397,7 @@ def test_models_that_share_a_part_are_disabled_each():
     other = keras.Sequential([keras.Input((8,)), part])
     pretrained = predict(part)
     part.enable_geolora(rank=2)
-    train(part)
+    moved(part)
     adapted_outputs = predict(one)
     predict(other)
     with part.geolora_disabled(), one.geolora_disabled():
@@ -392,7 +413,7 @@ def test_models_that_share_a_part_are_disabled_each():
 
 
 def test_what_is_disabled_does_not_train():
-    model = train(adapted(functional))
+    model = compiled(moved(adapted(functional)))
     with model.geolora_disabled():
         with pytest.raises(ValueError, match="adapters disabled"):
             model.fit(X, Y, verbose=0)
@@ -400,16 +421,17 @@ def test_what_is_disabled_does_not_train():
 
 def test_statistics_stay_statistics_in_a_sum():
     model = adapted(functional, name="a", modules_to_save="norm")
-    train(model, epochs=20)
+    norm = model.get_layer("norm")
+    norm.moving_variance.assign(np.full(8, 3.0))
+    moved(model)
     model.combine_geolora("negative", {"a": -1.0})
-    variance = ops.convert_to_numpy(model.get_layer("norm").moving_variance)
+    variance = ops.convert_to_numpy(norm.moving_variance)
     assert (variance > 0).all() and np.isfinite(predict(model)).all()
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 1.5])
 def test_a_sum_that_fails_changes_nothing(rank):
-    model = adapted(functional, name="a")
-    train(model)
+    model = moved(adapted(functional, name="a"))
     outputs = predict(model)
     with pytest.raises((ValueError, TypeError), match=f"rank={rank}"):
         model.combine_geolora("sum", {"a": 1.0}, rank=rank)

@@ -4,17 +4,18 @@ import keras
 import numpy as np
 import pytest
 import reference
+from moving import anew
 
 import keras_geolora
 from keras_geolora import GeoLoRA
 
 
-def linear_data(sigma, seed=0, samples=64):
+def linear_data(sigma, seed=0, samples=64, input_dim=12):
     """Inputs, and outputs of a linear map with given singular values."""
     rng = np.random.default_rng(seed)
-    U, S, V = reference.random_factors(rng, 12, 8, sigma)
+    U, S, V = reference.random_factors(rng, input_dim, 8, sigma)
     # Uncorrelated inputs: every direction is learnt at the same rate.
-    x = np.linalg.qr(rng.normal(size=(samples, 12)))[0] * samples**0.5
+    x = np.linalg.qr(rng.normal(size=(samples, input_dim)))[0] * samples**0.5
     return x.astype("float32"), (x @ U @ S @ V.T).astype("float32")
 
 
@@ -30,14 +31,24 @@ def linear_model(*layers_before, rank=2, max_rank=5):
     return model.enable_geolora(rank=rank, max_rank=max_rank, seed=0)
 
 
+def by_sgd(*layers_before, **options):
+    model = linear_model(*layers_before)
+    model.compile(GeoLoRA(keras.optimizers.SGD(0.5), **options), loss="mse")
+    return model
+
+
+def deep_data():
+    return linear_data([3.0, 2.0, 1.0], samples=32, input_dim=8)
+
+
 def deep_model():
-    """Two adapted layers, the same at every call."""
+    """Two adapted layers of one shape, the same at every call."""
     init = keras.initializers.GlorotUniform
     model = keras.Sequential(
         [
-            keras.Input((12,)),
+            keras.Input((8,)),
             keras.layers.Dense(
-                10, activation="tanh", kernel_initializer=init(1)
+                8, activation="tanh", kernel_initializer=init(1)
             ),
             keras.layers.Dense(8, kernel_initializer=init(2)),
         ]
@@ -153,13 +164,13 @@ def test_the_factors_of_two_layers_have_different_paths():
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.filterwarnings("ignore:None of the 1 adapters has moved")
 def test_gradients_of_former_batches_are_forgotten():
-    model = linear_model()
-    model.compile(GeoLoRA(keras.optimizers.SGD(0.5)), loss="mse")
+    model = anew(by_sgd)
     x, y = linear_data([3.0, 2.0])
-    model.train_on_batch(x, y)
+    model.fit(x, y, verbose=0)
     before = deltas(model)
-    model.train_on_batch(x, model.predict(x, verbose=0))  # no gradient
+    model.fit(x, model.predict(x, verbose=0), verbose=0)  # no gradient
     assert_close(deltas(model), before)
 
 
@@ -171,13 +182,13 @@ def fitted():
 
 def compiled(model, **options):
     inner = keras.optimizers.SGD(0.1, momentum=0.9)
-    model.compile(GeoLoRA(inner, cut_interval=4), loss="mse", **options)
+    model.compile(GeoLoRA(inner, cut_interval=2), loss="mse", **options)
     return model
 
 
 def trained_by_fit(**options):
     model = compiled(deep_model(), **options)
-    x, y = linear_data([3.0, 2.0, 1.0])
+    x, y = deep_data()
     model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
     return model
 
@@ -199,21 +210,21 @@ def test_adam_with_its_bound_trains_with_jit_compile():
     model.compile(
         GeoLoRA(keras.optimizers.Adam(0.03)), loss="mse", jit_compile=True
     )
-    x, y = linear_data([3.0, 2.0, 1.0])
-    history = model.fit(x, y, batch_size=16, epochs=3, verbose=0).history
+    x, y = deep_data()
+    history = model.fit(x, y, batch_size=16, epochs=6, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
 
 
 def test_train_on_batch_gives_the_same_factors(fitted):
     model = compiled(deep_model())
-    for x, y in batches_of(*linear_data([3.0, 2.0, 1.0])):
+    for x, y in batches_of(*deep_data()):
         model.train_on_batch(x, y)
     assert_close(deltas(model), deltas(fitted))
 
 
 def test_a_custom_loop_gives_the_same_factors(fitted):
     model = compiled(deep_model())
-    run_custom_loop(model, batches_of(*linear_data([3.0, 2.0, 1.0])))
+    run_custom_loop(model, batches_of(*deep_data()))
     assert_close(deltas(model), deltas(fitted))
 
 
@@ -225,7 +236,7 @@ def test_several_steps_per_execution_give_the_same_factors(fitted):
 
 
 def test_training_goes_on_from_a_file_as_if_without_a_break(tmp_path):
-    x, y = linear_data([3.0, 2.0, 1.0])
+    x, y = deep_data()
     options = {"batch_size": 16, "shuffle": False, "verbose": 0}
     model, copy = compiled(deep_model()), compiled(deep_model())
     model.fit(x, y, **options)
@@ -239,36 +250,39 @@ def test_training_goes_on_from_a_file_as_if_without_a_break(tmp_path):
 
 # Ranks.
 
+calls = []
+
+
+def counted(x):
+    calls.append(x)
+    return x
+
+
+def often_cut():
+    model = linear_model(keras.layers.Lambda(counted))
+    optimizer = GeoLoRA(keras.optimizers.SGD(2.0), cut_interval=2)
+    model.compile(optimizer, loss="mse")
+    return model
+
 
 def test_a_changing_rank_traces_nothing_anew():
     if keras.backend.backend() == "torch":
         pytest.skip("torch runs every step eagerly: there are no traces")
-    calls = []
-
-    def count(x):
-        calls.append(x)
-        return x
-
-    model = linear_model(keras.layers.Lambda(count))
-    model.compile(
-        GeoLoRA(keras.optimizers.SGD(2.0), cut_interval=2), loss="mse"
-    )
+    model = anew(often_cut)
     ranks = [adapters(model)[0].rank]
-    options = {"batch_size": 64, "verbose": 0}
-    model.fit(*linear_data([4.0, 3.0, 2.0, 1.0]), epochs=1, **options)
+    options = {"batch_size": 64, "shuffle": False, "verbose": 0}
+    model.fit(*linear_data([4.0, 3.0, 2.0, 1.0]), **options)
     traces = len(calls)
     for sigma in ([4.0, 3.0, 2.0, 1.0], [4.0], [4.0, 3.0]):
-        model.fit(*linear_data(sigma), epochs=20, **options)
+        x, y = linear_data(sigma)
+        model.fit(np.tile(x, (20, 1)), np.tile(y, (20, 1)), **options)
         ranks.append(adapters(model)[0].rank)
     assert ranks == [2, 4, 1, 2]
     assert len(calls) == traces
 
 
 def test_fit_finds_the_rank_of_the_data():
-    model = linear_model()
-    model.compile(
-        GeoLoRA(keras.optimizers.SGD(2.0), cut_interval=2), loss="mse"
-    )
+    model = anew(often_cut)
     x, y = linear_data([4.0, 3.0, 2.0])
     history = model.fit(x, y, batch_size=64, epochs=25, verbose=0).history
     assert adapters(model)[0].rank == 3
@@ -281,8 +295,7 @@ def test_fit_finds_the_rank_of_the_data():
 
 
 def test_a_scheduled_learning_rate_reaches_the_inner_optimizer():
-    model = linear_model()
-    model.compile(GeoLoRA(keras.optimizers.SGD(0.5)), loss="mse")
+    model = anew(by_sgd)
     schedule = keras.callbacks.LearningRateScheduler(
         lambda epoch: [0.5, 0.25, 0.0][epoch]
     )
@@ -299,8 +312,7 @@ def test_a_scheduled_learning_rate_reaches_the_inner_optimizer():
 
 
 def test_the_learning_rate_is_reduced_on_a_plateau():
-    model = linear_model()
-    model.compile(GeoLoRA(keras.optimizers.SGD(0.5)), loss="mse")
+    model = anew(by_sgd)
     plateau = keras.callbacks.ReduceLROnPlateau(
         monitor="loss", factor=0.1, patience=1, min_delta=1e9
     )
@@ -356,18 +368,16 @@ def test_a_cut_takes_columns_away_and_nothing_else(accumulation):
 
 def test_gradient_accumulation_in_fit_equals_larger_batches():
     x, y = linear_data([3.0, 2.0])
-    small, large = linear_model(), linear_model()
+    small, large = linear_model(), anew(by_sgd)
     inner = keras.optimizers.SGD(0.5, gradient_accumulation_steps=4)
     small.compile(GeoLoRA(inner), loss="mse")
-    large.compile(GeoLoRA(keras.optimizers.SGD(0.5)), loss="mse")
     small.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
     large.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0)
     assert_close(deltas(small), deltas(large))
 
 
 def test_early_stopping_restores_the_best_factors():
-    model = linear_model()
-    model.compile(GeoLoRA(keras.optimizers.SGD(0.5)), loss="mse")
+    model = anew(by_sgd)
     best = []
     watch = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: best.append(factors(model))
@@ -432,11 +442,12 @@ def mixed_float16():
     keras.config.set_dtype_policy(before)
 
 
+def by_sgd_in_float16():
+    return by_sgd()
+
+
 def test_half_precision_trains_with_loss_scaling_around(mixed_float16):
-    model = linear_model()
-    model.compile(
-        GeoLoRA(keras.optimizers.SGD(0.5), cut_interval=2), loss="mse"
-    )
+    model = by_sgd(cut_interval=2)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert isinstance(model.optimizer.inner_optimizer, GeoLoRA)
     x, y = linear_data([3.0, 2.0, 1.0])
@@ -448,8 +459,7 @@ def test_half_precision_trains_with_loss_scaling_around(mixed_float16):
 
 
 def test_an_overflow_of_half_precision_keeps_the_factors(mixed_float16):
-    model = linear_model()
-    model.compile(GeoLoRA(keras.optimizers.SGD(0.5)), loss="mse")
+    model = anew(by_sgd_in_float16)
     x, y = linear_data([3.0, 2.0, 1.0])
     model.train_on_batch(x, y)
     before = factors(model)
@@ -465,13 +475,13 @@ def test_an_overflow_of_half_precision_keeps_the_factors(mixed_float16):
 
 def test_a_fixed_and_a_dynamic_loss_scale_do_not_add_up(mixed_float16):
     x, y = linear_data([3.0, 2.0, 1.0])
-    models = []
-    for factor in (None, 16.0):
-        model = linear_model()
-        inner = keras.optimizers.SGD(0.5, loss_scale_factor=factor)
-        model.compile(GeoLoRA(inner), loss="mse")
-        model.fit(x, y, batch_size=64, epochs=2, verbose=0)
-        models.append(model)
+    fixed = linear_model()
+    inner = keras.optimizers.SGD(0.5, loss_scale_factor=16.0)
+    fixed.compile(GeoLoRA(inner), loss="mse")
+    models = anew(by_sgd_in_float16), fixed
+    for model in models:
+        for _ in range(2):
+            model.train_on_batch(x, y)
     np.testing.assert_allclose(*map(np.linalg.norm, map(deltas, models)), 1e-2)
 
 
@@ -500,15 +510,15 @@ def test_an_adapted_part_of_a_plain_model_is_refused_in_fit():
     model = keras.Sequential([deep_model(), keras.layers.Dense(8)])
     model.compile("adam", loss="mse")
     with pytest.raises(RuntimeError, match="Received an optimizer other than"):
-        model.fit(*linear_data([1.0]), verbose=0)
+        model.fit(*deep_data(), verbose=0)
 
 
 def test_a_custom_loop_with_another_optimizer_is_refused():
     model = deep_model()
-    plain = keras.Sequential([keras.Input((12,)), *model.layers])
+    plain = keras.Sequential([keras.Input((8,)), *model.layers])
     plain.compile("adam", loss="mse")
     with pytest.raises(RuntimeError, match="Received an optimizer other than"):
-        run_custom_loop(plain, batches_of(*linear_data([1.0])))
+        run_custom_loop(plain, batches_of(*deep_data()))
 
 
 # Variables without adapters, in compiled training.
@@ -533,7 +543,7 @@ def test_the_rank_logger_works_on_a_model_around_an_adapted_part():
     model = keras.Sequential([deep_model(), keras.layers.Dense(8)])
     model.compile(GeoLoRA("sgd"), loss="mse")
     logger = keras_geolora.callbacks.RankLogger()
-    x, y = linear_data([3.0, 2.0])
+    x, y = deep_data()
     history = model.fit(x, y, callbacks=[logger], verbose=0).history
     assert history["skipped_steps"] == [0]
     assert 1 <= history["mean_rank"][0] <= 4

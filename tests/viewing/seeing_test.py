@@ -7,6 +7,7 @@ import types
 import keras
 import numpy as np
 import pytest
+from moving import anew, take_a_step
 
 from keras_geolora import GeoLoRA, plot_ranks
 from keras_geolora.callbacks import (
@@ -23,21 +24,34 @@ from keras_geolora.viewing.summary import as_text, totals
 
 pytestmark = pytest.mark.filterwarnings("ignore:The last layer")
 
-X = np.random.default_rng(0).normal(size=(32, 12)).astype("float32")
-Y = np.tanh(X[:, :6] + X[:, 6:])
+X = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+Y = np.tanh(X + X[:, ::-1])
 
 
-def adapted(optimizer=None, **options):
+def adapted(optimizer=None, widths=(8, 8, 8), **options):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
-            keras.Input((12,)),
-            keras.layers.Dense(16, activation="tanh", name="first"),
-            keras.layers.Dense(6, name="second"),
+            keras.Input(widths[:1]),
+            keras.layers.Dense(widths[1], activation="tanh", name="first"),
+            keras.layers.Dense(widths[2], name="second"),
         ]
     )
     model.enable_geolora(**{"rank": 2, "max_rank": 4, "seed": 0, **options})
     compile_(model, optimizer)
+    return model
+
+
+def often_cut():
+    return adapted(
+        GeoLoRA(keras.optimizers.Adam(1e-2), tolerance=0.95, cut_interval=4)
+    )
+
+
+def fresh(create=adapted):
+    """A new model, of which the step may be traced already."""
+    model = anew(create)
+    keras.utils.set_random_seed(0)
     return model
 
 
@@ -47,7 +61,7 @@ def compile_(model, optimizer=None):
 
 
 def fit(model, *callbacks, epochs=1, **options):
-    options = {"batch_size": 4, "verbose": 0, **options}
+    options = {"batch_size": 8, "verbose": 0, **options}
     return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **options)
 
 
@@ -59,7 +73,7 @@ def ranks_of(model):
 
 
 def test_the_history_holds_the_ranks_of_every_layer_and_step():
-    model, history = adapted(), RankHistory(interval=3)
+    model, history = fresh(), RankHistory(interval=3)
     fit(model, history, epochs=2)
     assert history.steps == [0, 3, 6, 8, 9, 12, 15, 16]
     assert set(history.ranks) == {"first", "second"}
@@ -68,10 +82,9 @@ def test_the_history_holds_the_ranks_of_every_layer_and_step():
 
 
 def test_the_history_ends_an_epoch_with_what_its_cut_has_left():
-    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.95, cut_interval=7)
-    model, history = adapted(optimizer), RankHistory(interval=4)
+    model, history = fresh(often_cut), RankHistory(interval=7)
     fit(model, history)
-    assert history.steps == [0, 4, 8]
+    assert history.steps == [0, 7, 8]
     assert history.ranks["first"][-1] == 1 < history.ranks["first"][1]
 
 
@@ -95,15 +108,14 @@ def test_readings_keep_their_distance_where_keras_does_several_steps_at_once():
 
 
 def test_a_second_fit_goes_on_with_the_history():
-    model, history = adapted(), RankHistory()
+    model, history = fresh(), RankHistory()
     fit(model, history)
     fit(model, history)
     assert history.steps == [0, 8, 16]
 
 
 def test_the_history_survives_buffers_that_shrink():
-    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.95, cut_interval=4)
-    model, history = adapted(optimizer), RankHistory()
+    model, history = often_cut(), RankHistory()
     fit(model, history, EpochCompaction(multiple=1), epochs=2)
     assert adapted_layers(model)["first"].adapter.max_rank == 1
     assert history.ranks["first"][1:] == [1, 1]
@@ -124,7 +136,7 @@ def test_layers_come_and_go():
 
 def test_a_training_that_starts_anew_replaces_the_history():
     history = RankHistory()
-    fit(adapted(), history, epochs=2)
+    fit(fresh(), history, epochs=2)
     fit(adapted(rank=1), history)
     assert history.steps == [0, 8] and history.ranks["first"][0] == 1
 
@@ -139,7 +151,7 @@ def test_files_are_written_at_the_end_of_every_epoch(tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(adapted(), history, Interrupt(), epochs=2)
+        fit(fresh(), history, Interrupt(), epochs=2)
     with open(table, newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["step", "first", "second"]
@@ -154,7 +166,7 @@ def test_files_are_written_at_the_end_of_every_epoch(tmp_path):
 
 def test_a_training_resumed_in_another_process_goes_on_with_the_file(tmp_path):
     whole = RankHistory()
-    fit(adapted(), whole, epochs=2)
+    fit(fresh(), whole, epochs=2)
 
     def backup():
         return keras.callbacks.BackupAndRestore(tmp_path / "backup")
@@ -166,7 +178,7 @@ def test_a_training_resumed_in_another_process_goes_on_with_the_file(tmp_path):
 
     file = tmp_path / "ranks.csv"
     with pytest.raises(InterruptedError):
-        fit(adapted(), RankHistory(file), Crash(), backup(), epochs=2)
+        fit(fresh(), RankHistory(file), Crash(), backup(), epochs=2)
     resumed = RankHistory(file)
     fit(adapted(), resumed, backup(), epochs=2)
     assert resumed.steps == whole.steps
@@ -176,7 +188,7 @@ def test_a_training_resumed_in_another_process_goes_on_with_the_file(tmp_path):
 def test_a_foreign_file_is_refused_where_a_training_is_resumed(tmp_path):
     file = tmp_path / "ranks.csv"
     file.write_text("epoch,loss\n0,0.5\n")
-    model = adapted()
+    model = fresh()
     fit(model)
     with pytest.raises(ValueError, match="first column is 'epoch'"):
         fit(model, RankHistory(file))
@@ -197,7 +209,7 @@ def test_a_folder_that_does_not_exist_is_refused_at_once(argument, tmp_path):
 
 
 def test_a_model_without_adapters_has_no_history():
-    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(6)])
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
     compile_(model, keras.optimizers.Adam())
     with pytest.raises(ValueError, match="Received: model '.*' without an ad"):
         fit(model, RankHistory())
@@ -273,7 +285,7 @@ def test_dark_cells_have_light_numbers():
 
 
 def test_a_table_that_was_written_can_be_drawn(tmp_path):
-    model, table = adapted(), tmp_path / "ranks.csv"
+    model, table = fresh(), tmp_path / "ranks.csv"
     fit(model, RankHistory(table))
     plot_ranks(table, tmp_path / "a.png", title="Mine")
     plot_ranks(str(table), str(tmp_path / "b.png"), title="Mine")
@@ -364,7 +376,7 @@ def scalars(events, tag):
 
 
 def test_tensorboard_gets_ranks_spectra_and_health(tmp_path):
-    model = adapted()
+    model = fresh()
     board = RankTensorBoard(tmp_path, interval=4)
     fit(model, board, RankHistory(), epochs=2)
     events, ranks = events_of(tmp_path), ranks_of(model)
@@ -393,17 +405,17 @@ def test_tensorboard_gets_ranks_spectra_and_health(tmp_path):
 
 
 def test_tensorboard_counts_steps_that_were_not_finite(tmp_path):
-    model = adapted()
-    bad = np.where(np.arange(32)[:, None] == 0, np.nan, Y)
+    model = fresh()
+    bad = np.where(np.arange(64)[:, None] == 0, np.nan, Y)
     board = RankTensorBoard(tmp_path)
-    model.fit(X, bad, batch_size=4, shuffle=False, callbacks=[board], verbose=0)
+    model.fit(X, bad, batch_size=8, shuffle=False, callbacks=[board], verbose=0)
     assert scalars(events_of(tmp_path), "geolora/skipped_steps")[-1][1] == 1
 
 
 @pytest.mark.parametrize("freq, steps", [(0, []), (2, [8, 24])])
 def test_histograms_come_as_often_as_asked(freq, steps, tmp_path):
     board = RankTensorBoard(tmp_path, histogram_freq=freq)
-    fit(adapted(), board, epochs=3)
+    fit(fresh(), board, epochs=3)
     events = events_of(tmp_path)
     tag = "singular_values/first"
     found = events.Histograms(tag) if steps else events.Tags()["histograms"]
@@ -411,7 +423,7 @@ def test_histograms_come_as_often_as_asked(freq, steps, tmp_path):
 
 
 def test_tensorboard_goes_on_after_a_second_fit(tmp_path):
-    model, board = adapted(), RankTensorBoard(tmp_path)
+    model, board = fresh(), RankTensorBoard(tmp_path)
     fit(model, board)
     fit(model, board)
     found = scalars(events_of(tmp_path), "geolora/mean_rank")
@@ -419,8 +431,8 @@ def test_tensorboard_goes_on_after_a_second_fit(tmp_path):
 
 
 def test_what_a_broken_run_wrote_of_later_steps_is_hidden(tmp_path):
-    fit(adapted(), RankTensorBoard(tmp_path), epochs=3)
-    fit(adapted(), RankTensorBoard(tmp_path))
+    fit(fresh(), RankTensorBoard(tmp_path), epochs=3)
+    fit(fresh(), RankTensorBoard(tmp_path))
     found = scalars(events_of(tmp_path), "geolora/mean_rank")
     assert sorted({step for step, _ in found}) == [0, 8]
 
@@ -443,7 +455,7 @@ def test_without_tensorboardx_the_extra_is_named_at_once(monkeypatch):
 
 def test_the_csv_logger_has_columns_for_ranks_and_skipped_steps(tmp_path):
     file = tmp_path / "log.csv"
-    model = adapted()
+    model = fresh()
     history = fit(model, keras.callbacks.CSVLogger(file), epochs=2).history
     with open(file, newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -455,19 +467,20 @@ def test_the_csv_logger_has_columns_for_ranks_and_skipped_steps(tmp_path):
 def test_it_does_not_matter_where_a_rank_logger_stands(tmp_path):
     file = tmp_path / "log.csv"
     callbacks = [keras.callbacks.CSVLogger(file), RankLogger(interval=1)]
-    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.95, cut_interval=4)
-    history = fit(adapted(optimizer), *callbacks).history
+    history = fit(fresh(often_cut), *callbacks).history
     assert "mean_rank" in file.read_text() and history["mean_rank"] == [1]
 
 
-def test_the_mean_rank_is_fresh_where_keras_does_several_steps_at_once():
-    model, logger, logs = adapted(), RankLogger(interval=2), {}
+def test_the_mean_rank_is_fresh_where_keras_does_several_steps_at_once(
+    monkeypatch,
+):
+    model, logger, logs = fresh(), RankLogger(interval=2), {}
     fit(model)
     logger.set_model(model)
     logger.on_train_begin()
     logger.on_epoch_begin(0)
     before = np.mean(list(ranks_of(model).values()))
-    model.optimizer.tolerance = 0.9
+    monkeypatch.setattr(model.optimizer, "tolerance", 0.9)
     model.optimizer.cut()
     logger.on_train_batch_end(3, logs)  # the fourth batch, the first time
     assert logs["mean_rank"] == np.mean(list(ranks_of(model).values()))
@@ -475,10 +488,9 @@ def test_the_mean_rank_is_fresh_where_keras_does_several_steps_at_once():
 
 
 def test_a_checkpoint_may_be_named_after_the_mean_rank(tmp_path):
-    optimizer = GeoLoRA(keras.optimizers.Adam(1e-2), 0.95, cut_interval=4)
     name = tmp_path / "{epoch}-{mean_rank:.1f}.weights.h5"
     checkpoint = keras.callbacks.ModelCheckpoint(name, save_weights_only=True)
-    fit(adapted(optimizer), checkpoint, validation_split=0.25)
+    fit(fresh(often_cut), checkpoint, validation_split=0.25)
     assert [p.name for p in tmp_path.iterdir()] == ["1-1.0.weights.h5"]
 
 
@@ -492,7 +504,7 @@ def printed(model, **options):
 
 
 def test_the_summary_draws_ranks_and_spectra():
-    model = adapted()
+    model = fresh()
     fit(model)
     rows, lines = printed(model)
     for row, line in zip(rows, lines[3:], strict=False):
@@ -506,7 +518,7 @@ def test_the_summary_draws_ranks_and_spectra():
 
 
 def test_shares_add_up():
-    model = adapted()
+    model = fresh()
     fit(model)
     rows, lines = printed(model)
     assert sum(row["parameter_share"] for row in rows) == pytest.approx(1)
@@ -517,11 +529,10 @@ def test_shares_add_up():
 @pytest.mark.parametrize("unit", ["rank", "parameter"])
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_the_summary_shows_how_much_of_a_budget_is_used(unit, scheduled):
-    budget = {"rank": 5, "parameter": 120}[unit]
+    budget = {"rank": 5, "parameter": 80}[unit]
     option = (lambda updates: budget) if scheduled else budget
     optimizer = GeoLoRA("adam", 0.0, **{f"{unit}_budget": option})
-    model = adapted(optimizer)
-    fit(model)
+    model = take_a_step(adapted(optimizer), X[:8], Y[:8])
     rows, lines = printed(model)
     used = [row["rank" if unit == "rank" else "parameters"] for row in rows]
     shares = [row["budget_share"] for row in rows]
@@ -535,22 +546,22 @@ def test_the_summary_shows_how_much_of_a_budget_is_used(unit, scheduled):
 
 @pytest.mark.parametrize("budget", [float("inf"), 2**40])
 def test_without_a_budget_yet_there_is_no_share_of_it(budget):
-    model = adapted(GeoLoRA("adam", 0.0, rank_budget=lambda updates: budget))
-    fit(model)
-    rows, lines = printed(model)
+    optimizer = GeoLoRA("adam", 0.0, rank_budget=lambda updates: budget)
+    rows, lines = printed(take_a_step(adapted(optimizer), X[:8], Y[:8]))
     assert {row["budget_share"] for row in rows} == {None}
     assert lines[1].endswith("share")
 
 
 def test_a_schedule_below_the_floor_means_the_floor():
-    model = adapted(GeoLoRA("adam", rank_budget=lambda updates: 1))
-    fit(model)
-    rows, _ = printed(model)
+    optimizer = GeoLoRA("adam", rank_budget=lambda updates: 1)
+    rows, _ = printed(take_a_step(adapted(optimizer), X[:8], Y[:8]))
     assert [row["budget_share"] for row in rows] == [0.5, 0.5]
 
 
 def test_the_summary_compares_with_lora_of_the_same_ranks():
-    model = adapted(rank_pattern={"first": 1, "second": 4}, max_rank=4)
+    model = adapted(
+        widths=(12, 16, 6), rank_pattern={"first": 1, "second": 4}, max_rank=4
+    )
     _, lines = printed(model)
     # Kernels of 12 x 16 and 16 x 6; the mean is 2.5, which is rounded to even.
     assert "LoRA with rank 2 on the same layers (the mean): 100 p" in str(lines)
@@ -559,17 +570,17 @@ def test_the_summary_compares_with_lora_of_the_same_ranks():
 
 
 def test_what_was_dropped_is_unknown_before_training():
-    model = adapted()
-    assert {r["discarded_share"] for r in printed(model)[0]} == {None}
+    assert {r["discarded_share"] for r in printed(adapted())[0]} == {None}
+    model = fresh()
     fit(model)
     shares = [row["discarded_share"] for row in printed(model)[0]]
     assert all(0 <= share < 1 for share in shares)
 
 
 def test_the_optimizer_of_a_custom_loop_can_be_given():
-    model = adapted()
+    model = fresh()
     fit(model)
-    plain = keras.Sequential([keras.Input((12,)), *model.layers])
+    plain = keras.Sequential([keras.Input((8,)), *model.layers])
     assert {r["discarded_share"] for r in printed(plain)[0]} == {None}
     rows, _ = printed(plain, optimizer=model.optimizer)
     assert None not in {row["discarded_share"] for row in rows}
