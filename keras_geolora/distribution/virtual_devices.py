@@ -29,9 +29,9 @@ def warn_of_virtual_devices():
     warnings.warn(
         "Training may deadlock: while the geometric step waits for its "
         "decompositions, each virtual device blocks one of the threads that "
-        f"would compute them. There are {count} devices and no more threads. "
-        f"Before you import Keras, write `os.environ['{THREADS[0]}'] = "
-        f"'{4 * count}'`.",
+        f"would compute them. There are {count} devices, but no more threads "
+        "than that. Before you import Keras, write "
+        f"`os.environ['{THREADS[0]}'] = '{4 * count}'`.",
         stacklevel=4,
     )
 

@@ -105,9 +105,9 @@ def save_geolora(model, path, name=None):
     spoilt = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     if spoilt:
         raise ValueError(
-            "An adapter with numbers that are not finite is of no use to "
-            f"anybody. Received: such numbers in {spoilt[:5]}. '{path}' was "
-            "not written."
+            "Only an adapter whose values are all finite can be saved. "
+            f"Received: values that are not finite in {spoilt[:5]}. '{path}' "
+            "was not written."
         )
     check_layers(
         (paths[layer_path] for layer_path in plan["layers"]),
@@ -133,10 +133,10 @@ def warn_of_what_is_left_out(adaptation):
     thawed = [variable.path for variable in adaptation.thawed_variables()]
     if thawed:
         warnings.warn(
-            "An adapter file holds what `enable_geolora` made trainable, not "
-            "what was made so by hand afterwards. Name these layers in "
-            "`modules_to_save` of `enable_geolora`, or save the whole model "
-            f"by `model.save`. Left out: {some(thawed)}",
+            "An adapter file stores only variables that `enable_geolora` made "
+            "trainable. For variables that you made trainable afterwards, "
+            "list their layers in `modules_to_save` of `enable_geolora`, or "
+            f"save the whole model with `model.save`. Left out: {some(thawed)}",
             stacklevel=3,
         )
 
@@ -187,13 +187,13 @@ def load_geolora(model, path, name=None, strict=True):
         listed = "\n".join(f"- {line}" for line in fit.differences)
         if strict:
             raise AdapterFileError(
-                f"'{path}' does not fit model '{model.name}':\n{listed}\n"
-                "Nothing was loaded. `load_geolora(path, strict=False)` takes "
-                "what fits."
+                f"'{path}' does not fit model "
+                f"'{model.name}':\n{listed}\nNothing was loaded. "
+                "`load_geolora(path, strict=False)` loads what fits."
             )
         warnings.warn(
-            f"Of '{path}' only what fits model '{model.name}' is loaded:\n"
-            f"{listed}",
+            f"Only the parts of '{path}' that fit model '{model.name}' are "
+            f"loaded:\n{listed}",
             stacklevel=2,
         )
     if not fit.layers:
@@ -237,9 +237,9 @@ def adaptation_to_save(model):
     adaptation = getattr(model, "geolora_adaptation", None)
     if adaptation is None:
         raise ValueError(
-            "An adapter file is for the model on which `enable_geolora` was "
-            "called: save that part of this model, or `model.save()` the "
-            f"whole. Received: model '{model.name}'"
+            "An adapter file belongs to the model on which `enable_geolora` "
+            "was called. Save that part of the model, or save the whole model "
+            f"with `model.save()`. Received: model '{model.name}'"
         )
     return adaptation
 
@@ -249,8 +249,8 @@ def chosen_adapter(adaptation, name):
     name = adaptation.active if name is None else name
     if name not in adaptation.adapters:
         raise ValueError(
-            f"There is no adapter of this name. Received: name={name!r}; those "
-            f"of model '{adaptation.model_name}' are "
+            f"There is no adapter with this name. Received: name={name!r}; "
+            f"the adapters of model '{adaptation.model_name}' are "
             f"{list(adaptation.adapters)}"
         )
     return name

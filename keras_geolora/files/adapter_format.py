@@ -66,12 +66,13 @@ def read_adapter(path):
         raise
     except Exception as error:
         raise AdapterFileError(
-            f"'{path}' is damaged, or no safetensors file: {error}."
+            f"'{path}' is damaged, or not a safetensors file: {error}."
         ) from error
     if not ours:
         raise AdapterFileError(
-            f"'{path}' is a safetensors file, but not one of `save_geolora`. "
-            "`keras_geolora.import_peft` reads adapters of Hugging Face PEFT."
+            f"'{path}' is a safetensors file, but was not written by "
+            "`save_geolora`. Use `keras_geolora.import_peft` for adapters of "
+            "Hugging Face PEFT."
         )
     if digest(metadata[ENTRY], tensors) != metadata[DIGEST]:
         raise AdapterFileError(
@@ -91,7 +92,7 @@ def read_adapter(path):
         check_contents(description, tensors)
     except CONTRADICTIONS as error:
         raise AdapterFileError(
-            f"'{path}' contradicts itself: {error!r}."
+            f"The contents of '{path}' are inconsistent: {error!r}."
         ) from error
     try:
         check_factors(

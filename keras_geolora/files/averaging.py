@@ -124,7 +124,8 @@ class Client:
         for three in factors.values():
             if not manifold.have_shapes(*three):
                 raise ValueError(
-                    f"The factors of a client must fit each other. {name}"
+                    "The shapes of a client's three factors must fit "
+                    f"together. {name}"
                 )
         manifold.check_factors(factors, f"{name} Nothing was averaged.")
 
@@ -151,7 +152,7 @@ def client_of_file(model, path):
         layer_path: [tensors[f"{layer_path}.{role}"] for role in "USV"]
         for layer_path in fit.layers
     }
-    return Client(factors, fit.weights, f"They are those of '{path}'.")
+    return Client(factors, fit.weights, f"These factors come from '{path}'.")
 
 
 def client_of_weights(model, index, arrays):
@@ -160,9 +161,10 @@ def client_of_weights(model, index, arrays):
     variables = model.weights
     if not isinstance(arrays, (list, tuple)) or len(arrays) != len(variables):
         raise ValueError(
-            "A client is the path of a file of `save_geolora`, or the list of "
-            f"the {len(variables)} arrays that `get_weights` returns of a "
-            "model adapted like this one. Received: "
+            "Each client must be the path of a file written by "
+            f"`save_geolora`, or the list of the {len(variables)} arrays that "
+            "`get_weights` returns for a model adapted like this one. "
+            "Received: "
             + (
                 f"{len(arrays)} arrays"
                 if isinstance(arrays, (list, tuple))
@@ -185,19 +187,19 @@ def client_of_weights(model, index, arrays):
             continue
         if value.shape != tuple(variable.shape):
             raise ValueError(
-                "The weights of a client must have the shapes of the model's. "
-                f"Received: {value.shape} for '{variable.path}' of shape "
-                f"{tuple(variable.shape)}, from client {index}"
+                "The weights of a client must have the same shapes as those "
+                f"of the model. Received: {value.shape} for '{variable.path}' "
+                f"of shape {tuple(variable.shape)}, from client {index}"
             )
         if id(variable) in learned:
             values.append((variable, value))
         elif not np.array_equal(value, value_of(variable)):
             raise ValueError(
-                "Updates can be averaged that belong to the same frozen "
-                f"weights. Received: other values of '{variable.path}' from "
-                f"client {index}"
+                "Updates can only be averaged if they belong to the same "
+                "frozen weights. Received: different values of "
+                f"'{variable.path}' from client {index}"
             )
-    return Client(factors, values, f"They are those of client {index}.")
+    return Client(factors, values, f"These factors come from client {index}.")
 
 
 def what_learns(model):
@@ -227,9 +229,9 @@ def mean_factors(adapter, factors, shares, rank):
     for U, _, V in factors:
         if (len(U), len(V)) != shape:
             raise ValueError(
-                "The updates of a client must have the shapes of the model's. "
-                f"Received: {(len(U), len(V))} for '{adapter.U.path}', where "
-                f"the model has {shape}"
+                "The updates of a client must have the same shapes as those "
+                f"of the model. Received: {(len(U), len(V))} for "
+                f"'{adapter.U.path}', where the model has {shape}"
             )
     largest = adapter.max_rank if rank is None else min(rank, adapter.max_rank)
     U, sigma, V = svd_of_sum(
@@ -271,9 +273,9 @@ def shares_of(clients, weights):
     """Returns the shares of the clients in a mean."""
     if not isinstance(clients, (list, tuple)) or not clients:
         raise ValueError(
-            "`clients` is a list with the path of a file of `save_geolora`, or "
-            "the list of `get_weights`, for every client. Received: "
-            f"clients={clients!r}"
+            "`clients` must be a list that holds, for each client, the path "
+            "of a file written by `save_geolora` or the arrays of "
+            f"`get_weights`. Received: clients={clients!r}"
         )
     if weights is None:
         weights = [1.0] * len(clients)
@@ -286,8 +288,8 @@ def shares_of(clients, weights):
         or not numbers.any()
     ):
         raise ValueError(
-            "`weights` gives a number of at least 0 to each client, not all "
-            f"of them 0. Received: weights={weights!r} for {len(clients)} "
-            "clients"
+            "`weights` must hold a number of at least 0 for each client, and "
+            f"not all may be 0. Received: weights={weights!r} for "
+            f"{len(clients)} clients"
         )
     return (numbers / numbers.sum()).tolist()

@@ -99,7 +99,7 @@ class Fit:
         for key in sorted(given):
             value, variable = self.tensors[key], expected.get(key)
             if variable is None:
-                self._note(f"nothing in the model that trains is '{key}'")
+                self._note(f"the model has no variable '{key}' to train")
             elif tuple(variable.shape) != value.shape:
                 self._note(
                     f"shape of '{key}': {value.shape} in the file, "
@@ -148,14 +148,14 @@ class Fit:
         if other:
             self._note(
                 f"the pretrained kernels of {len(other)} of "
-                f"{len(self.layers)} layers are not those that the adapter "
-                f"was trained on: {some(other)}"
+                f"{len(self.layers)} layers differ from those that the "
+                f"adapter was trained on: {some(other)}"
             )
         elif len(self.layers) == len(self.plan["layers"]) and (
             mine[""] != base[""]
         ):
             self._note(
-                "pretrained weights outside of the adapted layers are not "
+                "pretrained weights outside of the adapted layers differ from "
                 "those that the adapter was trained on"
             )
 

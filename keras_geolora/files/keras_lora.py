@@ -106,21 +106,23 @@ def read_keras_lora(path, shapes):
                     ):
                         raise AdapterFileError(
                             f"'{path}' has factors of shapes {a.shape} and "
-                            f"{b.shape} for number {key} of the layers with "
-                            "weights, whose kernel has the shape "
-                            f"{shapes.get(int(key))}. It belongs to another "
-                            "model. Nothing was loaded."
+                            f"{b.shape} for layer {key}, counting only layers "
+                            "with weights, but the kernel of that layer has "
+                            f"shape {shapes.get(int(key))}. The file belongs "
+                            "to another model. Nothing was loaded."
                         )
                     pairs[int(key)] = np.array(a), np.array(b)
         except AdapterFileError:
             raise
         except (*CONTRADICTIONS, IndexError) as error:
             raise AdapterFileError(
-                f"'{path}' is no file of KerasHub's `save_lora_weights`."
+                f"'{path}' was not written by KerasHub's `save_lora_weights`."
             ) from error
     if not pairs:
         raise AdapterFileError(f"'{path}' has no LoRA weights.")
     for index, factors in pairs.items():
         if not all(np.isfinite(x).all() for x in factors):
-            raise AdapterFileError(f"Layer {index} has numbers not finite.")
+            raise AdapterFileError(
+                f"Layer {index} has values that are not finite."
+            )
     return pairs

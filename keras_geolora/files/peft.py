@@ -161,10 +161,10 @@ def write_peft(
     for path, name in classes.items():
         if not is_product(name):
             raise ValueError(
-                "PEFT's LoRA of linear layers has no counterpart for an "
-                f"adapter of a layer of class {name}. Leave it out by "
-                "`enable_geolora(exclude=...)`, or merge and export the whole "
-                f"model. Received: adapted layer '{path}'"
+                "PEFT's LoRA for linear layers has no counterpart for an "
+                f"adapter on a layer of class {name}. Leave the layer out "
+                "with `enable_geolora(exclude=...)`, or merge and export the "
+                f"whole model. Received: adapted layer '{path}'"
             )
     named = module_names(family, updates, names)
     parts = {}
@@ -212,8 +212,8 @@ def write_peft(
     }
     if left:
         warnings.warn(
-            "PEFT's LoRA format holds factors only. These variables trained "
-            f"too and are not in '{folder}': {some(left)}. Save them by "
+            "PEFT's LoRA format stores only factors. Other trained variables "
+            f"are not in '{folder}': {some(left)}. Save them with "
             "`model.save_geolora(...)`.",
             stacklevel=3,
         )
@@ -284,17 +284,17 @@ def import_peft(model, folder, name=DEFAULT, names=None):
     unknown = sorted(key for key in pairs if left[key].all())
     if unknown or not updates:
         raise AdapterFileError(
-            f"'{folder}' adapts modules that model '{model.name}' has under "
-            f"no known name: {some(unknown)}. Its own are called "
-            f"{some(named.values())}. Say which are meant by "
+            f"'{folder}' adapts modules that are not known for model "
+            f"'{model.name}': {some(unknown)}. The known ones are "
+            f"{some(named.values())}. Map layers to modules with "
             "`names={path: module}`. Nothing was loaded."
         )
     in_part = sorted(key for key, (_, B) in pairs.items() if B[left[key]].any())
     if in_part:
         raise AdapterFileError(
-            f"'{folder}' updates all of {some(in_part)}, of which the model "
-            "gets a part only. Name the layers of the other parts, too: "
-            "`names={path: 'module[1/3]'}`. Nothing was loaded."
+            f"'{folder}' updates all of {some(in_part)}, but only a part of "
+            "it is mapped to the model. Name the layers of the other parts, "
+            "too: `names={path: 'module[1/3]'}`. Nothing was loaded."
         )
     add_products(model, name, {p: layers[p] for p in updates}, updates)
     return model
@@ -321,8 +321,8 @@ def hand_out(pairs, named, folder):
                 if path in updates:
                     raise AdapterFileError(
                         f"'{folder}' has more than one module that could be "
-                        f"layer '{path}'. Say which by `names`. Nothing was "
-                        "loaded."
+                        f"layer '{path}'. Choose one with `names`. Nothing "
+                        "was loaded."
                     )
                 rows = rows_of_part(B, part, count)
                 updates[path] = A.T, B[rows].T
@@ -358,16 +358,18 @@ def read_peft_config(path):
         ]
         usable = np.isfinite([float(alpha) for alpha in alphas]).all()
     except CONTRADICTIONS as error:
-        raise AdapterFileError(f"'{path}' is no config of LoRA.") from error
+        raise AdapterFileError(f"'{path}' is not a LoRA config.") from error
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if not usable:
-        raise AdapterFileError(f"'{path}' has a `lora_alpha` not finite.")
+        raise AdapterFileError(
+            f"'{path}' has a `lora_alpha` that is not finite."
+        )
     if kind != "LORA" or unsupported:
         raise AdapterFileError(
-            "Only plain LoRA is an update of kernels and nothing else. "
-            f"Received: '{path}' with peft_type='{kind}'"
+            "Only plain LoRA can be imported, which updates kernels and "
+            f"nothing else. Received: '{path}' with peft_type='{kind}'"
             + (f" and {unsupported}" if unsupported else "")
         )
     check_init(path, config.get("init_lora_weights"))
@@ -379,46 +381,53 @@ def check_init(path, init):
     if str(init).lower() in PLAIN_INITS:
         return
     raise AdapterFileError(
-        f"With the initialisation '{init}' PEFT changes the pretrained "
-        "kernels, and the adapter is an update of those. For PiSSA, OLoRA, "
-        "CorDA and LoRA-GA, PEFT turns it into an update of the pretrained "
-        "ones: `peft_model.save_pretrained(folder, "
+        f"With the initialization '{init}', PEFT changes the pretrained "
+        "kernels, and the adapter is an update of the changed ones. For "
+        "PiSSA, OLoRA, CorDA and LoRA-GA, PEFT can convert it into an update "
+        "of the pretrained kernels: `peft_model.save_pretrained(folder, "
         "path_initial_model_for_weight_conversion=initial)`, where `initial` "
-        "is the folder of the adapter before it was trained; import that. "
-        f"Received: '{path}' with init_lora_weights={init!r}"
+        "is the folder of the adapter before it was trained. Import the "
+        f"converted adapter. Received: '{path}' with "
+        f"init_lora_weights={init!r}"
     )
 
 
 def read_peft_weights(path, config):
     """Returns a dict from module to `A, B`, with the scaling in `B`."""
     if not path.is_file():
-        raise FileNotFoundError(f"There is no '{path}'.")
+        raise FileNotFoundError(f"There is no file '{path}'.")
     try:
         tensors = safetensors.numpy.load_file(path)
     except Exception as error:
         raise AdapterFileError(
-            f"'{path}' is damaged, or in a type that NumPy does not have: "
-            f"{error}."
+            f"'{path}' is damaged, or uses a dtype that NumPy does not "
+            f"support: {error}."
         ) from error
     pairs = {}
     for key in tensors:
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
             raise AdapterFileError(
-                f"'{path}' has '{key}', which is no factor of a linear layer. "
-                "Nothing was loaded."
+                f"'{path}' has '{key}', which is not a factor of a linear "
+                "layer. Nothing was loaded."
             )
         pairs.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = key
     result = {}
     for module, keys in pairs.items():
         if set(keys) != {"A", "B"}:
-            raise AdapterFileError(f"'{path}' has half of '{module}' only.")
+            raise AdapterFileError(
+                f"'{path}' has only one of the two factors of '{module}'."
+            )
         A, B = (tensors[keys[half]].astype("float64") for half in "AB")
         fit = A.ndim == B.ndim == 2 and len(A) == B.shape[1]
         if not (fit and A.size and B.size):
-            raise AdapterFileError(f"The factors of '{module}' do not fit.")
+            raise AdapterFileError(
+                f"The shapes of the factors of '{module}' do not fit together."
+            )
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
-            raise AdapterFileError(f"'{module}' has numbers not finite.")
+            raise AdapterFileError(
+                f"'{module}' has values that are not finite."
+            )
         alpha = in_pattern(config.get("alpha_pattern"), module)
         alpha = float(config["lora_alpha"] if alpha is None else alpha)
         root = 0.5 if config.get("use_rslora") else 1
@@ -433,7 +442,8 @@ def in_pattern(patterns, module):
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
             raise AdapterFileError(
-                f"'{pattern}' in the config is no regular expression: {error}."
+                f"'{pattern}' in the config is not a valid regular "
+                f"expression: {error}."
             ) from error
         if found:
             return value

@@ -127,15 +127,16 @@ def module_names(family, layers, names, complete=True):
         unknown = [] if callable(names) else sorted(set(names) - set(layers))
         if unknown:
             raise ValueError(
-                "`names` is about layers that are adapted. Received: names for "
-                f"{some(unknown)}; known are {some(layers)}"
+                "The keys of `names` must be paths of adapted layers. "
+                f"Received: names for {some(unknown)}; the known paths are "
+                f"{some(layers)}"
             )
     else:
         if family is None:
             raise ValueError(
-                "The names of modules are known for "
-                f"{', '.join(FAMILIES)}. For others write "
-                "`names={path: module}`, or a callable. Received: another "
+                "The names of modules are only known for "
+                f"{', '.join(FAMILIES)}. For other models, pass "
+                "`names={path: module}` or a callable. Received: another "
                 f"model, with layers {some(layers)}"
             )
 
@@ -146,7 +147,7 @@ def module_names(family, layers, names, complete=True):
     nameless = [path for path, name in found.items() if name is None]
     if nameless and complete:
         raise ValueError(
-            "Every adapted layer needs the name of its module. Give it by "
+            "Every adapted layer needs the name of its module. Pass "
             "`names={path: module}`, or do not adapt the layer. Received: no "
             f"name for {some(nameless)}"
         )

@@ -32,7 +32,8 @@ def add_products(model, name, layers, products):
         if (len(U), len(V)) != kernel_shape(layers[path]):
             raise AdapterFileError(
                 f"The update of layer '{path}' has shape {(len(U), len(V))}, "
-                f"the kernel {kernel_shape(layers[path])}. Nothing was loaded."
+                f"but its kernel has shape {kernel_shape(layers[path])}. "
+                "Nothing was loaded."
             )
     add_adapter(model, name, layers, options, [], train_bias=False)
     for path, (U, sigma, V) in factors.items():

@@ -159,8 +159,8 @@ class AdaptedLayer:
         if self._adapters:
             raise ValueError(
                 "Quantize a layer before it is adapted; the adapter then "
-                "trains in float32 over the quantized kernel. "
-                f"Received: layer '{self.name}', which is adapted"
+                "trains in float32 on top of the quantized kernel. Received: "
+                f"layer '{self.name}', which is adapted"
             )
         # Keras quantizes only its own classes; ours count as such.
         ours = "plain_class" in vars(type(self))
@@ -173,10 +173,10 @@ class AdaptedLayer:
         """Like the Keras method; refuses a layer with an adapter."""
         if self._adapters:
             raise ValueError(
-                "A layer has an adapter of this package or Keras' own LoRA, "
-                "not both. Merge the adapter first: `merge_geolora()` of the "
-                "model, or `merge()` of the layer. "
-                f"Received: layer '{self.name}', which is adapted"
+                "A layer can have an adapter or Keras' own LoRA, not both. "
+                "Merge the adapter first, with `merge_geolora()` of the model "
+                f"or `merge()` of the layer. Received: layer '{self.name}', "
+                "which is adapted"
             )
         super().enable_lora(*args, **kwargs)
 
@@ -418,9 +418,9 @@ class AdaptedLayer:
         if self.quantization_mode is not None:
             raise ValueError(
                 "Adding an update to a quantized kernel would round most of "
-                "it away. Serve the model with its adapter, or merge into "
-                "the model in floating point and quantize that. Received: "
-                f"layer '{self.name}' with "
+                "it away. Serve the model with its adapter, or merge the "
+                "adapter into the floating-point model and quantize the "
+                f"result. Received: layer '{self.name}' with "
                 f"quantization_mode='{self.quantization_mode}'"
             )
 
@@ -676,16 +676,17 @@ def check_adaptable(layer, name=DEFAULT):
         )
     if name in getattr(layer, "adapter_names", []):
         raise ValueError(
-            "A layer carries one adapter of a name. Merge it with "
-            "`model.merge_geolora()`, or choose another `name`. "
-            f"Received: name='{name}', layer '{layer.name}', which has it"
+            "Every adapter of a layer needs its own name. Merge the adapter "
+            "with `model.merge_geolora()`, or choose another `name`. "
+            f"Received: name='{name}', layer '{layer.name}', which already "
+            "has an adapter of that name"
         )
     check_without_lora(layer)
     if layer.quantization_mode not in (None, "int8", "int4", "gptq", "awq"):
         raise ValueError(
-            "The kernel of an adapted layer is frozen: in floating point, or "
-            "quantized to int8, int4, by GPTQ or by AWQ. Received: layer "
-            f"'{layer.name}' with "
+            "The frozen kernel of an adapted layer must be in floating point, "
+            "or quantized to int8 or int4, with GPTQ or with AWQ. Received: "
+            f"layer '{layer.name}' with "
             f"quantization_mode='{layer.quantization_mode}'"
         )
 

@@ -282,8 +282,8 @@ class LowRankAdapter(keras.layers.Layer):
             if len(given) == 3 and manifold.have_shapes(*given):
                 manifold.check_factors(
                     {name_of(self.U): given},
-                    "This adapter was left as it was; other weights of the "
-                    f"file may be in the model already. {manifold.AVERAGE}",
+                    "This adapter was left unchanged; other weights of the "
+                    f"file may already have been loaded. {manifold.AVERAGE}",
                 )
         except ValueError as error:
             self._refused = str(error)
@@ -350,7 +350,7 @@ def check_rank(name, value, smallest, largest):
     check_columns(name, value)
     if not smallest <= value <= largest:
         raise ValueError(
-            f"`{name}` must lie in [{smallest}, {largest}]: no rank is below "
-            "1 or above the smaller side of the kernel, and "
+            f"`{name}` must lie in [{smallest}, {largest}]: a rank is at "
+            "least 1 and at most the smaller side of the kernel, and "
             f"`min_rank <= rank <= max_rank`. Received: {name}={value}"
         )

@@ -120,9 +120,10 @@ class Einsum:
         others = sorted({a for a in labels if labels.count(a) != 2})
         if others:
             raise ValueError(
-                "An adapter needs an equation that is a product of matrices: "
-                "every axis is in two of inputs, kernel and outputs. "
-                f"Received: equation='{equation}', where {others} is not"
+                "An adapter needs an equation that is a matrix product: every "
+                "axis must appear in exactly two of inputs, kernel and "
+                f"outputs. Received: equation='{equation}', where {others} do "
+                "not"
             )
         places = range(len(self.kernel))
         self.rows = tuple(i for i in places if self.kernel[i] in self.inputs)

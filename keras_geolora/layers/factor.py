@@ -25,12 +25,11 @@ class Factor(keras.constraints.Constraint):
 
     def __call__(self, variable):
         raise RuntimeError(
-            "The factors of an adapter live on a manifold that an "
-            "ordinary optimizer would leave. Wrap the optimizer: "
+            "The factors of an adapter live on a manifold that an ordinary "
+            "optimizer would leave. Wrap the optimizer: "
             "`model.compile(optimizer=keras_geolora.GeoLoRA("
-            "keras.optimizers.AdamW(1e-3)), ...)`. "
-            f"Received an optimizer other than GeoLoRA that moves "
-            f"variable '{variable.path}'."
+            "keras.optimizers.AdamW(1e-3)), ...)`. Received an optimizer "
+            f"other than GeoLoRA that updates variable '{variable.path}'."
         )
 
 

@@ -35,9 +35,9 @@ class KernelView:
         axes = sorted((*self.batch, *self.rows, *self.columns))
         if axes != list(range(len(self.shape))):
             raise ValueError(
-                "Every axis of a kernel is in one of `batch`, `rows` and "
-                f"`columns`. Received: shape={self.shape}, batch={self.batch}"
-                f", rows={self.rows}, columns={self.columns}"
+                "Every axis of a kernel must be in exactly one of `batch`, "
+                f"`rows` and `columns`. Received: shape={self.shape}, "
+                f"batch={self.batch}, rows={self.rows}, columns={self.columns}"
             )
 
     @property

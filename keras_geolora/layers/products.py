@@ -53,10 +53,11 @@ def last_derivative(U, S, V):
 
     def gradients(*args, upstream=None):
         raise NotImplementedError(
-            "On JAX the factors of an adapter can be part of derivatives up "
-            f"to order {ORDERS} in training. Received: a derivative of order "
-            f"{ORDERS + 1}. Call the layer with `training=False`, which knows "
-            "no limit for the derivatives by its inputs"
+            "On JAX, derivatives through the factors of an adapter are "
+            f"limited to order {ORDERS} in training. Call the layer with "
+            "`training=False`, which supports derivatives of any order with "
+            "respect to its inputs. Received: a derivative of order "
+            f"{ORDERS + 1}"
         )
 
     return (U, S, V), gradients
@@ -240,8 +241,8 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
     """
     if U.shape[0] > 2**24:
         raise ValueError(
-            "An adapter selects rows of a matrix with at most 2**24 rows. "
-            f"Received: {U.shape[0]} rows"
+            "An adapter can select rows only from a matrix with at most 2**24 "
+            f"rows. Received: {U.shape[0]} rows"
         )
 
     # JAX cannot close over the ids inside a branch of `cond`, and has no

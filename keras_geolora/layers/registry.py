@@ -74,8 +74,8 @@ def refusal(layer):
     if adapted_class(layer) is None:
         if "Depthwise" in name:
             return (
-                f"{name} has a small filter for every channel and mixes no "
-                "channels, so there is no matrix whose rank could be low"
+                f"{name} applies a small filter to each channel and mixes no "
+                "channels, so there is no matrix that could have a low rank"
             )
         return f"there is no adapter for {name}"
     if not layer.built:

@@ -89,7 +89,7 @@ class Adaptation:
         self.model_name = model.name
         if not model.trainable and model is not scope:
             raise ValueError(
-                "Nothing of a model trains that is frozen as a whole. Set "
+                "A model with `trainable=False` cannot train an adapter. Set "
                 "`model.trainable = True` first; `enable_geolora` freezes the "
                 f"backbone. Received: model '{model.name}' with "
                 "trainable=False"
@@ -172,18 +172,18 @@ class Adaptation:
         if any(map(is_carrier, came)):
             names = [layer.name for layer in came if is_carrier(layer)]
             raise ValueError(
-                "A layer that joins an adapted model brings no adapters of "
-                "its own. Adapt the model after its layers have changed: "
-                "`model.merge_geolora()` or `model.remove_geolora()`, then "
-                "`model.enable_geolora()`. "
-                f"Received: model '{self.model_name}' with new layers {names}"
+                "Layers that are added to an adapted model must not have "
+                "adapters of their own. Adapt the model after changing its "
+                "layers: `model.merge_geolora()` or `model.remove_geolora()`, "
+                "then `model.enable_geolora()`. Received: model "
+                f"'{self.model_name}' with new layers {names}"
             )
         left = {id(layer) for layer in inside(self.scope)}
         layers = self.adapters[self.active].layers.values()
         if not any(id(layer) in left for layer in layers):
             raise ValueError(
-                "The layers with adapters were taken out of the model, so "
-                "that its adapter would do nothing. Adapt it anew: "
+                "All adapted layers have been removed from the model, so its "
+                "adapter would have no effect. Adapt the model again: "
                 "`model.remove_geolora()`, then `model.enable_geolora()`. "
                 f"Received: model '{self.model_name}' without any layer of "
                 f"adapter '{self.active}'"

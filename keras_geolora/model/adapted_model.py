@@ -102,11 +102,11 @@ class AdaptedModel(PausesAsAWhole):
     def export(self, filepath, *args, **kwargs):
         """Refused: the graph would multiply by every adapter separately."""
         raise ValueError(
-            "An adapted model is exported in the form that serves fastest, as "
-            f"a SavedModel by `keras_geolora.export(model, {filepath!r})`. "
-            "For other formats merge first: `model.merge_geolora()`, "
-            "`model.export(...)`, `model.unmerge_geolora()`. Received: "
-            f"adapted model '{self.name}'"
+            "Export an adapted model with `keras_geolora.export(model, "
+            f"{filepath!r})`, which writes a SavedModel in the form that "
+            "serves fastest. For other formats, merge first: "
+            "`model.merge_geolora()`, `model.export(...)`, "
+            f"`model.unmerge_geolora()`. Received: adapted model '{self.name}'"
         )
 
     def get_compile_config(self):
@@ -143,10 +143,11 @@ class AdaptedModel(PausesAsAWhole):
         self.geolora_adaptation.take_in_changes()
         if len(adapted_parts(self)) > 1:
             raise ValueError(
-                "A model is saved with the adapters of one `enable_geolora`. "
-                "Adapt it all by one call, or save weights only. Received: "
-                f"model '{self.name}' with parts that are adapted by "
-                f"themselves: {[x.name for x in adapted_parts(self)[1:]]}"
+                "A model whose parts were adapted separately cannot be saved "
+                "as a whole. Adapt all of it with one `enable_geolora`, or "
+                f"save only the weights. Received: model '{self.name}' with "
+                "separately adapted parts: "
+                f"{[x.name for x in adapted_parts(self)[1:]]}"
             )
         with as_plain(self):
             base = keras.saving.serialize_keras_object(self)
@@ -179,9 +180,8 @@ class AdaptedModel(PausesAsAWhole):
         """
         if str(filepath).endswith((".h5", ".hdf5")):
             raise ValueError(
-                "The HDF5 format of whole models is a legacy of Keras that "
-                "does not hold all of an adapted model. Write "
-                "`model.save('model.keras')`, or "
+                "The legacy HDF5 format for whole models cannot store all of "
+                "an adapted model. Write `model.save('model.keras')`, or "
                 "`model.save_weights('model.weights.h5')` for the weights "
                 f"alone. Received: filepath='{filepath}'"
             )
@@ -225,16 +225,15 @@ class AdaptedModel(PausesAsAWhole):
         ours = {k: arrays.pop(k) for k in list(arrays) if k.startswith(PREFIX)}
         if SIGNATURE not in ours:
             self._refuse_weights(
-                "These weights are not those of an adapted model. Load them "
+                "These weights do not come from an adapted model. Load them "
                 "into the plain model, before `enable_geolora` or after "
-                "`remove_geolora`. "
-                f"Received: weights for model '{self.name}'"
+                f"`remove_geolora`. Received: weights for model '{self.name}'"
             )
         active, signature = json.loads(ours[SIGNATURE].tobytes())
         if signature != adaptation.signature():
             self._refuse_weights(
-                "The weights must belong to the adapters of the model, in the "
-                "same order, on the same layers, with the same "
+                "The weights must come from a model with the same adapters, "
+                "in the same order, on the same layers, with the same "
                 "`modules_to_save` and `train_bias`. Received: weights of "
                 f"adapters {[name for name, *_ in signature]} for model "
                 f"'{self.name}' with {list(adaptation.adapters)}"
@@ -255,9 +254,9 @@ class AdaptedModel(PausesAsAWhole):
         states = random_states(self)
         if len(states) != sum(key.startswith(RANDOM) for key in ours):
             warnings.warn(
-                "The states of dropout and other random layers were not "
-                "loaded, because the file has them for another number of "
-                "layers. Training goes on with other random numbers.",
+                "The random states of dropout and similar layers were not "
+                "loaded, because the file has them for a different number of "
+                "layers. Training continues with other random numbers.",
                 stacklevel=2,
             )
             return
@@ -320,9 +319,8 @@ class AdaptedModel(PausesAsAWhole):
         """Refused: a model is quantized before it is adapted."""
         raise ValueError(
             "Quantize a model before it is adapted; the adapters then train "
-            "in float32 over the quantized kernels. Or merge first: "
-            "`model.merge_geolora()`. "
-            f"Received: adapted model '{self.name}'"
+            "in float32 on top of the quantized kernels. Or merge first: "
+            f"`model.merge_geolora()`. Received: adapted model '{self.name}'"
         )
 
     def fit(self, *args, **kwargs):
@@ -444,11 +442,10 @@ def adapted_scope_class(plain_class):
 def save_to_preset(self, *args, **kwargs):
     """Refused: a preset is a plain model."""
     raise ValueError(
-        "A preset holds a plain model. Merge first, save, and unmerge: "
-        "`model.merge_geolora()`, `model.save_to_preset(...)`, "
-        "`model.unmerge_geolora()`. Or save the adapted model by "
-        "`model.save('model.keras')`. "
-        f"Received: adapted model '{self.name}'"
+        "A preset can only store a plain model. Merge first, save, and "
+        "unmerge: `model.merge_geolora()`, `model.save_to_preset(...)`, "
+        "`model.unmerge_geolora()`. Or save the adapted model with "
+        f"`model.save('model.keras')`. Received: adapted model '{self.name}'"
     )
 
 
@@ -516,8 +513,8 @@ def add_adapter(
         forget_traces(model)
         if isinstance(error, ValueError):
             raise ValueError(
-                f"{error} This is about layer '{path}'; give it a rank of its "
-                "own by `rank_pattern`, or leave it out by `exclude`."
+                f"{error} This concerns layer '{path}'; set its rank with "
+                "`rank_pattern`, or leave it out with `exclude`."
             ) from error
         raise
 
@@ -526,10 +523,10 @@ def adapt_by_plan(model, plan):
     """Adapts a plain model by an `Adaptation.plan`."""
     if not model.built:
         raise ValueError(
-            "An adapted model is read by building the plain model first, "
-            "which its class must allow: give the class a "
-            "`build_from_config`, or its layers their input shapes. "
-            f"Received: model '{model.name}', which is not built"
+            "To load an adapted model, Keras must be able to build the plain "
+            "model first. Give its class a `build_from_config`, or give its "
+            f"layers their input shapes. Received: model '{model.name}', "
+            "which is not built"
         )
     paths = {"": backbone_of(model), **stable_paths(backbone_of(model))}
     for path, layer in paths.items():
@@ -540,8 +537,9 @@ def adapt_by_plan(model, plan):
         missing = [path for path in named if path not in paths]
         if missing:
             raise ValueError(
-                "The adapters belong to layers that the model must have. "
-                f"Received: model '{model.name}' without {missing}"
+                "The model must have every layer that was adapted or listed "
+                f"in `modules_to_save`. Received: model '{model.name}' "
+                f"without {missing}"
             )
         add_adapter(
             model,
@@ -562,10 +560,11 @@ def warn_of_what_stays(adaptations, stacklevel):
     if thawed:
         more = ", ..." if len(thawed) > 5 else ""
         warnings.warn(
-            "Only what `enable_geolora` made trainable gets the values back "
-            "that it had before, not what was made so by hand afterwards. Name "
-            "these layers in `modules_to_save` of `enable_geolora`. Left as "
-            f"they are: {', '.join(thawed[:5])}{more}",
+            "Only variables that `enable_geolora` made trainable get their "
+            "previous values back. For variables that you made trainable "
+            "afterwards, list their layers in `modules_to_save` of "
+            "`enable_geolora`. Left as they are: "
+            f"{', '.join(thawed[:5])}{more}",
             stacklevel=stacklevel,
         )
 

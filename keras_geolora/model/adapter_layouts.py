@@ -62,15 +62,16 @@ def adapter_layouts(layer, name=DEFAULT):
     reason = refusal(layer)
     if reason is not None:
         raise ValueError(
-            "Only a layer that can carry an adapter has layouts for one. "
-            f"Received: layer={layer!r}, and {reason}"
+            "Only layers that can be adapted have adapter layouts. Received: "
+            f"layer={layer!r}, but {reason}"
         )
     if model_parallel() is None:
         raise ValueError(
-            "Layouts are those of a `keras.distribution.ModelParallel`; under "
-            "any other distribution, and without one, adapters are "
-            "replicated. Call this inside `with distribution.scope():`, or "
-            "after `keras.distribution.set_distribution(distribution)`. "
-            f"Received: distribution={keras.distribution.distribution()!r}"
+            "Adapters have layouts only under "
+            "`keras.distribution.ModelParallel`; under any other "
+            "distribution, or without one, they are replicated. Call this "
+            "inside `with distribution.scope():`, or after "
+            "`keras.distribution.set_distribution(distribution)`. Received: "
+            f"distribution={keras.distribution.distribution()!r}"
         )
     return layouts_of(layer, kernel_view(layer), name)

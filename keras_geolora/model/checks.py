@@ -22,8 +22,7 @@ def check_name(name):
     if not isinstance(name, str) or not name or set(name) & set("/."):
         raise ValueError(
             "The `name` of an adapter becomes part of paths, so it must be a "
-            "string that is not empty, without '/' and '.'. "
-            f"Received: name={name!r}"
+            f"non-empty string without '/' or '.'. Received: name={name!r}"
         )
 
 
@@ -31,9 +30,9 @@ def check_can_adapt(model, name):
     """Refuses a model that is not built, or is adapted in another way."""
     if not model.built:
         raise ValueError(
-            "Only a built model has kernels to adapt. Call it on a batch of "
-            "data, or `model.build(input_shape)`, first. "
-            f"Received: model '{model.name}', which is not built"
+            "Only a built model has kernels to adapt. First call it on a "
+            "batch of data, or write `model.build(input_shape)`. Received: "
+            f"model '{model.name}', which is not built"
         )
     adaptation = getattr(model, "geolora_adaptation", None)
     strange = [
@@ -43,17 +42,17 @@ def check_can_adapt(model, name):
     ]
     if strange:
         raise ValueError(
-            "A part of the model is adapted already, by itself. Adapt it "
-            "again there, or merge its adapters with `merge_geolora()`. "
-            f"Received: model '{model.name}' with {len(strange)} adapted "
-            "layers"
+            "A part of the model has already been adapted separately. Call "
+            "`enable_geolora` on that part, or merge its adapters with "
+            f"`merge_geolora()`. Received: model '{model.name}' with "
+            f"{len(strange)} adapted layers"
         )
     if adaptation is None:
         return
     if name in adaptation.adapters:
         raise ValueError(
-            "A model has one adapter of a name. Choose another `name`, or "
-            "merge with `model.merge_geolora()`, or remove with "
+            "Every adapter of a model needs its own name. Choose another "
+            "`name`, merge with `model.merge_geolora()`, or remove with "
             f"`model.remove_geolora()`. Received: name='{name}', model "
             f"'{model.name}' with {sorted(adaptation.adapters)}"
         )
@@ -75,8 +74,8 @@ def check_adapted(model, what):
         if owner is not None and owner not in mine:
             raise ValueError(
                 f"The adapters of this model belong to '{owner.model_name}', "
-                "on which `enable_geolora` was called. Call the method there. "
-                f"Received: model '{model.name}'"
+                "on which `enable_geolora` was called. Call the method on "
+                f"that model. Received: model '{model.name}'"
             )
 
 
@@ -85,10 +84,10 @@ def check_not_suspended(adaptations):
     for adaptation in adaptations:
         if adaptation.suspended:
             raise ValueError(
-                "Inside `with model.geolora_disabled()` adapters rest; change "
-                "them outside. "
-                f"Received: model '{adaptation.model_name}' with its adapters "
-                "disabled"
+                "Adapters are inactive inside `with model.geolora_disabled()` "
+                "and cannot be trained, changed or saved there. Do this "
+                "outside of the block. Received: model "
+                f"'{adaptation.model_name}' with its adapters disabled"
             )
 
 
@@ -104,11 +103,11 @@ def check_optimizer_is_new(optimizer, variables):
     known = variables_of(optimizer)
     if optimizer.built and {id(v) for v in known} != {id(v) for v in variables}:
         raise ValueError(
-            "What trains has changed since the optimizer was built, by "
-            "another adapter or another `trainable`. Compile the model "
-            "again, with a new `GeoLoRA`. "
-            f"Received: an optimizer of {len(known)} variables for "
-            f"{len(variables)}"
+            "The trainable variables have changed since the optimizer was "
+            "built, because of another adapter or another `trainable`. "
+            "Compile the model again with a new `GeoLoRA`. Received: an "
+            f"optimizer built for {len(known)} variables, but "
+            f"{len(variables)} trainable variables"
         )
 
 
@@ -117,8 +116,8 @@ def check_optimizer(optimizer):
     if find_geolora(optimizer) is not None:
         return
     raise ValueError(
-        "Adapters are trained by GeoLoRA, around any Keras optimizer: "
-        "`model.compile(optimizer=keras_geolora.GeoLoRA("
-        "keras.optimizers.AdamW(1e-3)), ...)`. "
-        f"Received: optimizer={optimizer!r}"
+        "Adapters must be trained with GeoLoRA, which wraps a Keras "
+        "optimizer: `model.compile(optimizer=keras_geolora.GeoLoRA("
+        "keras.optimizers.AdamW(1e-3)), ...)`. Received: "
+        f"optimizer={optimizer!r}"
     )

@@ -62,8 +62,8 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
     check_columns("multiple", multiple)
     if multiple < 1:
         raise ValueError(
-            "`multiple` must be at least 1, which leaves the columns in use "
-            f"only. Received: multiple={multiple}"
+            "`multiple` must be at least 1, which keeps only the columns in "
+            f"use. Received: multiple={multiple}"
         )
     if not 0 <= min_saving < 1:
         raise ValueError(

@@ -132,27 +132,28 @@ def enable_geolora(
     chosen = {path: x for path, x in chosen.items() if path not in saved}
     if not chosen:
         raise ValueError(
-            "No layer is left to adapt. Received: "
-            f"modules_to_save={modules_to_save!r}, which means all targets"
+            "`modules_to_save` must leave at least one layer to adapt. "
+            f"Received: modules_to_save={modules_to_save!r}, which matches "
+            "all targets"
         )
     if rank_pattern is not None and not isinstance(rank_pattern, dict):
         raise TypeError(
-            "`rank_pattern` gives ranks to patterns, for example "
+            "`rank_pattern` must be a dict from pattern to rank, for example "
             f"`{{'query': 4}}`. Received: rank_pattern={rank_pattern!r}"
         )
     if not isinstance(train_bias, bool):
         raise TypeError(
-            "`train_bias` is `True` or `False`. "
-            f"Received: train_bias={train_bias!r}"
+            "`train_bias` must be `True` or `False`. Received: "
+            f"train_bias={train_bias!r}"
         )
     ranks = dict.fromkeys(chosen, rank)
     for pattern, other in reversed((rank_pattern or {}).items()):
         found = layers.named(pattern, "rank_pattern")
         if not set(found) & set(chosen):
             raise ValueError(
-                "`rank_pattern` gives ranks to layers that are adapted. "
+                "Every pattern in `rank_pattern` must match an adapted layer. "
                 f"Received: rank_pattern={rank_pattern!r}, where {pattern!r} "
-                "means none of them"
+                "matches none of them"
             )
         ranks.update((path, other) for path in found if path in chosen)
 
@@ -223,8 +224,8 @@ def merge_geolora(model, reversible=True):
         layer.check_mergeable()
         if not bool(ops.all(ops.isfinite(layer.adapter.delta()))):
             raise ValueError(
-                "Merging adds every update to its kernel, so all must be "
-                f"finite. Received: a non-finite update of layer '{path}'. "
+                "Merging adds every update to its kernel, so all updates must "
+                f"be finite. Received: a non-finite update of layer '{path}'. "
                 "Nothing was merged."
             )
     check_layers(carriers(model).values(), "Nothing was merged.")
@@ -275,15 +276,15 @@ def unmerge_geolora(model):
     merged = getattr(model, "geolora_merged", None)
     if merged is None:
         raise ValueError(
-            "Only what `model.merge_geolora()` merged, on this very model and "
-            "without `reversible=False`, can be unmerged. "
-            f"Received: model '{model.name}'"
+            "Only the same model on which `model.merge_geolora()` was called, "
+            "without `reversible=False`, can be unmerged. Received: model "
+            f"'{model.name}'"
         )
     if carriers(model):
         raise ValueError(
             "A merged model that was adapted again cannot be unmerged: its "
-            "new adapters belong to the merged kernels. Remove them by "
-            f"`model.remove_geolora()` first. Received: model '{model.name}'"
+            "new adapters belong to the merged kernels. First remove them "
+            f"with `model.remove_geolora()`. Received: model '{model.name}'"
         )
     merged.undo()
     del model.geolora_merged
@@ -323,7 +324,7 @@ def remove_geolora(model):
     assert type(model.layers[0]) is keras.layers.Dense
     ```
     """
-    check_adapted_and_enabled(model, "freed of adapters")
+    check_adapted_and_enabled(model, "stripped of adapters")
     warn_of_what_stays(adaptations_of(model), stacklevel=3)
     for layer in carriers(model).values():
         layer.detach_adapters()
@@ -409,8 +410,8 @@ class Merged:
         for merged in self.layers:
             if merged.has_changed():
                 raise ValueError(
-                    "Unmerging puts back the kernels from before merging, so "
-                    "what was learned since would be lost. Received: layer "
+                    "Unmerging restores the kernels from before the merge, so "
+                    "anything learned since would be lost. Received: layer "
                     f"'{merged.layer.path}', whose kernel has changed since "
                     "`merge_geolora`. Nothing was unmerged."
                 )

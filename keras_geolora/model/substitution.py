@@ -107,9 +107,9 @@ class Substitution(keras.StatelessScope):
         variable, _ = update
         if id(variable) in self._substituted:
             raise ValueError(
-                "Inside `with model.geolora_disabled()` a variable that "
-                "trains with an adapter shows its pretrained value and cannot "
-                f"be assigned. Received: variable '{variable.path}'"
+                "Inside `with model.geolora_disabled()`, a variable that is "
+                "trained along with an adapter shows its pretrained value and "
+                f"cannot be assigned. Received: variable '{variable.path}'"
             )
         self._updates.append(update)
         super().add_update(update)

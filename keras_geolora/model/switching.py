@@ -224,11 +224,11 @@ def delete_geolora(model, name):
             raise ValueError(
                 "The active adapter cannot be deleted. "
                 + (
-                    f"Activate another of {others} first: "
+                    f"Activate one of {others} first: "
                     f"`model.activate_geolora('{others[0]}')`. "
                     if others
-                    else "It is the only one: `model.remove_geolora()` takes "
-                    "it off. "
+                    else "It is the only one; remove it with "
+                    "`model.remove_geolora()`. "
                 )
                 + f"Received: name='{name}'"
             )
@@ -284,16 +284,16 @@ def combine_geolora(model, name, weights, rank=None):
     adaptations = [adaptations_with(model, other) for other in weights]
     if any(found != adaptations[0] for found in adaptations):
         raise ValueError(
-            "Only adapters of the same parts of a model can be added up. "
+            "Only adapters on the same parts of a model can be combined. "
             f"Received: weights={weights!r}"
         )
     check_not_suspended(adaptations[0])
     for adaptation in adaptations[0]:
         if name in adaptation.adapters:
             raise ValueError(
-                "A model has one adapter of a name. Choose another `name`, "
-                f"or delete it by `model.delete_geolora('{name}')`. "
-                f"Received: name='{name}'"
+                "Every adapter of a model needs its own name. Choose another "
+                "`name`, or delete the existing adapter with "
+                f"`model.delete_geolora('{name}')`. Received: name='{name}'"
             )
     with tf_replicas.strategy_scope_of(model):
         for adaptation in adaptations[0]:
@@ -376,7 +376,7 @@ def weighted_sum(layer, weights, rank):
     ]
     if not all(np.isfinite(x).all() for product in products for x in product):
         raise ValueError(
-            "Only finite updates can be added up. Received: a non-finite "
+            "Only finite updates can be combined. Received: a non-finite "
             f"update of layer '{layer.path}'. Nothing was combined."
         )
     return svd_of_sum(products, rank)
@@ -389,20 +389,19 @@ def check_weights(weights):
         isinstance(w, (int, float)) and np.isfinite(w) for w in numbers
     ):
         raise ValueError(
-            "`weights` gives a finite number to each adapter of the sum, for "
-            "example `{'a': 0.5, 'b': 0.5}`. "
-            f"Received: weights={weights!r}"
+            "`weights` must map adapter names to finite numbers, for example "
+            f"`{{'a': 0.5, 'b': 0.5}}`. Received: weights={weights!r}"
         )
 
 
 def find_adaptations(model):
     """Returns the `Adaptation`s of the parts of a model."""
-    check_adapted(model, "switched")
+    check_adapted(model, "switched between adapters")
     found = adaptations_of(model)
     if not found:
         raise ValueError(
-            "Adapters that layers got from their constructors have no names "
-            "and cannot be switched; those of `model.enable_geolora()` can. "
+            "Adapters created by layer constructors have no names and cannot "
+            "be switched; only those of `model.enable_geolora()` can. "
             f"Received: model '{model.name}'"
         )
     return found
@@ -415,7 +414,7 @@ def adaptations_with(model, name):
     if not with_name:
         known = sorted({n for a in found for n in a.adapters})
         raise ValueError(
-            f"There is no adapter of this name. Received: name={name!r}; "
+            f"There is no adapter with this name. Received: name={name!r}; "
             f"the adapters of model '{model.name}' are {known}"
         )
     return with_name

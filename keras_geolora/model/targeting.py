@@ -24,18 +24,19 @@ def matches(pattern, path, layer):
             return re.fullmatch(pattern, path) is not None
         except re.error as error:
             raise ValueError(
-                "A string is a layer's name, its path or a regular "
-                f"expression for the path. Received: {pattern!r}, which is no "
-                f"regular expression: {error}"
+                "A string must be a layer's name, its path or a regular "
+                f"expression for the path. Received: {pattern!r}, which is "
+                f"not a valid regular expression: {error}"
             ) from error
     if isinstance(pattern, type) and issubclass(pattern, keras.layers.Layer):
         return isinstance(layer, pattern)
     if callable(pattern):
         return bool(pattern(path, layer))
     raise TypeError(
-        "A layer is meant by its name, its path, a regular expression for the "
-        "path, a layer class, a callable `(path, layer) -> bool`, or a list "
-        f"of these. Received: {pattern!r} (of type {type(pattern).__name__})"
+        "A layer pattern must be a layer's name, its path, a regular "
+        "expression for the path, a layer class, a callable `(path, layer) -> "
+        f"bool`, or a list of these. Received: {pattern!r} (of type "
+        f"{type(pattern).__name__})"
     )
 
 
@@ -82,7 +83,7 @@ class Layers:
                 found = self._of_pattern(pattern, argument)
             if not found:
                 raise ValueError(
-                    f"`{argument}` means no layer of model '{self.name}'. "
+                    f"`{argument}` matches no layer of model '{self.name}'. "
                     f"Received: {argument}={pattern!r}.\n{self._known()}"
                 )
             chosen.update(found)
@@ -112,7 +113,7 @@ class Layers:
         }
         if not chosen:
             raise ValueError(
-                f"Nothing of model '{self.name}' is left to adapt. Received: "
+                f"No layer of model '{self.name}' is left to adapt. Received: "
                 f"targets={targets!r}, exclude={exclude!r}"
             )
         return chosen
@@ -156,8 +157,8 @@ class Layers:
         ]
         more = ", ..." if len(self.candidates) > 8 else ""
         return (
-            f"Layers that can carry an adapter: {', '.join(some)}{more} "
-            f"({len(self.candidates)} in all). Words that mean many: "
+            f"Layers that can be adapted: {', '.join(some)}{more} "
+            f"({len(self.candidates)} in all). Words that select many layers: "
             f"{', '.join(map(repr, WORDS))}."
         )
 
@@ -166,9 +167,9 @@ class Layers:
             return refusal(layer)
         holder = self.holders[id(layer)]
         return (
-            f"{type(holder).__name__} '{holder.name}' holds its kernel as "
-            "well, and would go on without the update. (A layer that reads "
-            "`other.kernel` in its `call`, and does not keep it, is fine.)"
+            f"{type(holder).__name__} '{holder.name}' holds its kernel too, "
+            "and would keep using it without the update. (A layer that only "
+            "reads `other.kernel` in its `call`, without keeping it, is fine.)"
         )
 
     def _refusals(self, target, meant):
@@ -178,7 +179,7 @@ class Layers:
             if layer.weights and is_leaf(layer)
         ]
         return (
-            f"No layer that `targets` means can carry an adapter. "
+            "None of the layers that `targets` matches can be adapted. "
             f"Received: targets={target!r}.\n"
             + "\n".join(reasons[:8])
             + f"\n{self._known()}"

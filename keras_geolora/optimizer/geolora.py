@@ -508,8 +508,8 @@ def check_active(groups):
     if gone:
         raise ValueError(
             "The optimizer was built for adapters that have since been "
-            "merged, removed or exchanged, so a file with it could not be "
-            "loaded. Compile the model that holds it again, then save. "
+            "merged, removed or replaced, so a file that contains it could "
+            "not be loaded. Compile the model that owns it again, then save. "
             f"Received: an optimizer for {len(gone)} adapters that are no "
             f"longer active, such as '{gone[0]}'"
         )

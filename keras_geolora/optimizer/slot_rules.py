@@ -159,10 +159,10 @@ def find_slots(optimizer, variables):
     ]
     if unknown:
         raise ValueError(
-            "Every slot of the inner optimizer needs a rule, see "
-            "`keras_geolora.register_slot_rules`. "
-            f"Received: inner_optimizer={type(optimizer).__name__} with "
-            f"rules {rules}, which do not cover {unknown[:3]}"
+            "Every slot of the inner optimizer needs a rule; see "
+            "`keras_geolora.register_slot_rules`. Received: "
+            f"inner_optimizer={type(optimizer).__name__} with rules {rules}, "
+            f"which do not cover {unknown[:3]}"
         )
     return slots
 

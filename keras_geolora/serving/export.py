@@ -142,15 +142,16 @@ def export(
     text = preprocess or needs_tokens(samples, signature)
     if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
-            "Strings need a KerasHub task, whose preprocessor makes tokens of "
-            "them, with `preprocess=True` inside the graph. Received: "
-            f"preprocess={preprocess}, samples={samples!r} for model "
-            f"'{model.name}' without a preprocessor"
+            "String inputs need a KerasHub task, whose preprocessor tokenizes "
+            "them; with `preprocess=True` this happens inside the graph. "
+            f"Received: preprocess={preprocess}, samples={samples!r} for "
+            f"model '{model.name}' without a preprocessor"
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
-            "SavedModels are written by TensorFlow, also from other backends. "
-            "Run: `python -m pip install tensorflow`. Received: no such package"
+            "SavedModels are written by TensorFlow, even on other backends. "
+            "Run: `python -m pip install tensorflow`. Received: TensorFlow is "
+            "not installed"
         )
     if tolerance is None:
         tolerance = TOLERANCES.get(model.compute_dtype, LOW_PRECISION)
@@ -260,8 +261,8 @@ def check_strings(model, signature):
     """Refuses strings on backends on which Keras does not support them."""
     if signature.takes_strings() and keras.backend.backend() != "tensorflow":
         raise ValueError(
-            "Keras calls models on strings on TensorFlow only, and an export "
-            "is compared with the outputs of the model. Save the model by "
+            "Keras supports string inputs only on TensorFlow, and an export "
+            "is compared with the outputs of the model. Save the model with "
             "`model.save('model.keras')`, then load and export it with "
             f"`KERAS_BACKEND=tensorflow`. Received: model '{model.name}', "
             f"which takes strings, on {keras.backend.backend()}"
@@ -346,8 +347,8 @@ def run_writer(folder, progress, timeout):
         if isinstance(error, subprocess.TimeoutExpired):
             raise ExportError(
                 "The process that writes the SavedModel did not finish in "
-                "time. Allow more seconds by `timeout=...`. "
-                f"Received: timeout={timeout}"
+                "time. Allow more seconds with `timeout=...`. Received: "
+                f"timeout={timeout}"
             ) from error
         raise
     finally:
@@ -393,8 +394,8 @@ def check_parity(report):
         if not far <= allowed:
             how = f"{far:.2g}" if math.isfinite(far) else "inf (not finite)"
             raise ExportError(
-                "The outputs of the SavedModel are not those of the model, so "
-                "it was deleted. If you know why, allow more by "
+                "The outputs of the SavedModel differ from those of the "
+                "model, so it was deleted. If you know why, allow more with "
                 f"`tolerance=...`. Received: a difference of {how} in "
                 f"signature '{name}', where {allowed:.2g} is allowed"
             )

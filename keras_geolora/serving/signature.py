@@ -113,8 +113,8 @@ class Signature:
             given = {names[0]: inputs}
         if set(given) != set(names):
             raise ValueError(
-                "Several inputs of a model must be given by name: "
-                f"{names}. Received: {sorted(given)}"
+                f"A model with several inputs needs them by name: {names}. "
+                f"Received: {sorted(given)}"
             )
         return given
 

@@ -195,7 +195,7 @@ def test_a_backbone_takes_the_adapter_of_a_task(path):
     move(task)
     task.save_geolora(path)
     other, _ = classifier()
-    with pytest.raises(AdapterFileError, match="trains is 'head:logits/"):
+    with pytest.raises(AdapterFileError, match="no variable 'head:logits/"):
         other.backbone.load_geolora(path)
     with pytest.warns(UserWarning, match="head:logits"):
         other.backbone.load_geolora(path, strict=False)
@@ -310,7 +310,7 @@ def test_an_adapter_with_other_companions_is_refused(path, options):
     other = trained(**options, modules_to_save=None, exclude=None)
     model.save_geolora(path)
     before = everything(other)
-    with pytest.raises(AdapterFileError, match="nothing in the model that"):
+    with pytest.raises(AdapterFileError, match="has no variable"):
         other.load_geolora(path)
     assert everything(other) == before
 
@@ -345,7 +345,7 @@ def test_a_rank_without_room_is_refused(path):
 def test_a_plain_model_has_nothing_to_save(path):
     with pytest.raises(ValueError, match="enable_geolora"):
         plain().save_geolora(path)
-    with pytest.raises(ValueError, match="no adapter of this name"):
+    with pytest.raises(ValueError, match="no adapter with this"):
         trained().save_geolora(path, name="other")
     assert not path.exists()
 
@@ -495,7 +495,7 @@ RANKS = "a smallest rank above the rank", "a largest rank below the rank"
 def test_ranks_out_of_order_contradict_the_file(path, forgery):
     trained().save_geolora(path)
     rewritten(path, FORGED[forgery])
-    with pytest.raises(AdapterFileError, match="contradicts itself.*'dense'"):
+    with pytest.raises(AdapterFileError, match="are inconsistent.*'dense'"):
         plain().load_geolora(path)
 
 
@@ -515,7 +515,7 @@ def test_foreign_files_are_refused(path):
     with pytest.raises(AdapterFileError, match="import_peft"):
         plain().load_geolora(path)
     path.write_bytes(b"PK\x03\x04 and so on")
-    with pytest.raises(AdapterFileError, match="no safetensors file"):
+    with pytest.raises(AdapterFileError, match="not a safetensors file"):
         plain().load_geolora(path)
     with pytest.raises(FileNotFoundError):
         plain().load_geolora(path.with_name("none"))

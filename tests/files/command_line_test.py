@@ -127,7 +127,7 @@ def test_diff_shows_what_differs(path, tmp_path, capsys):
 def test_errors_are_sentences(path, tmp_path, capsys):
     pathlib.Path(path).write_bytes(b"no")
     assert main(["inspect", path]) == 2
-    assert "damaged, or no safetensors file" in capsys.readouterr().err
+    assert "damaged, or not a safetensors file" in capsys.readouterr().err
     assert main(["diff", path, str(tmp_path / "none")]) == 2
 
 

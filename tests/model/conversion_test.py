@@ -347,7 +347,7 @@ def test_a_model_has_one_adapter_of_a_name():
 
 
 def test_a_broken_regular_expression_is_named():
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a valid regular"):
         functional().enable_geolora(targets="(")
 
 
@@ -419,7 +419,7 @@ def test_a_model_can_be_evaluated_without_geolora():
     model.enable_geolora(rank=2)
     model.compile(loss="mse")
     assert model.evaluate(random((4, 8)), random((4, 8)), verbose=0) > 0
-    with pytest.raises(ValueError, match="Adapters are trained by GeoLoRA"):
+    with pytest.raises(ValueError, match="Adapters must be trained"):
         model.fit(random((4, 8)), random((4, 8)), verbose=0)
 
 

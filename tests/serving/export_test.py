@@ -324,7 +324,7 @@ def reader_of_strings():
 def test_a_model_that_takes_strings(tmp_path, samples):
     model = reader_of_strings()
     if not ON_TENSORFLOW:
-        match = "on strings on TensorFlow only.*takes strings, on"
+        match = "string inputs only on TensorFlow.*takes strings, on"
         with pytest.raises(ValueError, match=match):
             keras_geolora.export(model, tmp_path, samples=samples)
         assert not list(tmp_path.iterdir())
