@@ -122,6 +122,7 @@ def test_the_size_of_an_update_is_no_damage():
         assert manifold.distance(U, S * size, V) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:The last layer")
 def test_a_training_stays_far_below_what_is_allowed():
     model = fit(adapted(exclude="head"), epochs=20)
     found = manifold.factors_of([model.get_layer("hidden")])
