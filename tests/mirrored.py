@@ -24,8 +24,8 @@ from keras_geolora.optimizer.geolora import find_geolora
 ROWS = 8  # of a batch
 CHECKS = []
 rng = np.random.default_rng(0)
-X = rng.normal(size=(24 * ROWS, 12)).astype("float32")
-Y = np.tanh(X @ rng.normal(size=(12, 4))).astype("float32")
+X = rng.normal(size=(24 * ROWS, 16)).astype("float32")
+Y = np.tanh(X @ rng.normal(size=(16, 4))).astype("float32")
 
 
 def check(function):
@@ -38,7 +38,7 @@ def make_model(make_optimizer, **options):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
-            keras.Input((12,)),
+            keras.Input((16,)),
             keras.layers.Dense(16, "relu", name="first"),
             keras.layers.Dense(16, "tanh", name="second"),
             keras.layers.Dense(4, name="head"),
@@ -167,7 +167,7 @@ def an_adapted_model_is_compacted_and_merged(strategy):
         model.optimizer.cut()
         model.compact_geolora(multiple=4)
         fit(model, 6)
-    assert two.layers[0].adapter.U.shape == (12, 4)
+    assert two.layers[0].adapter.U.shape == (16, 4)
     assert_replicas_agree(two)
     assert_same(one, two)
     before = two.predict(X[:ROWS], verbose=0)
@@ -223,7 +223,7 @@ def a_step_without_a_graph_is_the_same(strategy):
 @check
 def a_model_is_adapted_outside_of_the_scope_as_inside(strategy):
     with strategy.scope():
-        plain = keras.Sequential([keras.Input((12,)), keras.layers.Dense(4)])
+        plain = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
         optimizer = adam()()
     plain.enable_geolora(rank=2)
     with strategy.scope():

@@ -14,18 +14,18 @@ from keras_geolora import GeoLoRA, GeoLoRADense
 from keras_geolora.callbacks import EpochCompaction
 
 RNG = np.random.default_rng(0)
-X = RNG.normal(size=(48, 12)).astype("float32")
-Y = (np.tanh(X @ RNG.normal(size=(12, 6)))).astype("float32")
+X = RNG.normal(size=(48, 8)).astype("float32")
+Y = (np.tanh(X @ RNG.normal(size=(8, 8)))).astype("float32")
 
 
 def model_of(optimizer=None, compiled=False, **options):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
-            keras.Input((12,)),
-            keras.layers.Dense(12, activation="tanh"),
-            keras.layers.Dense(12, activation="tanh"),
-            keras.layers.Dense(6),
+            keras.Input((8,)),
+            keras.layers.Dense(8, activation="tanh"),
+            keras.layers.Dense(8, activation="tanh"),
+            keras.layers.Dense(8),
         ]
     )
     options = {"rank": 2, "max_rank": 6, "seed": 1, **options}
@@ -208,7 +208,7 @@ def assert_that_a_file_goes_on(model, path):
 def test_a_saved_model_keeps_the_buffers_of_layers_of_its_own(tmp_path):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
-        [keras.Input((12,)), GeoLoRADense(6, rank=2, max_rank=6)]
+        [keras.Input((8,)), GeoLoRADense(8, rank=2, max_rank=6)]
     )
     model.compile(cutting(keras.optimizers.SGD(0.1)), loss="mse")
     take_steps(model, 4)
@@ -275,9 +275,9 @@ def test_little_saving_is_none():
 
 def test_a_part_shrinks_with_the_model_that_trains_it():
     keras.utils.set_random_seed(0)
-    part = keras.Sequential([keras.Input((12,)), keras.layers.Dense(16)])
-    part.enable_geolora(rank=2, max_rank=8)
-    model = keras.Sequential([part, GeoLoRADense(6, rank=1, max_rank=4)])
+    part = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
+    part.enable_geolora(rank=2, max_rank=6)
+    model = keras.Sequential([part, GeoLoRADense(8, rank=1, max_rank=6)])
     # As above: compiled, XLA adds up fewer columns in another order.
     model.compile(
         cutting(keras.optimizers.Adam(1e-2)), loss="mse", run_eagerly=True
