@@ -31,14 +31,17 @@ def names():
     )
 
 
-def build(name):
-    """A new backbone with random weights, and a batch that it accepts."""
+def build(name, **changes):
+    """A new backbone with random weights, and a batch that it accepts.
+
+    Arguments may be changed in what is a row.
+    """
     if name in COMPOSED:
-        return COMPOSED[name]()
+        return COMPOSED[name](**changes)
     if name in TEXT:
         arguments, inputs = TEXT[name]
-        return getattr(models, name)(**arguments), text(*inputs)
-    backbone = image_backbone(name)
+        return getattr(models, name)(**arguments | changes), text(*inputs)
+    backbone = image_backbone(name, **changes)
     return backbone, floats(*backbone.input_shape[1:])
 
 

@@ -1,4 +1,7 @@
-"""A fine-tuned MiniLM, served: C++ without Python, gRPC, raw strings."""
+"""A fine-tuned MiniLM, served: C++ without Python, gRPC, raw strings.
+
+Its first two layers, that is: the others would give the same operations again.
+"""
 
 import concurrent.futures
 import pathlib
@@ -28,8 +31,10 @@ written_by_tensorflow = pytest.mark.backend_independent(
 
 
 @pytest.fixture(scope="module")
-def data():
-    return real_sentences.load()
+def data(tmp_path_factory):
+    preset, *rest = real_sentences.load()
+    folder = tmp_path_factory.mktemp("presets") / "two_layers"
+    return real_sentences.cut(preset, folder, layers=2), *rest
 
 
 @pytest.fixture(scope="module")
