@@ -6,9 +6,9 @@ readers of the source see it and readers of the page do not:
 
     <!-- needs: minilm -->
 
-It finds the package's files under that name, a model with one of its layers,
-and is skipped where the package is not installed. `needs: torch` means that
-Keras runs on torch.
+It finds the package's files under that name, on backends that compile a model
+with one of its layers, and is skipped where the package is not installed.
+`needs: torch` means that Keras runs on torch.
 """
 
 import importlib.metadata

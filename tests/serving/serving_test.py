@@ -1,7 +1,4 @@
-"""A fine-tuned MiniLM, served: C++ without Python, gRPC, raw strings.
-
-Its first two layers, that is: the others would give the same operations again.
-"""
+"""A fine-tuned MiniLM, served: C++ without Python, gRPC, raw strings."""
 
 import concurrent.futures
 import pathlib
@@ -33,7 +30,7 @@ written_by_tensorflow = pytest.mark.backend_independent(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     preset, *rest = real_sentences.load()
-    folder = tmp_path_factory.mktemp("presets") / "two_layers"
+    folder = tmp_path_factory.mktemp("presets") / "minilm"
     return real_sentences.cut(preset, folder, layers=2), *rest
 
 
