@@ -18,9 +18,8 @@ from keras_geolora.layers.tree import adapted_layers, walk
 # Such a backend compiles every layer and every shape: it gets fewer.
 SHORT = dict(num_layers=1)
 SQUARE = SHORT | dict(intermediate_dim=16)
-FLAT = dict(
-    block_type="basic_block",
-    stackwise_num_filters=[64, 64],
+TWO_STAGES = dict(
+    stackwise_num_filters=[64, 8],
     stackwise_num_blocks=[1, 1],
     stackwise_num_strides=[1, 2],
 )
@@ -28,7 +27,7 @@ CHOICE = {
     "BertBackbone": SQUARE,  # Dense and EinsumDense
     "GemmaBackbone": SHORT,  # decoder, reversible embedding
     "GPTNeoXBackbone": SQUARE,  # `enable_lora` of KerasHub finds nothing in it
-    "ResNetBackbone": FLAT,  # convolutions
+    "ResNetBackbone": TWO_STAGES,  # convolutions
     "MobileNetBackbone": {},  # depthwise convolutions
     "T5Backbone": SQUARE,  # encoder and decoder
     "WhisperBackbone": SQUARE,  # audio
