@@ -31,14 +31,17 @@ def names():
     )
 
 
-def build(name):
-    """A new backbone with random weights, and a batch that it accepts."""
+def build(name, **changes):
+    """A new backbone with random weights, and a batch that it accepts.
+
+    Arguments may be changed in what is a row, and in Whisper.
+    """
     if name in COMPOSED:
-        return COMPOSED[name]()
+        return COMPOSED[name](**changes)
     if name in TEXT:
         arguments, inputs = TEXT[name]
-        return getattr(models, name)(**arguments), text(*inputs)
-    backbone = image_backbone(name)
+        return getattr(models, name)(**arguments | changes), text(*inputs)
+    backbone = image_backbone(name, **changes)
     return backbone, floats(*backbone.input_shape[1:])
 
 
@@ -874,12 +877,12 @@ def video_prism():
     return backbone, text(*PLAIN) | dict(pixel_values=floats(2, 8, 8, 3))
 
 
-def whisper():
+def whisper(**changes):
     backbone = models.WhisperBackbone(
         num_mels=8,
         max_encoder_sequence_length=LENGTH,
         max_decoder_sequence_length=LENGTH,
-        **HEADS,
+        **HEADS | changes,
     )
     return backbone, text("decoder_token_ids", "decoder_padding_mask") | dict(
         encoder_features=floats(LENGTH, 8)

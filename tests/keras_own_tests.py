@@ -8,6 +8,7 @@ In the tests of optimizers the name of the optimizer stands for
 rank, and so on. What is left out is listed in `LEFT_OUT` with its reason.
 """
 
+import gc
 import importlib
 import pathlib
 import sys
@@ -75,11 +76,14 @@ class Selection:
     """Pytest plugin that leaves tests out, and seeds the others.
 
     Some of Keras' bounds on errors of random int4 kernels hold for most seeds.
+    Keras collects garbage for every layer that it quantizes, which takes as
+    long as there are objects to look at: those of other tests are left alone.
     """
 
     @pytest.fixture(autouse=True)
     def seeded(self):
         keras.utils.set_random_seed(0)
+        gc.freeze()
 
     def pytest_configure(self, config):
         for mark in ("requires_trainable_backend", "multi_device"):

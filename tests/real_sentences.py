@@ -1,8 +1,10 @@
 """A pretrained classifier and movie reviews, where they are installed."""
 
+import json
 import pathlib
 import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -19,6 +21,25 @@ def load():
     except (FileNotFoundError, ModuleNotFoundError) as error:
         pytest.skip(f"real weights and data are not installed: {error}")
     return preset, np.array(texts), liked
+
+
+def cut(preset, folder, layers):
+    """Makes a preset of the first layers of another, in a new folder.
+
+    On torch it has them all. Other backends compile each of them, and six take
+    a minute where what is done to one layer is done to all.
+    """
+    if keras.backend.backend() == "torch":
+        folder.symlink_to(preset)
+        return str(folder)
+    folder.mkdir()
+    for file in pathlib.Path(preset).iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").unlink()
+    config = json.dumps(config | {"num_hidden_layers": layers})
+    (folder / "config.json").write_text(config, "utf-8")
+    return str(folder)
 
 
 def load_sentences():

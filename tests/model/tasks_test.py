@@ -16,8 +16,13 @@ RNG = np.random.default_rng(0)
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+def build(name, **changes):
+    """A backbone of one layer, all of whose kernels have the same shape."""
+    return families.build(f"{name}Backbone", num_layers=1, **changes)
+
+
 def text_classifier():
-    backbone, inputs = families.build("BertBackbone")
+    backbone, inputs = build("Bert", intermediate_dim=16)
     task = models.BertTextClassifier(
         backbone, num_classes=2, preprocessor=None, dropout=0.0
     )
@@ -25,19 +30,20 @@ def text_classifier():
 
 
 def image_classifier():
-    backbone, inputs = families.build("ViTBackbone")
+    backbone, inputs = build("ViT", mlp_dim=16, image_shape=(8, 8, 1))
     task = models.ViTImageClassifier(backbone, num_classes=3, preprocessor=None)
     return task, inputs, np.array([0, 2])
 
 
 def causal_lm(name="GPT2"):
-    backbone, inputs = families.build(f"{name}Backbone")
+    same = {"GPT2": {"intermediate_dim": 16}, "Gemma": {}}
+    backbone, inputs = build(name, **same[name])
     task = getattr(models, f"{name}CausalLM")(backbone, preprocessor=None)
     return task, inputs, inputs["token_ids"]
 
 
 def masked_lm():
-    backbone, inputs = families.build("BertBackbone")
+    backbone, inputs = build("Bert", intermediate_dim=16)
     task = models.BertMaskedLM(backbone, preprocessor=None)
     inputs["mask_positions"] = np.array([[1, 3], [2, 4]], "int32")
     return task, inputs, np.array([[3, 4], [5, 6]])
