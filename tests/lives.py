@@ -30,7 +30,7 @@ from keras import ops
 import keras_geolora  # noqa: F401
 from keras_geolora import GeoLoRA
 from keras_geolora.layers.factor import factor_of
-from keras_geolora.layers.tree import carriers
+from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.compiled_state import fits
 
 ROWS = 8
@@ -246,7 +246,7 @@ class Life:
         weights = {n: float(self.rng.normal()) for n in self.names[:2]}
         updates = [
             (layer, layer.adapters_by_name(), sum_of(layer, weights))
-            for layer in carriers(self.model).values()
+            for layer in layers_with_adapters(self.model).values()
             if set(weights) & set(layer.adapter_names)
         ]
         self.model.combine_geolora(name, weights)
@@ -402,7 +402,7 @@ class Life:
             content = self.everything_in_a_file()
             assert b"geolora" not in content.lower()
         assert fits(self.model)
-        for layer in carriers(self.model).values():
+        for layer in layers_with_adapters(self.model).values():
             for adapter in layer.adapters_by_name().values():
                 check_manifold(adapter)
 

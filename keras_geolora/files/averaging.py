@@ -13,8 +13,8 @@ from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
 from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import (
+    has_adapters,
     inside,
-    is_carrier,
     is_leaf,
 )
 from keras_geolora.model.checks import check_model, check_not_suspended
@@ -207,11 +207,11 @@ def what_learns(model):
     adaptation = model.geolora_adaptation
     learned = {id(v) for v in model.trainable_variables}
     learned |= {
-        id(v) for v in adaptation.adapters[adaptation.active].companions
+        id(v) for v in adaptation.adapters[adaptation.active].co_trained
     }
     for layer in inside(model):
         # Statistics of a layer that the user made trainable.
-        if is_leaf(layer) and layer.trainable and not is_carrier(layer):
+        if is_leaf(layer) and layer.trainable and not has_adapters(layer):
             learned |= {id(v) for v in layer.weights}
     return learned
 

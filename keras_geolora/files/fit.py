@@ -124,10 +124,10 @@ class Fit:
         return pairs
 
     def _expected(self):
-        """Returns a dict from key to variable of possible companions."""
+        """Returns a dict from key to variable of what may be co-trained."""
         keyed = keyed_variables(self.model)
         if self.existing is not None:
-            train = {id(v) for v in self.existing.companions}
+            train = {id(v) for v in self.existing.co_trained}
         else:
             train = {
                 id(v) for layer in self.saved_layers for v in layer.weights

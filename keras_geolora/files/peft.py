@@ -127,8 +127,8 @@ def export_peft(
     for path, layer in layers.items():
         adapter = layer.adapters_by_name()[name]
         updates[path] = (*adapter.trimmed(), adapter.scale)
-    companions = {id(v) for v in adaptation.adapters[name].companions}
-    left = [k for k, v in keyed_variables(model).items() if id(v) in companions]
+    co_trained = {id(v) for v in adaptation.adapters[name].co_trained}
+    left = [k for k, v in keyed_variables(model).items() if id(v) in co_trained]
     write_peft(
         folder,
         updates,

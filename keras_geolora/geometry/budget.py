@@ -10,7 +10,7 @@ from keras import ops
 from keras_geolora.geometry.integrator import count
 
 
-class Claim(NamedTuple):
+class RankRequest(NamedTuple):
     """What all adapters of one shape ask for.
 
     | name       | shape    | meaning                                      |
@@ -27,7 +27,7 @@ class Claim(NamedTuple):
     cost: int
 
 
-def spend(budget, claims):
+def spend(budget, requests):
     """Keeps the most valuable singular values of all layers within a budget.
 
     The ranks that `min_rank` guarantees come first, then the largest values of
@@ -37,17 +37,17 @@ def spend(budget, claims):
     Args:
         budget: Int scalar, the largest allowed sum of `rank * cost` over all
             layers. It covers at least the guaranteed ranks.
-        claims: List of `Claim`s.
+        requests: List of `RankRequest`s.
 
     Returns:
-        List of int arrays `(n, 1)`, the ranks of the layers of each claim.
+        List of int arrays `(n, 1)`, the ranks of the layers of each request.
     """
-    width = max(claim.sigma.shape[-1] for claim in claims)
-    largest = ops.max(ops.stack([ops.max(c.sigma) for c in claims]))
+    width = max(request.sigma.shape[-1] for request in requests)
+    largest = ops.max(ops.stack([ops.max(x.sigma) for x in requests]))
     largest = ops.where(largest > 0, largest, 1.0)
-    cheapest = min(claim.cost for claim in claims)
+    cheapest = min(request.cost for request in requests)
     values, costs = [], []
-    for sigma, wanted, min_rank, cost in claims:
+    for sigma, wanted, min_rank, cost in requests:
         column = ops.arange(sigma.shape[-1], dtype="int32")
         value = ops.square(sigma / largest) * (cheapest / cost)
         value = ops.where(column < min_rank, 2.0, value)
@@ -64,7 +64,7 @@ def spend(budget, claims):
     within = ops.cumsum(ops.take(costs, order)) <= budget
     kept = ops.logical_and(ops.take(within, ops.argsort(order)), asked)
     ranks = count(ops.transpose(ops.reshape(kept, (width, -1))))
-    sizes = [claim.sigma.shape[0] for claim in claims]
+    sizes = [request.sigma.shape[0] for request in requests]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [
         ranks[end - size : end] for size, end in zip(sizes, ends, strict=True)

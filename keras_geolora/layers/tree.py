@@ -81,14 +81,14 @@ def adapted_layers(model):
     }
 
 
-def carriers(model):
+def layers_with_adapters(model):
     """Returns a dict from path to layer of all layers with any adapter.
 
     Including those whose adapters are not active.
     """
-    return {path: layer for path, layer in walk(model) if is_carrier(layer)}
+    return {path: layer for path, layer in walk(model) if has_adapters(layer)}
 
 
-def is_carrier(layer):
+def has_adapters(layer):
     """Returns whether a layer has any adapter, active or not."""
     return bool(getattr(layer, "adapter_names", []))

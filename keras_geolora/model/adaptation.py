@@ -10,8 +10,8 @@ from keras import ops
 
 from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import (
+    has_adapters,
     inside,
-    is_carrier,
     stable_paths,
 )
 from keras_geolora.model.freezing import Freeze
@@ -19,15 +19,15 @@ from keras_geolora.model.substitution import exchanged_values, value_of
 
 
 class NamedAdapter:
-    """An adapter of a model: those of its layers, and companions.
+    """An adapter of a model: those of its layers, and co-trained variables.
 
     Attributes:
         layers: Dict from stable path to adapted layer.
         saved_layers: List of the layers in `modules_to_save`.
         train_bias: Bool, whether the biases of the layers train.
-        companions: List of the variables that train beside the factors, and
+        co_trained: List of the variables that train beside the factors, and
             statistics of such layers: biases, `modules_to_save`, the head.
-        values: Dict from the ids of companions to their values while the
+        values: Dict from the ids of these variables to their values while the
             adapter is inactive, otherwise `None`.
         manual_flags: Dict from path to the `trainable` of a layer's adapter
             where the user set it, kept up to date while it is inactive.
@@ -35,11 +35,11 @@ class NamedAdapter:
             side of the kernel.
     """
 
-    def __init__(self, layers, saved_layers, train_bias, companions):
+    def __init__(self, layers, saved_layers, train_bias, co_trained):
         self.layers = layers
         self.saved_layers = saved_layers
         self.train_bias = train_bias
-        self.companions = companions
+        self.co_trained = co_trained
         self.values = None
         self.manual_flags = {}
         self.clipped = {}
@@ -146,11 +146,11 @@ class Adaptation:
             self.pause()
 
     def _find_companions_anew(self):
-        """Finds the companions again, after layers changed."""
+        """Finds the co-trained variables again, after layers changed."""
         # Kept alive while new ones come: variables are known by their id.
         before = self._all_companions()
         for adapter in self.adapters.values():
-            adapter.companions = self._companions(
+            adapter.co_trained = self._co_trained_by(
                 adapter.layers.values(),
                 adapter.saved_layers,
                 adapter.train_bias,
@@ -160,7 +160,7 @@ class Adaptation:
                     id(v): adapter.values[id(v)]
                     if id(v) in adapter.values
                     else value_of(v)
-                    for v in adapter.companions
+                    for v in adapter.co_trained
                 }
         self._pretrained = {
             id(v): self.pretrained(v) if contains(before, v) else value_of(v)
@@ -169,8 +169,8 @@ class Adaptation:
 
     def _check_changes(self, came):
         """Refuses changed layers that cannot be taken in."""
-        if any(map(is_carrier, came)):
-            names = [layer.name for layer in came if is_carrier(layer)]
+        if any(map(has_adapters, came)):
+            names = [layer.name for layer in came if has_adapters(layer)]
             raise ValueError(
                 "Layers that are added to an adapted model must not have "
                 "adapters of their own. Adapt the model after changing its "
@@ -193,8 +193,8 @@ class Adaptation:
         """Records an adapter that its layers have, and activates it."""
         if self.active is not None:
             self._put_away()
-        companions = self._companions(layers, saved_layers, train_bias)
-        for variable in companions:
+        co_trained = self._co_trained_by(layers, saved_layers, train_bias)
+        for variable in co_trained:
             self._pretrained.setdefault(id(variable), value_of(variable))
         for layer in layers:
             layer.adapter_state.adaptation = self
@@ -203,7 +203,7 @@ class Adaptation:
             {path_of[id(layer)]: layer for layer in layers},
             saved_layers,
             train_bias,
-            companions,
+            co_trained,
         )
         self._take_up(name)
 
@@ -212,17 +212,17 @@ class Adaptation:
         self.adapters.pop(name, None)
         self._take_up(active)
 
-    def _companions(self, layers, saved_layers, train_bias):
-        """Returns the companions of an adapter."""
-        companions = list(self.head)
+    def _co_trained_by(self, layers, saved_layers, train_bias):
+        """Returns the variables that train beside the factors of an adapter."""
+        co_trained = list(self.head)
         for layer in saved_layers:
             # The layer's own weights, without those of adapters.
-            companions.extend(v for v in layer.weights if factor_of(v) is None)
+            co_trained.extend(v for v in layer.weights if factor_of(v) is None)
         if train_bias:
             for layer in layers:
                 if getattr(layer, "bias", None) is not None:
-                    companions.append(layer.bias)
-        return list({id(v): v for v in companions}.values())
+                    co_trained.append(layer.bias)
+        return list({id(v): v for v in co_trained}.values())
 
     def activate(self, name):
         """Activates one adapter."""
@@ -239,12 +239,12 @@ class Adaptation:
             self.freeze()
 
     def restore_companions(self):
-        """Resets the companions to their values before training."""
-        for variable in self.adapters[self.active].companions:
+        """Resets the co-trained variables to their values before training."""
+        for variable in self.adapters[self.active].co_trained:
             variable.assign(self.pretrained(variable))
 
     def pretrained(self, variable):
-        """Returns the value a companion had before training."""
+        """Returns the value a co-trained variable had before training."""
         return self._pretrained[id(variable)]
 
     def plan(self):
@@ -286,7 +286,7 @@ class Adaptation:
         active = self.adapters[self.active]
         return {
             **self.frozen.manual_changes(
-                active.saved_layers, active.companions, but
+                active.saved_layers, active.co_trained, but
             ),
             "adapters": {
                 name: adapter.find_manual_flags(name)
@@ -392,8 +392,8 @@ class Adaptation:
     def stored_values(self):
         """Returns the values that Keras does not save with the weights, by key.
 
-        These are the companions' values before training, and those for inactive
-        adapters.
+        These are the values of co-trained variables before training, and those
+        for inactive adapters.
         """
         arrays = {
             f"pretrained_{i}": self.pretrained(variable)
@@ -413,20 +413,20 @@ class Adaptation:
             if name != self.active:
                 adapter.values = {
                     id(v): np.array(arrays[f"{a}_{i}"])
-                    for i, v in enumerate(adapter.companions)
+                    for i, v in enumerate(adapter.co_trained)
                 }
 
     def _all_companions(self):
         adapters = self.adapters.values()
-        companions = {id(v): v for a in adapters for v in a.companions}
-        return list(companions.values())
+        co_trained = {id(v): v for a in adapters for v in a.co_trained}
+        return list(co_trained.values())
 
     def is_companion(self, variable):
         """Returns whether a variable belongs to any adapter."""
         return id(variable) in self._pretrained
 
     def is_statistic(self, variable):
-        """Returns whether a companion is a statistic, without a gradient."""
+        """Returns whether a variable is a statistic, without a gradient."""
         return id(variable) not in self._trains
 
     @functools.cached_property
@@ -435,15 +435,15 @@ class Adaptation:
         return {id(v) for v in self.frozen.variables + self._trains_in_head}
 
     def values(self, name):
-        """Returns the values of the companions of an adapter, by id."""
+        """Returns the values of what an adapter co-trains, by id."""
         adapter = self.adapters[name]
         if adapter.values is not None:
             values = adapter.values.items()
             return {key: ops.convert_to_numpy(x) for key, x in values}
-        return {id(v): value_of(v) for v in adapter.companions}
+        return {id(v): value_of(v) for v in adapter.co_trained}
 
-    def companion_values(self):
-        """Returns pairs of all companions and their current values."""
+    def co_trained_values(self):
+        """Returns pairs of co-trained variables and their values."""
         values = self.values(self.active)
         return [
             (v, values.get(id(v), self.pretrained(v)))
@@ -453,26 +453,26 @@ class Adaptation:
     def freeze(self):
         """Freezes what does not train with the active adapter."""
         adapter = self.adapters[self.active]
-        self.frozen.freeze_all_but(adapter.saved_layers, adapter.companions)
+        self.frozen.freeze_all_but(adapter.saved_layers, adapter.co_trained)
         self.activate_layers()
 
     @contextlib.contextmanager
     def suspension(self):
-        """Disables the adapters and companions for a block."""
+        """Disables the adapters and what trained with them for a block."""
         self.suspended += 1
         try:
             with contextlib.ExitStack() as stack:
                 if self.suspended == 1:
-                    stack.enter_context(self._pretrained_companions())
+                    stack.enter_context(self._pretrained_co_trained())
                 yield
         finally:
             self.suspended -= 1
 
     @contextlib.contextmanager
-    def _pretrained_companions(self):
-        """Gives the companions their pretrained values for a block."""
+    def _pretrained_co_trained(self):
+        """Gives co-trained variables their pretrained values for a block."""
         adapter = self.adapters[self.active]
-        values = [(v, self.pretrained(v)) for v in adapter.companions]
+        values = [(v, self.pretrained(v)) for v in adapter.co_trained]
         with exchanged_values(values) as trained:
             adapter.values = trained
             try:
@@ -499,7 +499,7 @@ class Adaptation:
     def _take_up_companions(self):
         adapter = self.adapters[self.active]
         if adapter.values is not None:
-            for variable in adapter.companions:
+            for variable in adapter.co_trained:
                 variable.assign(adapter.values[id(variable)])
         adapter.values = None
 

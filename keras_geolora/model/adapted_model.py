@@ -21,8 +21,8 @@ from keras_geolora.layers.in_place import become_adapted, become_plain
 from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.registry import adapted_class
 from keras_geolora.layers.tree import (
-    carriers,
     inside,
+    layers_with_adapters,
     stable_paths,
 )
 from keras_geolora.model.adaptation import Adaptation
@@ -185,14 +185,20 @@ class AdaptedModel(PausesAsAWhole):
                 "`model.save_weights('model.weights.h5')` for the weights "
                 f"alone. Received: filepath='{filepath}'"
             )
-        check_layers(carriers(self).values(), f"'{filepath}' was not written.")
+        check_layers(
+            layers_with_adapters(self).values(),
+            f"'{filepath}' was not written.",
+        )
         # Raises before Keras empties the file, if something cannot be saved.
         keras.saving.serialize_keras_object(self)
         super().save(filepath, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
         """Like `keras.Model.save_weights`; refuses invalid factors."""
-        check_layers(carriers(self).values(), f"'{filepath}' was not written.")
+        check_layers(
+            layers_with_adapters(self).values(),
+            f"'{filepath}' was not written.",
+        )
         super().save_weights(filepath, *args, **kwargs)
 
     def __reduce__(self):
@@ -580,7 +586,7 @@ def as_plain(model):
     """Gives a model and its layers their former classes for a block."""
     scope = model.geolora_adaptation.scope
     parts = [model] if scope is model else [model, scope]
-    adapted = [*carriers(model).values(), *parts]
+    adapted = [*layers_with_adapters(model).values(), *parts]
     classes = [type(layer) for layer in adapted]
     for layer in adapted:
         become_plain(layer)

@@ -2,7 +2,7 @@
 
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.keras_internals import variables_of
-from keras_geolora.layers.tree import carriers
+from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.checks import check_optimizer_is_new
 from keras_geolora.model.compiled_functions import forget_traces
 from keras_geolora.optimizer.geolora import find_geolora, rebuild, renewed
@@ -21,7 +21,7 @@ def resize_buffers(model, max_ranks, optimizer=None):
     """
     changes = [
         (layer, name, max_ranks[id(adapter)])
-        for layer in carriers(model).values()
+        for layer in layers_with_adapters(model).values()
         for name, adapter in layer.adapters_by_name().items()
         if max_ranks.get(id(adapter), adapter.max_rank) != adapter.max_rank
     ]

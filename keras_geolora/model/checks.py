@@ -3,7 +3,7 @@
 import keras
 
 from keras_geolora.keras_internals import variables_of
-from keras_geolora.layers.tree import carriers
+from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.parts import adaptations_of
 from keras_geolora.optimizer.geolora import find_geolora
 
@@ -37,7 +37,7 @@ def check_can_adapt(model, name):
     adaptation = getattr(model, "geolora_adaptation", None)
     strange = [
         layer
-        for layer in carriers(model).values()
+        for layer in layers_with_adapters(model).values()
         if adaptation is None or layer.adaptation is not adaptation
     ]
     if strange:
@@ -61,7 +61,7 @@ def check_can_adapt(model, name):
 
 def check_adapted(model, what):
     """Refuses a model without adapters, or with those of another model."""
-    layers = carriers(model)
+    layers = layers_with_adapters(model)
     if not layers:
         raise ValueError(
             f"Only a model with adapted layers can be {what}; adapt it with "

@@ -3,7 +3,7 @@
 import operator
 
 from keras_geolora.layers.adapter import check_columns
-from keras_geolora.layers.tree import carriers
+from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.buffers import resize_buffers
 from keras_geolora.model.checks import check_adapted_and_enabled
 
@@ -72,7 +72,7 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
         )
     adapters = [
         adapter
-        for layer in carriers(model).values()
+        for layer in layers_with_adapters(model).values()
         for adapter in layer.adapters_by_name().values()
     ]
     widths = {

@@ -14,7 +14,7 @@ from keras_geolora.keras_internals import (
     variables_of,
 )
 from keras_geolora.layers.factor import factor_of
-from keras_geolora.layers.tree import carriers, models_of
+from keras_geolora.layers.tree import layers_with_adapters, models_of
 from keras_geolora.optimizer.geolora import find_geolora
 from keras_geolora.optimizer.of_model import optimizers_of, trains_as_keras
 
@@ -26,7 +26,7 @@ def fits(model):
     """Returns whether the optimizers of a model fit what it trains."""
     adapters = {
         id(adapter): layer.adapter is adapter
-        for layer in carriers(model).values()
+        for layer in layers_with_adapters(model).values()
         for adapter in layer.adapters_by_name().values()
     }
     for name, optimizer in optimizers_of(model).items():

@@ -8,7 +8,7 @@ from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.layers.clipping import clipped
 from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.options import AdapterOptions
-from keras_geolora.layers.tree import adapted_layers, carriers
+from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.adapted_model import (
     add_adapter,
     make_adapted,
@@ -228,7 +228,7 @@ def merge_geolora(model, reversible=True):
                 f"be finite. Received: a non-finite update of layer '{path}'. "
                 "Nothing was merged."
             )
-    check_layers(carriers(model).values(), "Nothing was merged.")
+    check_layers(layers_with_adapters(model).values(), "Nothing was merged.")
     merged = Merged(model, reversible)
     vars(model).pop("geolora_merged", None)
     if reversible:
@@ -280,7 +280,7 @@ def unmerge_geolora(model):
             "without `reversible=False`, can be unmerged. Received: model "
             f"'{model.name}'"
         )
-    if carriers(model):
+    if layers_with_adapters(model):
         raise ValueError(
             "A merged model that was adapted again cannot be unmerged: its "
             "new adapters belong to the merged kernels. First remove them "
@@ -326,7 +326,7 @@ def remove_geolora(model):
     """
     check_adapted_and_enabled(model, "stripped of adapters")
     warn_of_what_stays(adaptations_of(model), stacklevel=3)
-    for layer in carriers(model).values():
+    for layer in layers_with_adapters(model).values():
         layer.detach_adapters()
     for part in adapted_parts(model):
         adaptation = part.geolora_adaptation
@@ -394,7 +394,7 @@ class Merged:
             for part in adapted_parts(model)
         ]
         try:
-            for layer in carriers(model).values():
+            for layer in layers_with_adapters(model).values():
                 self.layers.append(MergedLayer(layer))
                 self.layers[-1].merge(reversible)
             for part, adaptation, _ in self.parts:

@@ -7,7 +7,7 @@ import numpy as np
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
-from keras_geolora.layers.tree import carriers
+from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.adapted_model import warn_of_what_stays
 from keras_geolora.model.checks import (
     check_adapted,
@@ -76,7 +76,7 @@ def geolora_disabled(model):
 
 def in_a_trace(model):
     """Returns whether a function of a model is being traced."""
-    layer = next(iter(carriers(model).values()))
+    layer = next(iter(layers_with_adapters(model).values()))
     adapter = next(iter(layer.adapters_by_name().values()))
     return is_traced(adapter.S)
 
@@ -306,11 +306,11 @@ def combine(adaptation, name, weights, rank):
     """Adds the weighted sum of adapters to an `Adaptation`."""
     adapters = [adaptation.adapters[other] for other in weights]
     train_bias = any(adapter.train_bias for adapter in adapters)
-    layers, saved, companions = {}, {}, {}
+    layers, saved, co_trained = {}, {}, {}
     for adapter in adapters:
         layers.update(adapter.layers)
         saved.update((id(layer), layer) for layer in adapter.saved_layers)
-        companions.update((id(v), v) for v in adapter.companions)
+        co_trained.update((id(v), v) for v in adapter.co_trained)
     # Everything that can fail comes first.
     sums = {
         path: weighted_sum(layer, weights, rank)
@@ -319,7 +319,7 @@ def combine(adaptation, name, weights, rank):
     known = {other: adaptation.values(other) for other in weights}
     values = {
         key: combined_value(adaptation, variable, known, weights)
-        for key, variable in companions.items()
+        for key, variable in co_trained.items()
     }
 
     adaptation.resume()
@@ -334,12 +334,12 @@ def combine(adaptation, name, weights, rank):
             layer.adapter.S.assign(np.diag(sigma))
             layer.adapter.V.assign(V)
         adaptation.add(name, layers_of_sum, saved_layers, train_bias)
-    for key, variable in companions.items():
+    for key, variable in co_trained.items():
         variable.assign(values[key])
 
 
 def combined_value(adaptation, variable, known, weights):
-    """Returns the value of a companion in a weighted sum of adapters.
+    """Returns the value of a co-trained variable in a weighted sum of adapters.
 
     This is its pretrained value plus the weighted sum of the changes.
     Statistics, which do not train, are averaged instead: a sum could make a

@@ -420,10 +420,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """
         adapters = [a for step in steps for a in step.group.adapters]
         budget, unit = self.budget_of(adapters, updates)
-        claims = [step.claim(tolerance, unit) for step in steps]
+        requests = [step.rank_request(tolerance, unit) for step in steps]
         if budget is None or not steps:
-            return [claim.wanted for claim in claims]
-        return spend(budget, claims)
+            return [request.wanted for request in requests]
+        return spend(budget, requests)
 
     def cut(self):
         """Cuts every adapter to the rank that it needs now.

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_geolora.distribution.layouts import layout_of, stacked_layout
 from keras_geolora.geometry import integrator
-from keras_geolora.geometry.budget import Claim
+from keras_geolora.geometry.budget import RankRequest
 from keras_geolora.geometry.integrator import Point, Unknowns, choose
 from keras_geolora.geometry.transport import transport
 from keras_geolora.keras_internals import decays, gradient_accumulators
@@ -372,8 +372,8 @@ class GroupStep:
         self.augmented = augmented._replace(size=size)
         return finite
 
-    def claim(self, tolerance, unit):
-        """Returns the `Claim` of the group on a budget.
+    def rank_request(self, tolerance, unit):
+        """Returns the `RankRequest` of the group on a budget.
 
         Adapters without gradients keep their ranks.
 
@@ -397,7 +397,7 @@ class GroupStep:
             wanted = ops.where(moving, wanted, rank)
             min_rank = ops.where(moving, min_rank, rank)
         sigma = sigma * ops.convert_to_tensor(self.group.scale)
-        return Claim(sigma, wanted, min_rank, self.group.cost(unit))
+        return RankRequest(sigma, wanted, min_rank, self.group.cost(unit))
 
     def cut(self, rank):
         """Truncates the adapters and their slots, without a step."""

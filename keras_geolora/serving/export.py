@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from keras_geolora.layers.factor import check_layers
-from keras_geolora.layers.tree import carriers, inside
+from keras_geolora.layers.tree import inside, layers_with_adapters
 from keras_geolora.model.checks import check_model, check_not_suspended
 from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
@@ -133,7 +133,7 @@ def export(
             f"first. Received: model '{model.name}', which is not built"
         )
     check_not_suspended(adaptations_of(model))
-    check_layers(carriers(model).values(), "Nothing was exported.")
+    check_layers(layers_with_adapters(model).values(), "Nothing was exported.")
     path = pathlib.Path(path)
     check_version(path, version)
     names = chosen_adapters(model, adapters)
@@ -166,7 +166,7 @@ def export(
         model.save(folder / "model.keras")
         job = {
             "adapters": names,
-            "baseline": bool(baseline and carriers(model)),
+            "baseline": bool(baseline and layers_with_adapters(model)),
             "preprocess": preprocess,
             "signature": vars(signature),
             "tolerance": tolerance,

@@ -21,7 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_geolora.layers.tree import adapted_layers, carriers
+from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
 from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
@@ -135,7 +135,7 @@ def mergeable(model):
 
 def keep_beside(model):
     """Keeps adapters unmerged, with only the columns in use."""
-    for layer in carriers(model).values():
+    for layer in layers_with_adapters(model).values():
         layer.keeps_update_apart = True
         for name, adapter in layer.adapters_by_name().items():
             layer.resize_adapter(name, adapter.rank)
@@ -159,7 +159,7 @@ class Endpoint:
         self.values = [
             (variable, tf.Variable(value, trainable=False))
             for adaptation in adaptations
-            for variable, value in adaptation.companion_values()
+            for variable, value in adaptation.co_trained_values()
         ]
         self.tracked = [*(v.value for v in model.variables), *tables(model)]
         signature = Signature(**job["signature"])

@@ -10,7 +10,7 @@ from keras import ops
 from keras_geolora.geometry import manifold
 from keras_geolora.layers.clipping import asked_of
 from keras_geolora.layers.factor import factors_of
-from keras_geolora.layers.tree import adapted_layers, carriers
+from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.optimizer.geolora import UNLIMITED, find_geolora
 from keras_geolora.viewing.abbreviation import abbreviated
 from keras_geolora.viewing.heat_map import check_can_draw, heat_map
@@ -120,7 +120,7 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
         sentences = [
             *totals(rows, budget, unit),
             *notes_on_ranks(rows),
-            *warnings_of(carriers(model).values()),
+            *warnings_of(layers_with_adapters(model).values()),
         ]
         for line in write(rows, model.name, sentences):
             print_fn(line)

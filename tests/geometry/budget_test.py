@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_geolora import GeoLoRA
-from keras_geolora.geometry.budget import Claim, spend
+from keras_geolora.geometry.budget import RankRequest, spend
 from keras_geolora.layers.tree import adapted_layers
 
 pytestmark = [
@@ -24,9 +24,9 @@ X = RNG.normal(size=(64, 8)).astype("float32")
 Y = np.tanh(X @ RNG.normal(size=(8, 8))).astype("float32")
 
 
-def claim(sigma, wanted, min_rank, cost):
+def request(sigma, wanted, min_rank, cost):
     column = np.reshape
-    return Claim(
+    return RankRequest(
         ops.convert_to_tensor(np.array(sigma, "float32")),
         ops.convert_to_tensor(column(wanted, (-1, 1)).astype("int32")),
         ops.convert_to_tensor(column(min_rank, (-1, 1)).astype("int32")),
@@ -34,22 +34,22 @@ def claim(sigma, wanted, min_rank, cost):
     )
 
 
-def spent(budget, claims):
-    ranks = spend(budget, claims)
+def spent(budget, requests):
+    ranks = spend(budget, requests)
     return [ops.convert_to_numpy(r)[:, 0].tolist() for r in ranks]
 
 
-def greedy(budget, claims):
+def greedy(budget, requests):
     """The same, one value at a time."""
     items = []
-    for g, (sigma, wanted, min_rank, cost) in enumerate(claims):
+    for g, (sigma, wanted, min_rank, cost) in enumerate(requests):
         for layer, row in enumerate(ops.convert_to_numpy(sigma)):
             wants = int(wanted[layer, 0])
             for column in range(wants):
                 guarded = column < int(min_rank[layer, 0])
                 value = np.inf if guarded else row[column] ** 2 / cost
                 items.append((-value, column, g, layer, cost))
-    ranks = [[0] * len(ops.convert_to_numpy(c.sigma)) for c in claims]
+    ranks = [[0] * len(ops.convert_to_numpy(c.sigma)) for c in requests]
     for _, _, g, layer, cost in sorted(items):
         budget -= cost
         if budget < 0:
@@ -61,27 +61,29 @@ def greedy(budget, claims):
 @pytest.mark.parametrize("seed", range(20))
 def test_spending_is_greedy(seed):
     rng = np.random.default_rng(seed)
-    claims = []
+    requests = []
     for i, (width, cost) in enumerate([(4, 7), (6, 3), (2, 11)]):
         number = 1 + (seed + i) % 3
         sigma = -np.sort(-rng.exponential(size=(number, width)), axis=1)
         wanted = rng.integers(1, width + 1, size=number)
-        claims.append(claim(sigma, wanted, [1] * number, cost))
-    floor = sum(c.cost * len(ops.convert_to_numpy(c.sigma)) for c in claims)
+        requests.append(request(sigma, wanted, [1] * number, cost))
+    floor = sum(c.cost * len(ops.convert_to_numpy(c.sigma)) for c in requests)
     for budget in (floor, floor + 10, floor + 40, 10**6):
-        ranks = spent(budget, claims)
-        assert ranks == greedy(budget, claims)
-        total = sum(c.cost * sum(r) for c, r in zip(claims, ranks, strict=True))
+        ranks = spent(budget, requests)
+        assert ranks == greedy(budget, requests)
+        total = sum(
+            c.cost * sum(r) for c, r in zip(requests, ranks, strict=True)
+        )
         assert total <= budget
         assert all(min(r) >= 1 for r in ranks)
 
 
 def test_equal_values_are_shared_evenly():
-    claims = [
-        claim(np.zeros((2, 4)), [4, 4], [1, 1], 1),
-        claim(np.zeros((1, 3)), [3], [1], 1),
+    requests = [
+        request(np.zeros((2, 4)), [4, 4], [1, 1], 1),
+        request(np.zeros((1, 3)), [3], [1], 1),
     ]
-    assert spent(6, claims) == [[2, 2], [2]]
+    assert spent(6, requests) == [[2, 2], [2]]
 
 
 def dense(units=8):

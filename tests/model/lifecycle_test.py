@@ -7,7 +7,7 @@ from keras import ops
 from moving import move
 
 from keras_geolora import GeoLoRA
-from keras_geolora.layers.tree import adapted_layers, carriers
+from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 
 # Some of these tests freeze the head, and know it.
 pytestmark = pytest.mark.filterwarnings("ignore:The last layer")
@@ -104,15 +104,15 @@ def test_unmerging_restores_every_byte(create):
     model = compiled(moved(adapted(create)))
     before, outputs = state(model), predict(model)
     trainable = [v.path for v in model.trainable_variables]
-    classes = [type(x) for x in carriers(model).values()]
+    classes = [type(x) for x in layers_with_adapters(model).values()]
     model.merge_geolora()
-    assert not carriers(model)
+    assert not layers_with_adapters(model)
     np.testing.assert_allclose(predict(model), outputs, atol=1e-5)
     model.unmerge_geolora()
     assert_equal(state(model), before)
     np.testing.assert_array_equal(predict(model), outputs)
     assert [v.path for v in model.trainable_variables] == trainable
-    assert [type(x) for x in carriers(model).values()] == classes
+    assert [type(x) for x in layers_with_adapters(model).values()] == classes
     fit(model)
     assert not np.array_equal(predict(model), outputs)
     model.merge_geolora()

@@ -147,7 +147,7 @@ def test_adapters_share_one_copy_of_the_weights(classifier, tmp_path, exported):
     adaptation = classifier.geolora_adaptation
     own = 0
     for name, adapter in adaptation.adapters.items():
-        own += sum(int(np.prod(v.shape)) for v in adapter.companions)
+        own += sum(int(np.prod(v.shape)) for v in adapter.co_trained)
         for layer in adapter.layers.values():
             own += sum(x.size for x in layer._adapters[name].trimmed())
     assert values == one + own
