@@ -11,7 +11,6 @@ from keras_geolora import GeoLoRA
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
-
 LAYERS = 6 if keras.backend.backend() == "torch" else 2
 
 
