@@ -393,14 +393,6 @@ def reload(model, folder):
     return keras.saving.load_model(folder / "model.keras")
 
 
-def bert():
-    """A backbone with layers of one shape, and a batch."""
-    arguments, inputs = families.TEXT["BertBackbone"]
-    arguments = {**arguments, "num_layers": 1, "intermediate_dim": 16}
-    backbone = keras_hub.models.BertBackbone(**arguments)
-    return backbone, families.text(*inputs)
-
-
 def classifier(backbone):
     return keras_hub.models.BertTextClassifier(
         backbone, num_classes=2, preprocessor=None
@@ -408,7 +400,7 @@ def classifier(backbone):
 
 
 def test_a_backbone_is_one_again(tmp_path):
-    backbone, inputs = bert()
+    backbone, inputs = families.small_bert()
     backbone.enable_geolora(rank=2, targets="all", seed=0)
     move(backbone)
     loaded = reload(backbone, tmp_path)
@@ -425,7 +417,7 @@ def test_a_backbone_is_one_again(tmp_path):
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called")
 @pytest.mark.parametrize("part", ["backbone", "task"])
 def test_a_task_is_one_again(tmp_path, part):
-    backbone, inputs = bert()
+    backbone, inputs = families.small_bert()
     task = classifier(backbone)
     pretrained = predict(task, inputs)
     (task if part == "task" else backbone).enable_geolora(rank=2, seed=0)
@@ -446,7 +438,7 @@ def test_a_task_is_one_again(tmp_path, part):
 
 
 def test_a_task_trains_on_where_it_was(tmp_path):
-    backbone, inputs = bert()
+    backbone, inputs = families.small_bert()
     task = classifier(backbone)
     task.enable_geolora(rank=2, seed=0)
     labels = np.array([0, 1])
@@ -458,7 +450,7 @@ def test_a_task_trains_on_where_it_was(tmp_path):
 
 
 def test_a_quantized_base_stays_quantized(tmp_path):
-    backbone, inputs = bert()
+    backbone, inputs = families.small_bert()
     # KerasHub cannot load a task whose head is quantized.
     backbone.quantize("int8")
     task = classifier(backbone)
@@ -485,7 +477,7 @@ def test_a_bfloat16_base_keeps_its_factors(tmp_path):
 
 
 def test_a_preset_is_refused(tmp_path):
-    backbone, _ = bert()
+    backbone, _ = families.small_bert()
     backbone.enable_geolora(rank=2)
     with pytest.raises(ValueError, match="merge_geolora.*save_to_preset"):
         backbone.save_to_preset(tmp_path / "preset")
@@ -668,7 +660,7 @@ def test_a_model_with_its_own_compile_loads_as_in_keras(tmp_path):
 
 
 def test_the_backbone_of_an_adapted_task_is_not_saved_alone(tmp_path):
-    backbone, inputs = bert()
+    backbone, inputs = families.small_bert()
     task = classifier(backbone)
     task.enable_geolora(rank=2)
     for save in (
