@@ -45,6 +45,13 @@ def build(name, **changes):
     return backbone, floats(*backbone.input_shape[1:])
 
 
+def small_bert():
+    """A `BertBackbone` whose linear layers have one shape, and a batch."""
+    arguments, inputs = TEXT["BertBackbone"]
+    arguments = arguments | dict(num_layers=1, intermediate_dim=16)
+    return models.BertBackbone(**arguments), text(*inputs)
+
+
 # Inputs.
 
 
