@@ -28,10 +28,8 @@ written_by_tensorflow = pytest.mark.backend_independent(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    preset, *rest = real_sentences.load()
-    folder = tmp_path_factory.mktemp("presets") / "minilm"
-    return real_sentences.cut(preset, folder, layers=2), *rest
+def data():
+    return real_sentences.load()
 
 
 @pytest.fixture(scope="module")
