@@ -1,4 +1,4 @@
-"""The mean rank as a metric of `fit`."""
+"""What adapters do, as metrics of `fit`."""
 
 import keras
 
@@ -8,18 +8,21 @@ from keras_geolora.optimizer.of_model import geolora_optimizers
 
 
 class RankLogger(IntervalCallback):
-    """Adds the mean rank and the skipped steps to the logs of `fit`.
+    """Adds the mean rank and what became of steps to the logs of `fit`.
 
     `fit` of a model with `enable_geolora` adds it automatically. Add it
     yourself if the adapted model is only a part of the model that you train:
     `model.fit(..., callbacks=[keras_geolora.callbacks.RankLogger()])`.
 
-    After every epoch, the logs contain two more entries, which `History`, the
-    progress bar and later callbacks see:
+    After every epoch, the logs contain three more entries, which `History`,
+    the progress bar and later callbacks see:
 
     - `mean_rank`: the mean over all adapted layers,
     - `skipped_steps`: the number of steps so far in which at least one adapter
-      kept its factors, because its step was not finite.
+      kept its factors, because its step was not finite,
+    - `step_scale`: the mean factor, at most 1, by which `max_update_ratio`
+      scales the steps. A small one slows the training down like a small
+      learning rate; raise `max_update_ratio` if little is learned.
 
     Args:
         interval: Int, number of batches between two updates of the mean rank
@@ -43,6 +46,7 @@ class RankLogger(IntervalCallback):
         verbose=0,
     )
     assert history.history["skipped_steps"] == [0]
+    assert history.history["step_scale"] == [1.0]  # SGD has no bound
     ```
     """
 
@@ -62,7 +66,7 @@ class RankLogger(IntervalCallback):
             logs["mean_rank"] = self._mean_rank
 
     def on_epoch_end(self, epoch, logs=None):
-        """Adds the mean rank and the number of skipped steps."""
+        """Adds the mean rank, the skipped steps and the scale of steps."""
         super().on_epoch_end(epoch, logs)
         if logs is None:
             return
@@ -73,3 +77,10 @@ class RankLogger(IntervalCallback):
                 int(keras.ops.convert_to_numpy(optimizer.skipped_steps))
                 for optimizer in optimizers
             )
+            scales = [
+                scale
+                for layer in adapted_layers(self.model).values()
+                for optimizer in optimizers
+                if (scale := optimizer.step_scale(layer.adapter)) is not None
+            ]
+            logs["step_scale"] = sum(scales) / len(scales) if scales else 1.0

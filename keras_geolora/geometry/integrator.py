@@ -349,9 +349,7 @@ def augment(point, change, max_change=None, longest=0.0):
     root = ops.sqrt(ops.cast(count(active)[..., None], S.dtype))
     longest = ops.maximum(longest, divide(norm(step, (-2, -1)), root))
     if max_change is not None:
-        at_this_rank = root * longest
-        share = divide(max_change, at_this_rank)
-        step = ops.where(at_this_rank > max_change, share, 1.0) * step
+        step = step_scale(max_change, longest, root) * step
     r = S.shape[-1]
     S_hat = step + ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
@@ -360,6 +358,19 @@ def augment(point, change, max_change=None, longest=0.0):
     return Augmented(
         point, active, U_hat, V_hat, P, sigma, T(Qt), size, finite, longest
     )
+
+
+def step_scale(max_change, longest, root):
+    """Returns the factor in (0, 1] by which a bound scales a step.
+
+    Args:
+        max_change: Array, the bound on the Frobenius norm of a step.
+        longest: Array, the length of the longest step so far.
+        root: Array, the root of the rank.
+    """
+    at_this_rank = root * longest
+    share = divide(max_change, at_this_rank)
+    return ops.where(at_this_rank > max_change, share, 1.0)
 
 
 def truncate(augmented, rank):

@@ -10,6 +10,7 @@ from keras import ops
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.distribution.layouts import apart_from_map
 from keras_geolora.distribution.virtual_devices import warn_of_virtual_devices
+from keras_geolora.geometry import integrator
 from keras_geolora.geometry.budget import spend
 from keras_geolora.keras_internals import (
     checked_gradients,
@@ -451,11 +452,32 @@ class GeoLoRA(keras.optimizers.Optimizer):
             Float in [0, 1), the share of the Frobenius norm of the update,
             or `None` if this optimizer does not train the adapter (yet).
         """
+        group, row = self._place_of(adapter)
+        return group and float(ops.convert_to_numpy(group.discarded)[row])
+
+    def step_scale(self, adapter):
+        """Returns the factor by which `max_update_ratio` scales steps.
+
+        Args:
+            adapter: `keras_geolora.LowRankAdapter`.
+
+        Returns:
+            Float in (0, 1], 1 where the bound does not act, or `None` if this
+            optimizer does not train the adapter (yet).
+        """
+        group, row = self._place_of(adapter)
+        if group is None or group.max_change is None:
+            return group and 1.0
+        bound, longest = group.max_change[row], group.longest[row]
+        scale = integrator.step_scale(bound, longest, adapter.rank**0.5)
+        return float(ops.convert_to_numpy(scale))
+
+    def _place_of(self, adapter):
+        """Returns the group of an adapter and its row, or two `None`s."""
         for group in self._groups.content if self.built else ():
             if adapter in group.adapters:
-                shares = ops.convert_to_numpy(group.discarded)
-                return float(shares[group.adapters.index(adapter)])
-        return None
+                return group, group.adapters.index(adapter)
+        return None, None
 
     def get_config(self):
         """Returns the configuration, including that of the inner optimizer.

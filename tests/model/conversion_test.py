@@ -447,11 +447,16 @@ def test_equal_seeds_give_equal_adapters():
         np.testing.assert_array_equal(first, second)
 
 
-def test_the_logs_hold_mean_rank_and_skipped_steps():
+def test_the_logs_hold_mean_rank_skipped_steps_and_the_scale_of_steps():
     model, _, history = trained()
     ranks = [layer.rank for layer in adapted_layers(model).values()]
     assert history["mean_rank"][-1] == np.mean(ranks)
     assert history["skipped_steps"] == [0, 0]
+    scales = [
+        model.optimizer.step_scale(layer.adapter)
+        for layer in adapted_layers(model).values()
+    ]
+    np.testing.assert_allclose(history["step_scale"][-1], np.mean(scales))
 
 
 def test_the_summary_shows_what_was_found(capsys):

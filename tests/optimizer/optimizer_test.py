@@ -582,6 +582,26 @@ def test_a_step_below_the_bound_is_that_of_the_inner_optimizer():
     np.testing.assert_array_equal(bound, free)
 
 
+@pytest.mark.parametrize("ratio", [1e-4, 0.01, 100.0, None])
+def test_the_optimizer_says_how_much_a_bound_scales_a_step(ratio):
+    scales, changes = [], []
+    for bound in (ratio, None):
+        adapter = LowRankAdapter(12, 8, rank=5, max_rank=5, seed=0)
+        adapter.kernel_norm = lambda: 10.0
+        inner = keras.optimizers.Adam(0.1)
+        optimizer = GeoLoRA(inner, 0.0, max_update_ratio=bound)
+        assert optimizer.step_scale(adapter) is None  # not built
+        slope = np.random.default_rng(0).normal(size=(12, 8))
+        grads = tensors(gradients_of(adapter, slope))
+        optimizer.apply(grads, factors(adapter))
+        assert adapter.rank == 5
+        scales.append(optimizer.step_scale(adapter))
+        changes.append(np.linalg.norm(delta(adapter)))
+    assert scales[1] == 1
+    assert (scales[0] == 1) == (ratio in (100.0, None))
+    np.testing.assert_allclose(scales[0], changes[0] / changes[1], rtol=1e-4)
+
+
 def test_a_bound_does_not_depend_on_the_rank_at_the_start():
     # Adam's first step is long, and so are those at a high rank: it was seen
     # that layers which begin with a high rank were held back for ever.
