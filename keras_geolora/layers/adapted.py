@@ -117,10 +117,11 @@ class AdaptedLayer:
         self._add_adapter_of_options()
 
     def _add_adapter_of_options(self):
-        options = self.adapter_state.options
-        if options:
+        state = self.adapter_state
+        # A layer that gets its weights is built before there is a state.
+        if state is not None and state.options:
             check_without_lora(self)
-            self._add_adapter(DEFAULT, options)
+            self._add_adapter(DEFAULT, state.options)
 
     @property
     def trainable(self):

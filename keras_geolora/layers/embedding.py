@@ -121,7 +121,7 @@ class GeoLoRAReversibleEmbedding(
 
     def build(self, input_shape=None):
         # The adapter comes last, once both matrices exist.
-        with set_aside(self.adapter_state, "options"):
+        with set_aside(self, "adapter_state"):
             super().build(input_shape)
         self._add_adapter_of_options()
 

@@ -54,17 +54,17 @@ def become_plain(layer):
 
 
 @contextlib.contextmanager
-def set_aside(owner, attribute):
-    """Sets an attribute of a layer, or of its state, to `None` for a block."""
-    value = getattr(owner, attribute)
+def set_aside(layer, attribute):
+    """Sets an attribute of a layer to `None` for a block."""
+    value = getattr(layer, attribute)
     # Bypasses Keras, which would track a layer, and torch, which keeps modules
     # elsewhere.
-    there = attribute in vars(owner)
-    vars(owner)[attribute] = None
+    there = attribute in vars(layer)
+    vars(layer)[attribute] = None
     try:
         yield value
     finally:
         if there:
-            vars(owner)[attribute] = value
+            vars(layer)[attribute] = value
         else:
-            del vars(owner)[attribute]
+            del vars(layer)[attribute]
