@@ -70,7 +70,7 @@ def main(args):
     difference = np.abs(loaded.predict(sentences[:64], verbose=0) - logits)
     print(f"\nA fresh model with the file: {difference.max():.1e} away.")
 
-    keras_geolora.export_peft(classifier, folder / "peft")
+    keras_geolora.export_peft(classifier, folder / "peft", prefix="")
     # KerasHub approximates GELU by tanh, which alone moves the hidden states of
     # the pretrained model by up to 6e-3: to compare, transformers has to do so.
     base = transformers.AutoModel.from_pretrained(preset, hidden_act="gelu_new")

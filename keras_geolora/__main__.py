@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_geolora.files.adapter_format import read_adapter
 from keras_geolora.files.peft import write_peft
-from keras_geolora.files.peft_names import FAMILIES
+from keras_geolora.files.peft_names import FAMILIES, prefix_in, task_type_of
 
 
 def main(arguments=None):
@@ -35,7 +35,9 @@ def main(arguments=None):
     command.add_argument(
         "--names", help='JSON file: {"path of a layer": "name of a module"}'
     )
-    command.add_argument("--prefix", default="", help='for example "bert"')
+    command.add_argument(
+        "--prefix", help='where the backbone is, for example "bert" or ""'
+    )
     command.add_argument("--base-model", help="base model on Hugging Face")
     command.add_argument(
         "--pad", action="store_true", help="pad all layers to the largest rank"
@@ -112,14 +114,20 @@ def convert(args):
                 f"'{args.names}' must map paths of layers to names, "
                 'for example {"dense": "classifier"}.'
             )
-    family = description["backbone"]
+    family = description.get("family") or description["backbone"]
+    family = family if family in FAMILIES else None
+    prefix = args.prefix
+    if prefix is None:
+        is_task = description["model"] != description["backbone"]
+        prefix = prefix_in(family, is_task and names is None)
     write_peft(
         folder,
         {p: update(description, tensors, p) for p in paths(description)},
         classes=description["classes"],
-        family=family if family in FAMILIES else None,
+        family=family,
+        task_type=task_type_of(description["model"]),
         names=names,
-        prefix=args.prefix,
+        prefix=prefix,
         base_model=args.base_model,
         pad=args.pad,
         left=list(other_tensors(description, tensors)),

@@ -16,6 +16,7 @@ from keras_geolora.files.adapter_format import (
 )
 from keras_geolora.files.base_weights import fingerprint, keyed_variables
 from keras_geolora.files.fit import Fit
+from keras_geolora.files.peft_names import family_of
 from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.options import AdapterOptions
 from keras_geolora.layers.tree import stable_paths
@@ -120,6 +121,7 @@ def save_geolora(model, path, name=None):
         "keras": keras.__version__,
         "model": plain_class_name(model),
         "backbone": plain_class_name(adaptation.scope),
+        "family": family_of(model),
         "classes": {p: plain_class_name(paths[p]) for p in plan["layers"]},
         "adapter": plan,
         "base": fingerprint(model, plan["layers"]),

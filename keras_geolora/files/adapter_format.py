@@ -116,6 +116,8 @@ def check_contents(description, tensors):
     require(isinstance(description["base"][""], str), "base")
     for key in ("keras_geolora", "keras", "model", "backbone"):
         require(isinstance(description[key], str), key)
+    # Files of version 0.1.0 do not name the family.
+    require(isinstance(description.get("family"), (str, type(None))), "family")
     require(set(description["classes"]) == set(plan["layers"]), "classes")
     for path, options in plan["layers"].items():
         U, S, V = (tensors[f"{path}.{role}"] for role in "USV")

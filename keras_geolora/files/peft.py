@@ -24,8 +24,10 @@ from keras_geolora.files.peft_names import (
     TRANSPOSED,
     family_of,
     module_names,
+    prefix_in,
     rows_of_part,
     split_name,
+    task_type_of,
 )
 from keras_geolora.files.products import add_products
 from keras_geolora.layers.adapted import DEFAULT
@@ -65,7 +67,13 @@ PLAIN_INITS = "none", "true", "false", "gaussian", "eva", "mica", "orthogonal"
 
 
 def export_peft(
-    model, folder, name=None, names=None, prefix="", base_model=None, pad=False
+    model,
+    folder,
+    name=None,
+    names=None,
+    prefix=None,
+    base_model=None,
+    pad=False,
 ):
     """Writes an adapter as a LoRA adapter of Hugging Face PEFT.
 
@@ -85,8 +93,11 @@ def export_peft(
         name: String, the adapter. Defaults to the active one.
         names: Dict from layer paths to module names, or a callable
             `path -> name`, for other families. Defaults to `None`.
-        prefix: String, the path of the backbone in the Hugging Face model, such
-            as `"bert"` or `"model"` in one with a head. Defaults to `""`.
+        prefix: String, the path of the backbone in the Hugging Face model: `""`
+            for an `AutoModel`, `"bert"` or `"model"` in one with a head.
+            Defaults to that of the model that corresponds to `model`: a task
+            such as a `CausalLM` has a head, a backbone has none. With `names`
+            it defaults to `""`.
         base_model: String, the Hugging Face name of the base model, for the
             config. Defaults to `None`.
         pad: Bool, whether to pad all layers with zeros to the largest rank, for
@@ -129,11 +140,16 @@ def export_peft(
         updates[path] = (*adapter.trimmed(), adapter.scale)
     co_trained = {id(v) for v in adaptation.adapters[name].co_trained}
     left = [k for k, v in keyed_variables(model).items() if id(v) in co_trained]
+    family = family_of(model)
+    if prefix is None:
+        is_task = names is None and adaptation.scope is not model
+        prefix = prefix_in(family, is_task)
     write_peft(
         folder,
         updates,
         classes={path: plain_class_name(x) for path, x in layers.items()},
-        family=family_of(model),
+        family=family,
+        task_type=task_type_of(plain_class_name(model)),
         names=names,
         prefix=prefix,
         base_model=base_model,
@@ -143,7 +159,16 @@ def export_peft(
 
 
 def write_peft(
-    folder, updates, classes, family, names, prefix, base_model, pad, left
+    folder,
+    updates,
+    classes,
+    family,
+    task_type,
+    names,
+    prefix,
+    base_model,
+    pad,
+    left,
 ):
     """Writes the two files of `export_peft`.
 
@@ -152,6 +177,7 @@ def write_peft(
         updates: Dict from path to `(U, S, V, scale)`.
         classes: Dict from path to the name of the Keras layer's class.
         family: String, the name of the backbone's class, or `None`.
+        task_type: String, PEFT's name for the kind of the task, or `None`.
         names: As in `export_peft`.
         prefix: As in `export_peft`.
         base_model: As in `export_peft`.
@@ -194,7 +220,7 @@ def write_peft(
     smaller = {module: r for module, r in ranks.items() if r != largest}
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "target_modules": list(ranks),

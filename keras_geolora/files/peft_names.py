@@ -108,6 +108,18 @@ OTHERS = {"BertBackbone": {"pooled_dense": "pooler.dense"}}
 FIRST_BLOCK = {"ViTBackbone": 1}
 
 
+# Where transformers' models of tasks keep the backbone. Decoders: `model`.
+IN_A_TASK = {
+    "BertBackbone": "bert",
+    "RobertaBackbone": "roberta",
+    "XLMRobertaBackbone": "roberta",
+    "DebertaV3Backbone": "deberta",
+    "DistilBertBackbone": "distilbert",
+    "GPT2Backbone": "transformer",
+    "ViTBackbone": "vit",
+}
+
+
 # Families whose kernels transformers stores like Keras, not transposed.
 TRANSPOSED = {"GPT2Backbone"}
 
@@ -170,6 +182,26 @@ def family_of(model):
     """Returns the name in `FAMILIES` of a backbone's class, or `None`."""
     mro = (cls.__name__ for cls in type(backbone_of(model)).__mro__)
     return next((name for name in mro if name in FAMILIES), None)
+
+
+def prefix_in(family, is_task):
+    """Returns where transformers' model keeps the backbone of a family.
+
+    Args:
+        family: String, one of `FAMILIES`, or `None`.
+        is_task: Bool, whether the model is a task, not a backbone.
+    """
+    if family is None or not is_task:
+        return ""
+    return IN_A_TASK.get(family, "model")
+
+
+def task_type_of(class_name):
+    """Returns PEFT's name for the kind of a task, or `None`.
+
+    PEFT needs it to generate. For classifiers it would add heads of its own.
+    """
+    return "CAUSAL_LM" if class_name.endswith("CausalLM") else None
 
 
 def split_name(name):

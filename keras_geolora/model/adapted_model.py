@@ -370,6 +370,10 @@ class AdaptedScope(PausesAsAWhole):
         """Refused: adapters and their state belong to the task."""
         self.get_config()
 
+    def export_to_transformers(self, *args, **kwargs):
+        """Refused: adapters and their state belong to the task."""
+        self.get_config()
+
 
 def argument(function, name, args, kwargs):
     """Returns the value of one argument of a call, or `None`.
@@ -421,8 +425,9 @@ def own_callbacks(callbacks):
 def adapted_model_class(plain_class):
     """Returns the class of an adapted model of class `plain_class`."""
     members = {"plain_class": plain_class, "__module__": __name__}
-    if hasattr(plain_class, "save_to_preset"):
-        members["save_to_preset"] = save_to_preset
+    for refused in (save_to_preset, export_to_transformers):
+        if hasattr(plain_class, refused.__name__):  # of KerasHub
+            members[refused.__name__] = refused
     if hasattr(plain_class, "backbone_cls"):
         # KerasHub's `from_preset` finds subclasses by their backbone.
         members["backbone_cls"] = None
@@ -442,6 +447,17 @@ def adapted_scope_class(plain_class):
         f"GeoLoRA{plain_class.__name__}",
         (AdaptedScope, plain_class),
         {"plain_class": plain_class, "__module__": __name__},
+    )
+
+
+def export_to_transformers(self, *args, **kwargs):
+    """Refused: KerasHub writes plain models."""
+    raise ValueError(
+        "KerasHub can only export a plain model. Merge first, export, and "
+        "unmerge: `model.merge_geolora()`, "
+        "`model.export_to_transformers(...)`, `model.unmerge_geolora()`. Or "
+        "export the adapter alone with `keras_geolora.export_peft(model, "
+        f"folder)`. Received: adapted model '{self.name}'"
     )
 
 

@@ -26,6 +26,7 @@ from keras_geolora.serving.signature import (
     Signature,
     answers,
     is_text,
+    tokenized,
 )
 from keras_geolora.version import __version__
 from keras_geolora.whole_files import write_whole
@@ -97,11 +98,11 @@ def export(
     Returns:
         The report, a dict; also in `path/VERSION/geolora_report.json`. It
         has the keys `path`, `version`, `model`, `backend`, `versions`,
-        `form` (`"merged"`, or `"beside the kernels"` for several adapters
-        and for quantized kernels), `bytes`, `signatures` (by name: `adapter`,
-        `inputs`, `outputs`, `operations`, `milliseconds`, `max_difference`,
-        `allowed_difference`), `base` (`operations`, `bytes`, `milliseconds`)
-        and `same_operations`.
+        `form` (`"merged"`, `"beside the kernels"` for several adapters and for
+        quantized kernels, or `"none"` without adapters), `bytes`,
+        `signatures` (by name: `adapter`, `inputs`, `outputs`, `operations`,
+        `milliseconds`, `max_difference`, `allowed_difference`), `base`
+        (`operations`, `bytes`, `milliseconds`) and `same_operations`.
 
     Raises:
         TypeError: If `model` is not a `keras.Model`.
@@ -235,7 +236,7 @@ def save_samples(model, folder, signature, samples, preprocess, names):
     for i, batch in enumerate(batches):
         text = batch
         if preprocess or needs_tokens(batch, signature):
-            batch = model.preprocessor(batch)
+            batch = tokenized(model, batch)
         batch = signature.named(batch)
         asked.append(batch)
         given = batch
@@ -427,10 +428,11 @@ def next_version(path):
 
 def table(report):
     """Yields the lines of a readable report."""
+    form = report["form"]
+    adapters = "no adapters" if form == "none" else f"adapters {form}"
     yield (
         f"Version {report['version']} of {report['model']}, "
-        f"{report['bytes'] / 1e6:.1f} MB, adapters {report['form']}: "
-        f"{report['path']}"
+        f"{report['bytes'] / 1e6:.1f} MB, {adapters}: {report['path']}"
     )
     rows = dict(report["signatures"])
     if report.get("base"):

@@ -25,7 +25,7 @@ from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
 from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
-from keras_geolora.serving.signature import Signature, named_outputs
+from keras_geolora.serving.signature import Signature, named_outputs, tokenized
 
 # Nodes that compute nothing.
 BOOKKEEPING = {
@@ -69,13 +69,14 @@ def write(folder, progress=print):
     progress("Loading the model")
     with loaded(folder) as model:
         names = geolora_adapters(model)
-        report["form"] = "merged"
+        report["form"] = "none"
         if adapted_layers(model) and (job["adapters"] or not mergeable(model)):
             progress("Cutting adapters to their ranks")
             report["form"] = "beside the kernels"
             keep_beside(model)
         elif adapted_layers(model):
             progress("Merging")
+            report["form"] = "merged"
             merge_geolora(model, reversible=False)
         active = (names or [None])[0]
         endpoints = {DEFAULT: Endpoint(model, job, active)}
@@ -173,7 +174,7 @@ class Endpoint:
 
         def serve(**tensors):
             if job["preprocess"]:
-                tokens = model.preprocessor(tensors["text"])
+                tokens = tokenized(model, tensors["text"])
                 tensors = signature.named_tensors(tokens)
             with keras.StatelessScope(state_mapping=self.mapping()):
                 inputs = signature.pack(model, tensors)

@@ -206,6 +206,14 @@ def draw(spec, batch, which, vocabulary_size, rng):
     return rng.integers(largest, size=shape).astype(spec["dtype"])
 
 
+def tokenized(model, text):
+    """Returns the inputs that the preprocessor of a task makes of strings.
+
+    That of a language model makes labels as well.
+    """
+    return keras.utils.unpack_x_y_sample_weight(model.preprocessor(text))[0]
+
+
 def named_outputs(model, outputs):
     """Returns the outputs of a model as a dict from name to tensor.
 

@@ -9,6 +9,7 @@ import sys
 
 import families
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -79,6 +80,35 @@ def test_convert_writes_what_export_writes(path, tmp_path, capsys):
     for name in "adapter_config.json", "adapter_model.safetensors":
         one = (tmp_path / "mine" / name).read_bytes()
         assert one == (tmp_path / "exported" / name).read_bytes()
+
+
+@by_numpy
+@pytest.mark.filterwarnings("ignore:PEFT's LoRA format")  # without the head
+def test_convert_knows_the_family_and_the_place_of_a_backbone(tmp_path):
+    class Mine(keras_hub.models.BertBackbone):
+        pass
+
+    backbone = Mine(
+        vocabulary_size=8,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+    )
+    task = keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None
+    )
+    task.enable_geolora(rank=1)
+    for model, place in (task, "bert.pooler.dense"), (backbone, "pooler.dense"):
+        if model is backbone:
+            task.remove_geolora()
+            backbone.enable_geolora(rank=1)
+        path, folder = tmp_path / f"{place}.safetensors", tmp_path / place
+        model.save_geolora(path)
+        convert = ["convert", str(path), "--to", "peft"]
+        assert main([*convert, "--output", str(folder)]) == 0
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert place in config["target_modules"]
 
 
 @by_numpy

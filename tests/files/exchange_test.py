@@ -17,6 +17,7 @@ from keras import ops
 
 import keras_geolora
 from keras_geolora import AdapterFileError
+from keras_geolora.files import peft_names
 from keras_geolora.files.peft_names import (
     FAMILIES,
     family_of,
@@ -281,6 +282,40 @@ def test_an_adapter_of_a_model_with_a_head_is_read(tmp_path):
     keras_geolora.import_peft(model, tmp_path / "adapter")
     np.testing.assert_allclose(
         keras_hidden(model, "Bert"), torch_hidden(whole.bert, "Bert"), atol=1e-4
+    )
+
+
+@pytest.mark.backend_independent("it is about names in transformers")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_backbone_of_a_task_is_where_transformers_has_it(name):
+    cls, options = MODELS[name]
+    kind = "Image" if name == "ViT" else "Sequence"
+    head = cls.__name__.replace("Model", f"For{kind}Classification")
+    whole = getattr(transformers, head)(cls.config_class(**options))
+    family = f"{name.replace('Llama3', 'Llama')}Backbone"
+    prefix = peft_names.prefix_in(family, is_task=True)
+    assert type(whole.get_submodule(prefix)) is cls
+    assert peft_names.prefix_in(family, is_task=False) == ""
+
+
+def test_a_language_model_goes_to_peft_without_a_prefix(tmp_path):
+    hf = hugging_face("Llama", tmp_path)
+    task = keras_hub.models.LlamaCausalLM(
+        keras_model("Llama", tmp_path), preprocessor=None
+    )
+    task.enable_geolora(rank=2, seed=0)
+    move(task)
+    keras_geolora.export_peft(task, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+    whole = transformers.LlamaForCausalLM(hf.config)
+    whole.model.load_state_dict(hf.state_dict())
+    adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    assert isinstance(adapted, peft.PeftModelForCausalLM)
+    np.testing.assert_allclose(
+        torch_hidden(whole.model.eval(), "Llama"),
+        keras_hidden(task.backbone, "Llama"),
+        atol=1e-4,
     )
 
 

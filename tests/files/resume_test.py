@@ -481,6 +481,8 @@ def test_a_preset_is_refused(tmp_path):
     backbone.enable_geolora(rank=2)
     with pytest.raises(ValueError, match="merge_geolora.*save_to_preset"):
         backbone.save_to_preset(tmp_path / "preset")
+    with pytest.raises(ValueError, match="merge_geolora.*export_peft"):
+        backbone.export_to_transformers(tmp_path / "preset")
     backbone.merge_geolora()
     backbone.save_to_preset(tmp_path / "preset")
 
@@ -667,6 +669,7 @@ def test_the_backbone_of_an_adapted_task_is_not_saved_alone(tmp_path):
         lambda: backbone.save(tmp_path / "b.keras"),
         lambda: backbone.save_weights(tmp_path / "b.weights.h5"),
         lambda: backbone.save_to_preset(tmp_path / "preset"),
+        lambda: backbone.export_to_transformers(tmp_path / "preset"),
     ):
         with pytest.raises(ValueError, match="belong to the task"):
             save()

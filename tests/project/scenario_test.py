@@ -106,7 +106,7 @@ def test_save_share_and_resume_a_pretrained_classifier(data, tmp_path):
 
     # In PEFT, on the model as transformers loads it.
     with pytest.warns(UserWarning, match="head:logits"):
-        keras_geolora.export_peft(classifier, tmp_path / "peft")
+        keras_geolora.export_peft(classifier, tmp_path / "peft", prefix="")
     # KerasHub approximates GELU by tanh; so must the other side to compare.
     base = transformers.AutoModel.from_pretrained(preset, hidden_act="gelu_new")
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()

@@ -221,6 +221,32 @@ def test_a_model_without_a_graph_says_what_goes_in(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_language_model_without_adapters_takes_text(tmp_path):
+    words = [*map(chr, range(33, 127)), "Ġ", "su"]
+    vocabulary = {x: i for i, x in enumerate([*words, "<|endoftext|>"])}
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges=["s u"])
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, 8)
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=len(vocabulary),
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=16,
+        max_sequence_length=8,
+    )
+    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
+    report = keras_geolora.export(
+        model, tmp_path, preprocess=True, baseline=False, verbose=False
+    )
+    assert report["form"] == "none"
+    assert "no adapters" in next(export_module.table(report))
+    found = serving.load(report["path"])({"text": ["such words"]})
+    (inputs, _, _) = preprocessor(["such words"])
+    (found,) = found.values()
+    expected = keras.ops.convert_to_numpy(model(inputs))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 class Unknown(Doubled):
     """A class that a file cannot name."""
 
