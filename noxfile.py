@@ -53,6 +53,12 @@ JAX_CACHE_SIZE = 2 * 10**9  # bytes
 nox.options.sessions = ["lint", "docs", "package", "tests"]
 
 
+# Two processes: one test keeps little more than one core busy, and each
+# process fills some gigabytes of memory. `tests/conftest.py` says which
+# tests stay together and what comes first.
+IN_PARALLEL = ("-n", "2", "--no-loadscope-reorder")
+
+
 @nox.session(venv_backend="none")
 def example(session):
     """Fine-tune a real model: `nox -s example -- [NAME]`, of `EXAMPLES`."""
@@ -68,11 +74,7 @@ def tests(session):
     """Run the tests, every backend in a process of its own."""
     backend, rest = parse(session)
     install(session)
-    # Two processes: one test keeps little more than one core busy, and each
-    # process fills some gigabytes of memory. `tests/conftest.py` says which
-    # tests stay together and what comes first.
-    options = ["-n", "2", "--no-loadscope-reorder"]
-    options += ["--durations", "10", "--durations-min", "1", *rest]
+    options = [*IN_PARALLEL, "--durations", "10", "--durations-min", "1", *rest]
     chosen = [backend] if backend else BACKENDS
     if "--quick" in rest:
         chosen = chosen[:1]
@@ -107,11 +109,10 @@ def oldest(session):
         session.run(
             *(*pip, "--python", python, "install", "-q", "--no-deps"), *versions
         )
-        options = ["-n", "2", "--no-loadscope-reorder", *rest]
         run_python(
             session,
             backend or BACKENDS[0],
-            *("-m", "pytest", *options),
+            *("-m", "pytest", *IN_PARALLEL, *rest),
             python=python,
         )
 

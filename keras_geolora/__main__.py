@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_geolora.files.adapter_format import read_adapter
 from keras_geolora.files.peft import write_peft
-from keras_geolora.files.peft_names import FAMILIES, prefix_in, task_type_of
+from keras_geolora.files.peft_names import FAMILIES, task_type_of
 
 
 def main(arguments=None):
@@ -116,18 +116,15 @@ def convert(args):
             )
     family = description.get("family") or description["backbone"]
     family = family if family in FAMILIES else None
-    prefix = args.prefix
-    if prefix is None:
-        is_task = description["model"] != description["backbone"]
-        prefix = prefix_in(family, is_task and names is None)
     write_peft(
         folder,
         {p: update(description, tensors, p) for p in paths(description)},
         classes=description["classes"],
         family=family,
+        is_task=description["model"] != description["backbone"],
         task_type=task_type_of(description["model"]),
         names=names,
-        prefix=prefix,
+        prefix=args.prefix,
         base_model=args.base_model,
         pad=args.pad,
         left=list(other_tensors(description, tensors)),

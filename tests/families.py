@@ -47,9 +47,7 @@ def build(name, **changes):
 
 def small_bert():
     """A `BertBackbone` whose linear layers have one shape, and a batch."""
-    arguments, inputs = TEXT["BertBackbone"]
-    arguments = arguments | dict(num_layers=1, intermediate_dim=16)
-    return models.BertBackbone(**arguments), text(*inputs)
+    return build("BertBackbone", num_layers=1, intermediate_dim=16)
 
 
 # Inputs.

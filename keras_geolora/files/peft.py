@@ -140,15 +140,12 @@ def export_peft(
         updates[path] = (*adapter.trimmed(), adapter.scale)
     co_trained = {id(v) for v in adaptation.adapters[name].co_trained}
     left = [k for k, v in keyed_variables(model).items() if id(v) in co_trained]
-    family = family_of(model)
-    if prefix is None:
-        is_task = names is None and adaptation.scope is not model
-        prefix = prefix_in(family, is_task)
     write_peft(
         folder,
         updates,
         classes={path: plain_class_name(x) for path, x in layers.items()},
-        family=family,
+        family=family_of(model),
+        is_task=adaptation.scope is not model,
         task_type=task_type_of(plain_class_name(model)),
         names=names,
         prefix=prefix,
@@ -163,6 +160,7 @@ def write_peft(
     updates,
     classes,
     family,
+    is_task,
     task_type,
     names,
     prefix,
@@ -177,6 +175,7 @@ def write_peft(
         updates: Dict from path to `(U, S, V, scale)`.
         classes: Dict from path to the name of the Keras layer's class.
         family: String, the name of the backbone's class, or `None`.
+        is_task: Bool, whether the adapter is that of a task, not of a backbone.
         task_type: String, PEFT's name for the kind of the task, or `None`.
         names: As in `export_peft`.
         prefix: As in `export_peft`.
@@ -193,6 +192,8 @@ def write_peft(
                 f"whole model. Received: adapted layer '{path}'"
             )
     named = module_names(family, updates, names)
+    if prefix is None:
+        prefix = prefix_in(family, is_task and names is None)
     parts = {}
     for path, (U, S, V, scale) in updates.items():
         module, part, count = split_name(named[path])

@@ -205,8 +205,8 @@ class AdaptedLayer:
             if plain is cls:
                 active = layer.adapter_state.active
             else:
-                become_adapted(layer, cls)
                 layer.adapter_state = AdapterState(options, train_bias)
+                become_adapted(layer, cls)
             with name_scopes_of(layer):
                 layer._add_adapter(name, options)
         except BaseException:  # including interrupts
@@ -214,6 +214,8 @@ class AdaptedLayer:
                 layer._give_up_adapter(name, active)
             elif type(layer) is cls:
                 layer.detach_adapters()
+            else:
+                forget_attributes(layer, ["adapter_state"])
             raise
         return layer
 
@@ -391,8 +393,8 @@ class AdaptedLayer:
     def attach_adapters(layer, kept):
         """Restores the adapters that `detach_adapters` removed."""
         cls, state, adapters = kept
-        become_adapted(layer, cls)
         layer.adapter_state = state
+        become_adapted(layer, cls)
         layer._freeze()
         layer._hold_adapters(adapters)
 

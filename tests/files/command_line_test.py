@@ -88,13 +88,8 @@ def test_convert_knows_the_family_and_the_place_of_a_backbone(tmp_path):
     class Mine(keras_hub.models.BertBackbone):
         pass
 
-    backbone = Mine(
-        vocabulary_size=8,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=8,
-    )
+    arguments, _ = families.TEXT["BertBackbone"]
+    backbone = Mine(**arguments)
     task = keras_hub.models.BertTextClassifier(
         backbone, num_classes=2, preprocessor=None
     )

@@ -12,6 +12,7 @@ from keras_geolora import (
     GeoLoRAEmbedding,
     LowRankAdapter,
 )
+from keras_geolora.layers import adapted as adapted_module
 from keras_geolora.layers.products import low_rank_rows
 
 # Every kind of equation that Keras and KerasHub use: inputs' shape,
@@ -461,3 +462,18 @@ def test_of_several_adapters_the_active_one_follows_its_layer():
     layer.trainable = False
     layer.activate_adapter("one")
     assert trains(layer) == []
+
+
+@pytest.mark.parametrize("where", ["become_adapted", "name_scopes_of"])
+def test_an_interrupted_conversion_leaves_a_plain_layer(monkeypatch, where):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    layer = keras.layers.Dense(4)
+    layer.build((None, 8))
+    before, flags = set(vars(layer)), [v.trainable for v in layer.variables]
+    monkeypatch.setattr(adapted_module, where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        GeoLoRADense.adapt(layer, rank=2)
+    assert type(layer) is keras.layers.Dense and set(vars(layer)) == before
+    assert [v.trainable for v in layer.variables] == flags
