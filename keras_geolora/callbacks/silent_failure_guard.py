@@ -140,7 +140,7 @@ class SilentFailureGuard(keras.callbacks.Callback):
 
 def core_of(layer):
     """Returns the singular values of an adapted layer."""
-    return np.diag(keras.ops.convert_to_numpy(layer.adapter.S)).copy()
+    return np.diag(layer.adapter.trimmed()[1]).copy()
 
 
 def is_same(core, other):

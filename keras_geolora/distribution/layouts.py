@@ -8,8 +8,8 @@ from that of the kernel instead:
 
 | variable        | shape                  | layout                            |
 | --------------- | ---------------------- | --------------------------------- |
-| `U`             | (input_dim, max_rank)  | rows as the rows of the kernel    |
-| `V`             | (output_dim, max_rank) | rows as the columns of the kernel |
+| `U`, `P`        | (input_dim, max_rank)  | rows as the rows of the kernel    |
+| `V`, `Q`        | (output_dim, max_rank) | rows as the columns of the kernel |
 | `S`             | (max_rank, max_rank)   | replicated                        |
 | `K`, `S`, `L`   | as `U`, `S`, `V`       | as any of these, stacked          |
 | all other state |                        | replicated                        |
@@ -115,7 +115,7 @@ def factor_layouts(layer, adapter, kernel, axes):
             the columns of its matrix.
 
     Returns:
-        Dict from the paths of `U`, `S` and `V` to their `TensorLayout`s;
+        Dict from the paths of the factors to their `TensorLayout`s;
         empty if nothing is sharded. Keys of the user's map that are meant for
         adapters take precedence, see `stated_layout`.
     """
@@ -124,7 +124,8 @@ def factor_layouts(layer, adapter, kernel, axes):
         return {}
     rows, columns = kernel_sharding(distribution, kernel, axes)
     layouts = {}
-    for role, sharding in (("U", rows), ("S", None), ("V", columns)):
+    shardings = {"U": rows, "S": None, "V": columns, "P": rows, "Q": columns}
+    for role, sharding in shardings.items():
         path = f"{layer}/{adapter}/{role}"
         layout = stated_layout(distribution, layer, path)
         if layout is None:

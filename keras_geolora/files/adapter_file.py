@@ -215,9 +215,8 @@ def load_geolora(model, path, name=None, strict=True):
             plan["train_bias"],
         )
     for layer_path, layer in fit.layers.items():
-        for role in "USV":
-            factor = getattr(layer.adapters_by_name()[name], role)
-            factor.assign(padded(tensors[f"{layer_path}.{role}"], factor.shape))
+        factors = (tensors[f"{layer_path}.{role}"] for role in "USV")
+        layer.adapters_by_name()[name].assign_factors(*factors)
     for variable, value in fit.weights:
         variable.assign(ops.cast(value, variable.dtype))
     after_a_change(model)

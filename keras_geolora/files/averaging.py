@@ -5,11 +5,11 @@ import os
 import keras
 import numpy as np
 
-from keras_geolora.files.adapter_file import adaptation_to_save, padded
+from keras_geolora.files.adapter_file import adaptation_to_save
 from keras_geolora.files.adapter_format import AdapterFileError, read_adapter
 from keras_geolora.files.fit import Fit
 from keras_geolora.geometry import manifold
-from keras_geolora.geometry.low_rank_sum import svd_of_sum
+from keras_geolora.geometry.low_rank_sum import svd_of_sum, trimmed
 from keras_geolora.layers.adapter import check_rank
 from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import (
@@ -101,9 +101,7 @@ def average_geolora(model, clients, weights=None, rank=None):
     values = mean_values([client.values for client in read], shares)
 
     for path, adapter in adapters.items():
-        for role, factor in zip("USV", factors[path], strict=True):
-            variable = getattr(adapter, role)
-            variable.assign(padded(factor, variable.shape))
+        adapter.assign_factors(*factors[path])
     for variable, value in values:
         variable.assign(value)
     after_other_factors(model)
@@ -114,20 +112,24 @@ class Client:
     """What a client learned.
 
     Attributes:
-        factors: Dict from the path of a layer to `U`, `S` and `V`.
+        factors: Dict from the path of a layer to `U`, `S` and `V`. Given
+            with `P` and `Q`, too, where they come from weights.
         values: List of pairs of a variable other than factors and its value.
     """
 
     def __init__(self, factors, values, name):
-        self.factors = factors
         self.values = values
-        for three in factors.values():
-            if not manifold.have_shapes(*three):
+        for arrays in factors.values():
+            if not manifold.have_shapes(*arrays):
                 raise ValueError(
-                    "The shapes of a client's three factors must fit "
-                    f"together. {name}"
+                    "The shapes of a client's factors must fit together. "
+                    f"{name}"
                 )
         manifold.check_factors(factors, f"{name} Nothing was averaged.")
+        self.factors = {
+            path: arrays if len(arrays) == 3 else trimmed(arrays)
+            for path, arrays in factors.items()
+        }
 
 
 def read_client(model, index, client):
@@ -177,9 +179,7 @@ def client_of_weights(model, index, arrays):
     factors = {}
     for path, layer in adaptation.adapters[adaptation.active].layers.items():
         adapter = layer.adapters_by_name()[adaptation.active]
-        factors[path] = [
-            arrays[place[id(v)]] for v in (adapter.U, adapter.S, adapter.V)
-        ]
+        factors[path] = [arrays[place[id(v)]] for v in adapter.factors]
     learned = what_learns(model)
     values = []
     for variable, value in zip(variables, arrays, strict=True):

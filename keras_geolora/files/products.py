@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from keras_geolora.files.adapter_file import padded
 from keras_geolora.files.adapter_format import AdapterFileError
 from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.options import AdapterOptions
@@ -38,6 +37,4 @@ def add_products(model, name, layers, products):
     add_adapter(model, name, layers, options, [], train_bias=False)
     for path, (U, sigma, V) in factors.items():
         adapter = layers[path].adapters_by_name()[name]
-        for role, factor in zip("USV", (U, np.diag(sigma), V), strict=True):
-            variable = getattr(adapter, role)
-            variable.assign(padded(factor, variable.shape))
+        adapter.assign_factors(U, np.diag(sigma), V)

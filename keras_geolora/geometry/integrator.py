@@ -1,16 +1,21 @@
-"""The geometric step: lift, augment, truncate.
+"""The geometric step: advance in the tangent space, augment, truncate.
 
 Pure functions of arrays. Every function is batched: `...` stands for any
 leading axes, in practice one axis over the layers of equal shape, so that the
 number of operations does not grow with the number of layers.
 
-| name         | shape                    | invariant                        |
-| ------------ | ------------------------ | -------------------------------- |
-| `U`          | (..., input_dim, r_max)  | first `rank` columns orthonormal |
-| `V`          | (..., output_dim, r_max) | as `U`                           |
-| `S`          | (..., r_max, r_max)      | diagonal, nonnegative            |
-| `K` = U S    | as `U`                   | unknown of the K-step            |
-| `L` = V S.T  | as `V`                   | unknown of the L-step            |
+| name | shape                    | invariant                                |
+| ---- | ------------------------ | ---------------------------------------- |
+| `U`  | (..., input_dim, r_max)  | first `rank` columns orthonormal         |
+| `V`  | (..., output_dim, r_max) | as `U`                                   |
+| `S`  | (..., r_max, r_max)      | diagonal, nonnegative, after a retraction |
+| `P`  | as `U`                   | orthogonal to `U`, zero after a retraction |
+| `Q`  | as `V`                   | orthogonal to `V`, zero after a retraction |
+
+The update is `U S V.T + P V.T + U Q.T`. Between two retractions the bases `U`
+and `V` stay, and steps change `P`, `S` and `Q`, in which the update is linear:
+they move in the tangent space at the last retraction. A retraction returns to
+the manifold of matrices of low rank.
 
 Columns beyond the rank are exactly zero, in the factors and in everything
 derived from them. So shapes are static, and the rank is the number of nonzero
@@ -39,11 +44,25 @@ class Point(NamedTuple):
     V: object
 
 
-class Unknowns(NamedTuple):
-    """What the inner optimizer updates: `K = U S`, `S` and `L = V S.T`.
+class Block(NamedTuple):
+    """The factors of an update between two retractions.
 
-    Also holds a tangent vector `M`, such as a gradient or a first moment, as
-    its products `M V`, `U.T M V` and `M.T U`.
+    The update is `U @ S @ V.T + P @ V.T + U @ Q.T`.
+    """
+
+    U: object
+    S: object
+    V: object
+    P: object
+    Q: object
+
+
+class Unknowns(NamedTuple):
+    """What the inner optimizer updates.
+
+    In full, `K = U S + P`, `S` and `L = V S.T + Q`. Also holds a tangent vector
+    `M`, such as a gradient or a first moment, as its products `M V`, `U.T M V`
+    and `M.T U`.
     """
 
     K: object
@@ -97,18 +116,78 @@ def core_values(point):
     return ops.diagonal(point.S, axis1=-2, axis2=-1)
 
 
-def lift(point):
-    """Converts a point to the coordinates of the inner optimizer.
+def lift(block, in_full=True):
+    """Returns the unknowns of the inner optimizer.
 
     Args:
-        point: `Point`.
+        block: `Block`.
+        in_full: Bool, whether the values matter to the inner optimizer.
+            Otherwise `P` and `Q` take the place of `K` and `L`: the gradients
+            are the same, and weight decay of `P`, `S` and `Q` is that of the
+            update, too. This saves two products.
 
     Returns:
-        `Unknowns` with `K = U S`, `S` and `L = V S.T`.
+        `Unknowns`.
     """
-    U, S, V = point
-    sigma = core_values(point)[..., None, :]
-    return Unknowns(U * sigma, S, V * sigma)
+    U, S, V, P, Q = block
+    if not in_full:
+        return Unknowns(P, S, Q)
+    return Unknowns(ops.matmul(U, S) + P, S, ops.matmul(V, T(S)) + Q)
+
+
+def advance(block, change, moving, max_change=None, longest=None):
+    """Takes a step in the tangent space.
+
+    Args:
+        block: `Block` before the step.
+        change: `Unknowns`, the change by the inner step. Columns that are not
+            in use are ignored.
+        moving: Bool array `(...)`, false where nothing shall move.
+        max_change: Array `(...)` or `None`, the bound on the Frobenius norm of
+            a step. If the longest step so far, this one included, exceeds it
+            when rescaled to the current rank, the step is scaled down by that
+            factor.
+        longest: Array `(...)` or `None`, the length of the longest step before
+            this one: its norm divided by the root of the rank at that time, so
+            that the bound does not depend on the initial rank.
+
+    Returns:
+        Tuple of the `Block` after the step, `longest` with this step, and a
+        bool array `(...)`, whether the step was finite. Where it was not, or
+        nothing shall move, the block and `longest` are as before.
+    """
+    U, S, V, P, Q = block
+    active = active_columns(U)
+    finite = all_finite(change)
+    moving = ops.logical_and(moving, finite)
+    use = ops.logical_and(moving[..., None], active)[..., None, :]
+    dK = outside(U, ops.where(use, change.K, 0.0))
+    dS = ops.where(ops.logical_and(use, active[..., None]), change.S, 0.0)
+    dL = outside(V, ops.where(use, change.L, 0.0))
+    if max_change is not None:
+        root = ops.sqrt(ops.cast(count(active)[..., 0], S.dtype))
+        length = ops.sqrt(
+            sum(ops.sum(ops.square(x), axis=(-2, -1)) for x in (dK, dS, dL))
+        )
+        # The squares of finite numbers may not be finite.
+        finite = ops.logical_and(finite, ops.isfinite(length))
+        length = ops.where(finite, divide(length, root), 0.0)
+        longest = ops.maximum(longest, length)
+        scale = step_scale(max_change, longest, root)
+        scale = ops.where(finite, scale, 0.0)[..., None, None]
+        dK, dS, dL = scale * dK, scale * dS, scale * dL
+    return Block(U, S + dS, V, P + dK, Q + dL), longest, finite
+
+
+def outside(basis, X):
+    """Returns the part of `X` that is orthogonal to a basis."""
+    return X - ops.matmul(basis, ops.matmul(T(basis), X))
+
+
+def all_finite(arrays):
+    """Says for each leading index whether all numbers of arrays are finite."""
+    sums = [ops.sum(x, axis=(-2, -1)) for x in arrays]
+    return ops.all(ops.isfinite(ops.stack(sums)), axis=0)
 
 
 class Extension(NamedTuple):
@@ -125,8 +204,7 @@ class Extension(NamedTuple):
     | `gram`  | (..., 2 r, 2 r) | `both.T @ both`                            |
     | `mix`   | (..., 2 r, 2 r) | makes the columns orthonormal              |
     | `used`  | (..., 2 r)      | which columns of `both @ mix` are not zero |
-    | `gain`  | (..., r, r)     | new directions, transposed, times the step |
-    | `finite`| (...)           | false if the step was replaced by zero     |
+    | `gain`  | (..., r, r)     | new directions, transposed, times `P`      |
     """
 
     both: object
@@ -134,13 +212,12 @@ class Extension(NamedTuple):
     mix: object
     used: object
     gain: object
-    finite: object
 
 
-def extend(basis, active, change, known):
-    """Finds an orthonormal basis of the directions that a step adds.
+def extend(basis, active, beyond, known):
+    """Finds an orthonormal basis of the directions that steps added.
 
-    They span the range of `(I - basis basis.T) change`. Directions that are
+    They span the range of `(I - basis basis.T) beyond`. Directions that are
     rounding noise, or missing because the residual is rank-deficient, become
     zero columns: orthonormalising them would give arbitrary columns that
     overlap `basis`.
@@ -152,23 +229,19 @@ def extend(basis, active, change, known):
 
     Args:
         basis: Array of shape `(..., dim, r)`, columns orthonormal or zero.
-        active: Bool array of shape `(..., r)`, the columns of `change` to use.
-        change: Array of shape `(..., dim, r)`, the change of `K`.
-        known: Array of shape `(..., 1, 1)`, the norm of `K` before the step:
-            anything small relative to it is rounding noise.
+        active: Bool array of shape `(..., r)`, which columns are in use.
+        beyond: Array of shape `(..., dim, r)`, `P` or `Q`.
+        known: Array of shape `(..., 1, 1)`, the norm of `S`: anything small
+            relative to it is rounding noise.
 
     Returns:
         `Extension`.
     """
     r = basis.shape[-1]
-    in_use, active = active, active[..., None, :]
     # Scaling avoids underflow and overflow of the squares.
-    sizes = ops.mean(ops.abs(change), axis=-2, keepdims=True)
-    size = ops.sum(ops.where(active, sizes, 0.0), axis=-1, keepdims=True)
-    finite = ops.isfinite(size)
-    size = ops.where(finite, size, 0.0)
-    counts = ops.logical_and(active, finite)
-    X = ops.where(counts, change * divide(1.0, size), 0.0)
+    sizes = ops.mean(ops.abs(beyond), axis=-2, keepdims=True)
+    size = ops.sum(sizes, axis=-1, keepdims=True)
+    X = beyond * divide(1.0, size)
     inside = ops.matmul(T(basis), X)
     residual = X - ops.matmul(basis, inside)
     _, Q = ops.eigh(ops.matmul(T(residual), residual))
@@ -184,7 +257,7 @@ def extend(basis, active, change, known):
     apart = T(unit) * gram[..., r:, r:] * unit - ops.matmul(T(overlap), overlap)
     eigenvalues, Q = ops.eigh(apart)
     # A unit column that is almost in the span of the others is noise as well.
-    used = ops.concatenate([in_use, eigenvalues > 1e-2], axis=-1)
+    used = ops.concatenate([active, eigenvalues > 1e-2], axis=-1)
     clear = used[..., None, r:]
     eigenvalues = eigenvalues[..., None, :]
     Q = ops.where(clear, Q / ops.sqrt(ops.where(clear, eigenvalues, 1.0)), 0.0)
@@ -200,8 +273,7 @@ def extend(basis, active, change, known):
     )
     gain = ops.matmul(T(new), ops.matmul(T(extra), X))
     gain = gain + ops.matmul(T(back), inside)
-    finite = finite[..., 0, 0]
-    return Extension(both, gram, mix, used, gain * size, finite)
+    return Extension(both, gram, mix, used, gain * size)
 
 
 def turn(extension, rotation, stay, keep):
@@ -281,18 +353,16 @@ def in_turn(x, earlier):
 
 
 class Augmented(NamedTuple):
-    """The point after a step, before truncation, as an SVD.
+    """A block, before truncation, as an SVD.
 
     The bases `U_hat` and `V_hat`, two `Extension`s, have twice as many columns
-    as the buffers. The point is
+    as the buffers. The update is
     `size * U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`, with `sigma` descending.
-    `size`, `(..., 1, 1)`, is zero where the point must not move: no gradient,
-    or a step that is not `finite`. `longest`, of the same shape, is the length
-    of the longest step that the inner optimizer has proposed so far: its norm
-    divided by the root of its rank.
+    `size`, `(..., 1, 1)`, is zero where the block is at rest, a point on the
+    manifold, which must not move.
     """
 
-    point: Point
+    block: Block
     active: object
     U_hat: Extension
     V_hat: Extension
@@ -300,64 +370,52 @@ class Augmented(NamedTuple):
     sigma: object
     Q: object
     size: object
-    finite: object
-    longest: object
 
 
-def augment(point, change, max_change=None, longest=0.0):
-    """Expresses a step in bases that span the old and the new directions.
+def augment(block):
+    """Expresses a block in bases that span the old and the new directions.
 
-    The bases are augmented by the directions `U_tilde` and `V_tilde` that the
-    K- and L-step found. The core in the augmented bases is
+    The bases are augmented by the directions `U_tilde` and `V_tilde` of `P` and
+    `Q`. The core in the augmented bases is
 
-        S_hat = [[S_new,             L_new.T V_tilde],
-                 [U_tilde.T K_new,   0              ]]
+        S_hat = [[S,              Q.T V_tilde],
+                 [U_tilde.T P,    0          ]]
 
     Args:
-        point: `Point` before the step.
-        change: `Unknowns`, the change by the inner step. Columns that are not
-            in use are ignored.
-        max_change: Array of shape `(..., 1, 1)` or `None`, the bound on the
-            Frobenius norm of a step. If the longest step so far, this one
-            included, exceeds it when rescaled to the current rank, the step
-            is scaled down by that factor.
-        longest: Array of shape `(..., 1, 1)` or 0, the length of the longest
-            step before this one. Divided by the root of the rank, so that the
-            bound does not depend on the initial rank.
+        block: `Block`.
 
     Returns:
         `Augmented`.
     """
-    U, S, V = point
+    U, S, V, P, Q = block
     active = active_columns(U)
     known = norm(S, (-2, -1))
-    U_hat = extend(U, active, change.K, known)
-    V_hat = extend(V, active, in_turn(change.L, U_hat.gain), known)
-    counts = ops.logical_and(active[..., None], active[..., None, :])
-    step_S = ops.where(counts, change.S, 0.0)
-    finite = ops.all(ops.isfinite(step_S), axis=(-2, -1))
-    step_S = ops.where(finite[..., None, None], step_S, 0.0)
-    for extension in (U_hat, V_hat):
-        finite = ops.logical_and(finite, extension.finite)
-    step = ops.concatenate(
+    U_hat = extend(U, active, P, known)
+    V_hat = extend(V, active, in_turn(Q, U_hat.gain), known)
+    S_hat = ops.concatenate(
         [
-            ops.concatenate([step_S, T(V_hat.gain)], axis=-1),
+            ops.concatenate([S, T(V_hat.gain)], axis=-1),
             ops.concatenate([U_hat.gain, ops.zeros_like(S)], axis=-1),
         ],
         axis=-2,
     )
-    root = ops.sqrt(ops.cast(count(active)[..., None], S.dtype))
-    longest = ops.maximum(longest, divide(norm(step, (-2, -1)), root))
-    if max_change is not None:
-        step = step_scale(max_change, longest, root) * step
-    r = S.shape[-1]
-    S_hat = step + ops.pad(S, [(0, 0)] * (len(S.shape) - 2) + [(0, r)] * 2)
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
-    P, sigma, Qt = ops.svd(divide(S_hat, size), full_matrices=False)
-    size = ops.where(finite[..., None, None], size, 0.0)
-    return Augmented(
-        point, active, U_hat, V_hat, P, sigma, T(Qt), size, finite, longest
-    )
+    left, sigma, right = ops.svd(divide(S_hat, size), full_matrices=False)
+    size = ops.where(at_rest(block)[..., None, None], 0.0, size)
+    return Augmented(block, active, U_hat, V_hat, left, sigma, T(right), size)
+
+
+def at_rest(block):
+    """Says which blocks are points on the manifold, `(...)`.
+
+    There `P` and `Q` are zero, and `S` is diagonal.
+    """
+    _, S, _, P, Q = block
+    beside = S * (1.0 - ops.eye(S.shape[-1], dtype=S.dtype))
+    moved = [
+        ops.any(ops.not_equal(x, 0), axis=(-2, -1)) for x in (beside, P, Q)
+    ]
+    return ops.logical_not(ops.any(ops.stack(moved), axis=0))
 
 
 def step_scale(max_change, longest, root):
@@ -374,75 +432,70 @@ def step_scale(max_change, longest, root):
 
 
 def truncate(augmented, rank):
-    """Returns to the manifold: keeps the largest singular values of a step.
+    """Returns to the manifold: keeps the largest singular values.
 
     `U = U_hat P`, `S = diag(sigma)`, `V = V_hat Q`, cut to the first columns.
     Without truncation, plain gradient descent gives `W - lr * P(W) G`, where
     `P(W)` projects onto the tangent space.
 
     Args:
-        augmented: `Augmented`, the step.
+        augmented: `Augmented`.
         rank: Int array of shape `(..., 1)`.
 
     Returns:
-        `Move`. Where the point must not move, only its columns are cut.
+        `Move`. Where the block is at rest, only its columns are cut.
     """
-    max_rank = augmented.point.S.shape[-1]
+    U, S, V, *_ = augmented.block
+    max_rank = S.shape[-1]
     keep = ops.arange(max_rank, dtype="int32") < rank
     columns = keep[..., None, :]
     stay = ops.equal(augmented.size, 0)
     P = ops.where(columns, augmented.P[..., :max_rank], 0.0)
     Q = ops.where(columns, augmented.Q[..., :max_rank], 0.0)
-    U, A = turn(augmented.U_hat, P, stay, columns)
-    V, B = turn(augmented.V_hat, Q, stay, columns)
+    new_U, A = turn(augmented.U_hat, P, stay, columns)
+    new_V, B = turn(augmented.V_hat, Q, stay, columns)
     sigma = ops.where(keep, singular_values(augmented), 0.0)
-    new = Point(U, diagonal(sigma), V)
-    return Move(augmented.point, new, augmented.active, A, B)
-
-
-def cut(point, rank):
-    """Truncates a point without a step.
-
-    Its core is diagonal and descending, so truncation only drops columns and
-    rotates nothing.
-
-    Args:
-        point: `Point`.
-        rank: Int array of shape `(..., 1)`.
-
-    Returns:
-        `Move`.
-    """
-    keep = ops.arange(point.S.shape[-1], dtype="int32") < rank
-    new = Point(*(ops.where(keep[..., None, :], x, 0.0) for x in point))
-    A = diagonal(ops.cast(keep, point.S.dtype))
-    return Move(point, new, active_columns(point.U), A, A)
+    new = Point(new_U, diagonal(sigma), new_V)
+    return Move(Point(U, S, V), new, augmented.active, A, B)
 
 
 def singular_values(augmented):
-    """Returns the singular values after a step, `(..., r)`, untruncated."""
-    before = core_values(augmented.point)
+    """Returns the largest singular values, `(..., r)`, descending."""
+    before = core_values(augmented.block)
     size = augmented.size[..., 0]
     after = augmented.sigma[..., : before.shape[-1]] * size
     return ops.where(size > 0, after, before)
 
 
 def wanted_rank(augmented, tolerance, min_rank):
-    """Returns the rank that `tolerance` asks for after a step.
+    """Returns the rank that `tolerance` asks for.
 
     Args:
-        augmented: `Augmented`, the step.
+        augmented: `Augmented`.
         tolerance: Scalar in [0, 1), share of the norm that may be cut.
         min_rank: Int array of shape `(..., 1)`.
 
     Returns:
-        Int array of shape `(..., 1)`. Where the point must not move, the
-        number of columns in use.
+        Int array of shape `(..., 1)`. Where the update is zero, the number of
+        columns in use.
     """
-    possible = usable_columns(augmented)
-    rank = truncated_rank(augmented.sigma, tolerance, min_rank, possible)
+    in_use = count(augmented.active)
     stay = ops.equal(augmented.size[..., 0], 0)
-    return ops.where(stay, count(augmented.active), rank)
+    possible = ops.where(stay, in_use, usable_columns(augmented))
+    sigma = all_values(augmented)
+    rank = truncated_rank(sigma, tolerance, min_rank, possible)
+    return ops.where(sigma[..., :1] > 0, rank, in_use)
+
+
+def all_values(augmented):
+    """Returns all singular values, `(..., 2 r)`, relative to `size`.
+
+    Where the block is at rest, they are its own.
+    """
+    at_rest = core_values(augmented.block)
+    at_rest = ops.concatenate([at_rest, ops.zeros_like(at_rest)], axis=-1)
+    stay = ops.equal(augmented.size[..., 0], 0)
+    return ops.where(stay, at_rest, augmented.sigma)
 
 
 def usable_columns(augmented):
@@ -454,7 +507,7 @@ def usable_columns(augmented):
     the product of what the K- and the L-step found.
 
     Args:
-        augmented: `Augmented`, the step.
+        augmented: `Augmented`.
 
     Returns:
         Int array of shape `(..., 1)`, at most `r`.
@@ -473,37 +526,20 @@ def usable_columns(augmented):
     return count(spoilt[..., :max_rank] < 1)
 
 
-def wanted_rank_at_rest(point, tolerance, min_rank):
-    """Returns the rank that `tolerance` asks for, without a step.
-
-    Like `wanted_rank`, for the singular values of the point itself.
-    """
-    sigma = core_values(point)
-    in_use = count(active_columns(point.U))
-    rank = truncated_rank(sigma, tolerance, min_rank, in_use)
-    return ops.where(sigma[..., :1] > 0, rank, in_use)
-
-
-def discarded_share(sigma, rank):
+def discarded_share(augmented, rank):
     """Returns the share of the norm that a truncation discards.
 
     Args:
-        sigma: Array of shape `(..., r)`.
+        augmented: `Augmented`.
         rank: Int array of shape `(..., 1)`.
 
     Returns:
         Array of shape `(...)`, in [0, 1].
     """
+    sigma = all_values(augmented)
     beyond = ops.arange(sigma.shape[-1], dtype="int32") >= rank
     tail = norm(ops.where(beyond, sigma, 0.0), -1)
     return divide(tail, norm(sigma, -1))[..., 0]
-
-
-def discarded_in_step(augmented, rank):
-    """Like `discarded_share`, for a step that is truncated to a rank."""
-    stay = ops.equal(augmented.size[..., 0, 0], 0)
-    at_rest = discarded_share(core_values(augmented.point), rank)
-    return ops.where(stay, at_rest, discarded_share(augmented.sigma, rank))
 
 
 def choose(mask, these, those):

@@ -33,6 +33,33 @@ def svd_of_sum(products, rank=None, min_rank=1):
     return Q_A @ P[:, :count], sigma[:count], Q_B @ Qt[:count].T
 
 
+def trimmed(block, max_rank=None, min_rank=1):
+    """Returns the factors of an update, without unused columns.
+
+    Args:
+        block: `Block` of arrays.
+        max_rank: Int, the largest rank. Defaults to that of the update.
+        min_rank: Int, the smallest rank. Defaults to 1.
+
+    Returns:
+        Float32 arrays `U`, `S`, diagonal, and `V`. At rest they are those of
+        the block, otherwise those of the closest matrix of rank `max_rank`.
+    """
+    U, S, V, P, Q = (np.asarray(x) for x in block)
+    rank = int((U != 0).any(axis=0).sum())
+    at_rest = not (P.any() or Q.any() or (S - np.diag(S.diagonal())).any())
+    if not at_rest and all(np.isfinite(x).all() for x in block):
+        U, V, P, Q = (x[:, :rank] for x in (U, V, P, Q))
+        eye = np.eye(rank)
+        left = U.astype("float64") @ S[:rank, :rank] + P
+        products = [(left, eye, V), (U, eye, Q)]
+        U, sigma, V = svd_of_sum(products, max_rank, min_rank)
+        return tuple(x.astype("float32") for x in (U, np.diag(sigma), V))
+    if not at_rest:  # not finite
+        S = np.full_like(S, np.nan)
+    return U[:, :rank], S[:rank, :rank], V[:, :rank]
+
+
 def block_diagonal(blocks):
     """Returns a matrix with blocks along its diagonal and zeros elsewhere."""
     rows, columns = np.sum([block.shape for block in blocks], axis=0)

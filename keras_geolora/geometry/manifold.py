@@ -1,9 +1,10 @@
 """Checks whether the factors of an adapter are on the manifold.
 
-There the first `rank` columns of `U` and `V` are orthonormal, `S` is diagonal,
-and everything beyond the rank is zero. Every step of `GeoLoRA` keeps this
-true; averaging factors, or training them with another optimizer, does not. The
-outputs look fine, but truncation, transport and ranks are wrong from then on.
+There the first `rank` columns of `U` and `V` are orthonormal, and everything
+beyond the rank is zero. Between two retractions `P` and `Q` are not zero, but
+orthogonal to `U` and `V`. Every step of `GeoLoRA` keeps this true; averaging
+factors, or training them with another optimizer, does not. The outputs look
+fine, but truncation, transport and ranks are wrong from then on.
 """
 
 import numpy as np
@@ -14,9 +15,8 @@ from keras import ops
 TOLERANCE = 1e-3
 
 RULE = (
-    "The factors of an adapter must be bases `U` and `V` with orthonormal "
-    "columns and a diagonal core `S`. Averaging factors, or training them "
-    "without `GeoLoRA`, breaks this."
+    "The factors `U` and `V` of an adapter must have orthonormal columns. "
+    "Averaging factors, or training them without `GeoLoRA`, breaks this."
 )
 AVERAGE = "Average updates, not factors: `model.average_geolora(clients)`."
 MEND = (
@@ -44,7 +44,7 @@ def basis_error(basis, rank):
     return float(np.abs(gram - np.diag(ones)).max(initial=0.0))
 
 
-def distance(U, S, V):
+def distance(U, S, V, P=None, Q=None):
     """Returns how far factors are from the manifold.
 
     Only products of thin matrices are formed.
@@ -53,23 +53,28 @@ def distance(U, S, V):
         U: Array of shape `(input_dim, max_rank)`.
         S: Array of shape `(max_rank, max_rank)`.
         V: Array of shape `(output_dim, max_rank)`.
+        P: Array like `U`, or `None` for zero.
+        Q: Array like `V`, or `None` for zero.
 
     Returns:
-        Float: the largest `basis_error`, or the largest off-diagonal entry of
-        `S` relative to its largest entry. At least 1 if an unused entry is
-        not zero, infinite if a number is not finite.
+        Float: the largest `basis_error`, or the largest entry of `U.T @ P` or
+        `V.T @ Q` relative to the largest entry of `S`, `P` and `Q`. At least 1
+        if an unused entry is not zero, infinite if a number is not finite.
     """
-    U, S, V = (np.asarray(x, "float64") for x in (U, S, V))
-    if not all(np.isfinite(x).all() for x in (U, S, V)):
+    P = np.zeros_like(U) if P is None else P
+    Q = np.zeros_like(V) if Q is None else Q
+    U, S, V, P, Q = (np.asarray(x, "float64") for x in (U, S, V, P, Q))
+    if not all(np.isfinite(x).all() for x in (U, S, V, P, Q)):
         return float("inf")
     rank = int((U != 0).any(axis=0).sum())
-    unused = U[:, rank:], V[:, rank:], S[rank:], S[:, rank:]
+    unused = [x[:, rank:] for x in (U, S, V, P, Q)] + [S[rank:]]
     padded = not any(x.any() for x in unused)
-    beside = np.abs(S - np.diag(S.diagonal())).max(initial=0.0)
+    largest = max(np.abs(x).max(initial=0.0) for x in (S, P, Q)) or 1.0
+    inside = max(np.abs(U.T @ P).max(), np.abs(V.T @ Q).max())
     return max(
         basis_error(U, rank),
         basis_error(V, rank),
-        float(beside / (np.abs(S).max(initial=0.0) or 1.0)),
+        float(inside / largest),
         0.0 if padded and rank else 1.0,
     )
 
@@ -78,14 +83,15 @@ def far_off(factors):
     """Returns the factors that are off the manifold, and how far.
 
     Args:
-        factors: Dict from name to `(U, S, V)`, arrays or variables.
+        factors: Dict from name to `(U, S, V)`, or with `P` and `Q`, arrays or
+            variables.
 
     Returns:
         Dict from name to float.
     """
     found = {
-        name: distance(*map(ops.convert_to_numpy, three))
-        for name, three in factors.items()
+        name: distance(*map(ops.convert_to_numpy, arrays))
+        for name, arrays in factors.items()
     }
     return {name: far for name, far in found.items() if far > TOLERANCE}
 
@@ -111,11 +117,13 @@ def check_factors(factors, then):
         raise ValueError(f"{RULE} Received: {described(far)}. {then}")
 
 
-def have_shapes(U, S, V):
+def have_shapes(U, S, V, P=None, Q=None):
     """Returns whether arrays have the shapes of factors."""
     columns = np.shape(S)[-1:]
     return (
         np.ndim(U) == np.ndim(V) == 2
         and np.shape(U)[1:] == np.shape(V)[1:] == columns
         and np.shape(S) == 2 * columns
+        and (P is None or np.shape(P) == np.shape(U))
+        and (Q is None or np.shape(Q) == np.shape(V))
     )

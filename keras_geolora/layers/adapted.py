@@ -341,10 +341,7 @@ class AdaptedLayer:
         with name_scopes_of(self):
             new = self._new_adapter(name, dataclasses.asdict(options))
         U, S, V = old.trimmed()
-        for variable, value in ((new.U, U), (new.S, S[:rank]), (new.V, V)):
-            buffer = np.zeros(variable.shape, "float32")
-            buffer[: len(value), :rank] = value[:, :rank]
-            variable.assign(buffer)
+        new.assign_factors(U[:, :rank], S[:rank, :rank], V[:, :rank])
         random_states = zip(
             new.dropout.variables, old.dropout.variables, strict=True
         )

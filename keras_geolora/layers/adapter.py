@@ -1,4 +1,4 @@
-"""The adapter: three factors, and the only formula that applies them."""
+"""The adapter: its factors, and the only formula that applies them."""
 
 import math
 import numbers
@@ -9,7 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.geometry import manifold
+from keras_geolora.geometry import low_rank_sum, manifold
+from keras_geolora.geometry.integrator import Block
 from keras_geolora.layers.factor import Factor, check_values, name_of
 from keras_geolora.layers.products import (
     is_known,
@@ -20,6 +21,7 @@ from keras_geolora.layers.products import (
     may_train,
     merged_product,
     sparse_product,
+    transposed,
 )
 
 
@@ -162,52 +164,48 @@ class LowRankAdapter(keras.layers.Layer):
         if self.built:
             return
         seeds = [self.seed, None if self.seed is None else self.seed + 1]
-        self.U = self._add_factor("U", self.input_dim, seeds[0])
-        self.S = self.add_weight(
-            name="S",
-            shape=(self.max_rank, self.max_rank),
-            initializer="zeros",
-            dtype="float32",
-            autocast=False,
-            constraint=Factor(self, "S"),
-        )
-        self.V = self._add_factor("V", self.output_dim, seeds[1])
+        basis = [Orthonormal(self.initial_rank, seed) for seed in seeds]
+        self.U = self._add_factor("U", self.input_dim, basis[0])
+        self.S = self._add_factor("S", self.max_rank, "zeros")
+        self.V = self._add_factor("V", self.output_dim, basis[1])
+        self.P = self._add_factor("P", self.input_dim, "zeros")
+        self.Q = self._add_factor("Q", self.output_dim, "zeros")
         self.built = True
 
-    def _add_factor(self, role, dim, seed):
+    def _add_factor(self, role, dim, initializer):
         return self.add_weight(
             name=role,
             shape=(dim, self.max_rank),
-            initializer=Orthonormal(self.initial_rank, seed),
+            initializer=initializer,
             dtype="float32",
             autocast=False,
             constraint=Factor(self, role),
         )
 
     def call(self, inputs, transpose=False, training=None):
-        U, S, V = self._factors()
+        factors = self._factors()
         if transpose:
-            U, S, V = V, ops.transpose(S), U
-        input_dim, output_dim = U.shape[0], V.shape[0]
+            factors = transposed(*factors)
+        input_dim, output_dim = factors[0].shape[0], factors[2].shape[0]
         shape = ops.shape(inputs)
         if keras.backend.is_int_dtype(inputs.dtype):
             # Dropout on a one-hot vector keeps or drops its only entry.
             kept = ops.ones((*shape, 1), dtype=self.compute_dtype)
             kept = self.drop(kept, training)
             ids = ops.reshape(inputs, (-1,))
-            y = low_rank_rows(ids, U, S, V, self.scale, self.compute_dtype)
+            y = low_rank_rows(ids, factors, self.scale, self.compute_dtype)
             return ops.reshape(y, (*shape, output_dim)) * kept
         if is_sparse(inputs):
-            return self._sparse_call(inputs, U, S, V, training)
+            return self._sparse_call(inputs, factors, training)
         x = ops.reshape(self.drop(inputs, training), (-1, input_dim))
-        y = low_rank_product(x, U, S, V, self.scale)
+        y = low_rank_product(x, factors, self.scale)
         return ops.reshape(y, (*shape[:-1], output_dim))
 
-    def _sparse_call(self, x, U, S, V, training):
+    def _sparse_call(self, x, factors, training):
         if self.dropout.rate and may_train(training):
             x = ops.convert_to_tensor(x, sparse=False)
             x = self.drop(x, training)
-        return sparse_product(x, U, S, V, self.scale)
+        return sparse_product(x, factors, self.scale)
 
     def drop(self, x, training):
         """Applies the dropout; `training` may be a traced bool."""
@@ -235,8 +233,7 @@ class LowRankAdapter(keras.layers.Layer):
         x = ops.cast(inputs, self.compute_dtype)
         x = ops.reshape(x, (-1, self.input_dim))
         kernel = ops.stop_gradient(ops.cast(kernel, self.compute_dtype))
-        U, S, V = self._factors()
-        y = merged_product(x, kernel, U, S, V, self.scale)
+        y = merged_product(x, kernel, self._factors(), self.scale)
         return ops.reshape(y, (*shape[:-1], self.output_dim))
 
     def compute_output_shape(self, input_shape, transpose=False):
@@ -244,42 +241,75 @@ class LowRankAdapter(keras.layers.Layer):
         return (*input_shape[:-1], dim)
 
     def delta(self):
-        """Returns `scale * U @ S @ V.T`, float32, `(input_dim, output_dim)`."""
-        return low_rank_matrix(*self._factors(), self.scale)
+        """Returns the update, float32, `(input_dim, output_dim)`."""
+        return low_rank_matrix(self._factors(), self.scale)
+
+    @property
+    def factors(self):
+        """The `Block` of the variables `U`, `S`, `V`, `P` and `Q`."""
+        return Block(self.U, self.S, self.V, self.P, self.Q)
 
     def _factors(self):
-        """Returns `U`, `S` and `V` in the form that custom gradients accept.
+        """Returns the factors in the form that custom gradients accept.
 
         The cast turns variables of `tf.distribute` into tensors; on others it
         has no effect.
         """
-        return [ops.cast(v.value, v.dtype) for v in (self.U, self.S, self.V)]
+        return tuple(ops.cast(v.value, v.dtype) for v in self.factors)
 
     def trimmed(self):
-        """Returns `U`, `S` and `V` as arrays, without unused columns."""
-        rank = self.rank
-        U, S, V = (
-            np.array(ops.convert_to_numpy(x)) for x in (self.U, self.S, self.V)
+        """Returns `U`, `S` and `V` as arrays, without unused columns.
+
+        Between two retractions these are the factors that a retraction gives:
+        the update without what exceeds `max_rank`.
+        """
+        return low_rank_sum.trimmed(
+            self.factors_as_arrays(), self.max_rank, self.min_rank
         )
-        return U[:, :rank], S[:rank, :rank], V[:, :rank]
+
+    def factors_as_arrays(self):
+        """Returns the `Block` of the values of the factors, as arrays."""
+        return Block(*(np.array(ops.convert_to_numpy(v)) for v in self.factors))
+
+    def assign_factors(self, U, S, V):
+        """Replaces the factors.
+
+        Args:
+            U: Array of shape `(input_dim, rank)`, columns orthonormal.
+            S: Array of shape `(rank, rank)`, diagonal and nonnegative.
+            V: Array of shape `(output_dim, rank)`, columns orthonormal.
+        """
+        values = {"U": U, "S": S, "V": V}
+        for role, variable in self.factors._asdict().items():
+            buffer = np.zeros(variable.shape, "float32")
+            if role in values:
+                value = np.asarray(values[role])
+                buffer[tuple(slice(n) for n in value.shape)] = value
+            variable.assign(buffer)
 
     def save_own_variables(self, store):
         """Like the Keras method; refuses factors that left the manifold."""
         manifold.check_factors(
-            {name_of(self.U): (self.U, self.S, self.V)},
+            {name_of(self.U): self.factors},
             f"They were not saved. {manifold.MEND} {manifold.AVERAGE}",
         )
-        super().save_own_variables(store)
+        moving = any(factor.any() for factor in self.factors_as_arrays()[3:])
+        factors = self.factors if moving else self.factors[:3]
+        for number, variable in enumerate(factors):
+            store[str(number)] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store):
-        """Like the Keras method; refuses factors off the manifold."""
+        """Like the Keras method; refuses factors off the manifold.
+
+        A file has no `P` and `Q` if they are zero.
+        """
         given = [store[key] for key in sorted(store.keys())]
         if not given and self._refused is not None:
             # Keras tries again elsewhere in the file and shows the last error.
             raise ValueError(self._refused)
         self._refused = None
         try:
-            if len(given) == 3 and manifold.have_shapes(*given):
+            if len(given) in (3, 5) and manifold.have_shapes(*given):
                 manifold.check_factors(
                     {name_of(self.U): given},
                     "This adapter was left unchanged; other weights of the "
@@ -288,6 +318,9 @@ class LowRankAdapter(keras.layers.Layer):
         except ValueError as error:
             self._refused = str(error)
             raise
+        if len(given) == 3:
+            given += [np.zeros(v.shape, "float32") for v in self.factors[3:]]
+            store = {str(number): value for number, value in enumerate(given)}
         super().load_own_variables(store)
 
     def set_weights(self, weights):

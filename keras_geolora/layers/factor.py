@@ -2,12 +2,16 @@
 
 import keras
 
+from keras_geolora.geometry.integrator import Block
 from keras_geolora.geometry.manifold import (
     AVERAGE,
     MEND,
     check_factors,
     have_shapes,
 )
+
+# The factors of an adapter, in the order of its variables.
+ROLES = Block._fields
 
 
 class Factor(keras.constraints.Constraint):
@@ -52,7 +56,7 @@ def factors_of(layers, name=None):
         name: String, the one adapter to look at. Defaults to all.
     """
     return {
-        name_of(adapter.U): (adapter.U, adapter.S, adapter.V)
+        name_of(adapter.U): adapter.factors
         for layer in layers
         for key, adapter in layer.adapters_by_name().items()
         if name in (None, key)
@@ -83,8 +87,8 @@ def check_values(variables, values):
         if factor is not None:
             factors.setdefault(name_of(variable), {})[factor.role] = value
     whole = {
-        name: tuple(x[role] for role in "USV")
+        name: tuple(x[role] for role in ROLES)
         for name, x in factors.items()
-        if set(x) == set("USV") and have_shapes(*(x[role] for role in "USV"))
+        if set(x) == set(ROLES) and have_shapes(*(x[role] for role in ROLES))
     }
     check_factors(whole, f"Nothing was changed. {AVERAGE}")

@@ -1,4 +1,20 @@
-"""Products with an update, and their gradients."""
+"""Products with an update, and their gradients.
+
+An update is given by its factors, the tuple `U, S, V, P, Q`:
+
+| name   | shape                  |
+| ------ | ---------------------- |
+| `U`    | (input_dim, max_rank)  |
+| `S`    | (max_rank, max_rank)   |
+| `V`    | (output_dim, max_rank) |
+| `P`    | as `U`                 |
+| `Q`    | as `V`                 |
+
+It is `scale * (U @ S @ V.T + P @ V.T + U @ Q.T)`; the terms with `P` and `Q`
+are zero but between two retractions. The gradients are those of the geometric
+step: for `U`, `S` and `V` those for `K = U S + P`, `S` and `L = V S.T + Q`; for
+`P` and `Q` none.
+"""
 
 import keras
 from keras import ops
@@ -22,7 +38,7 @@ def with_gradients(forward, backward, *inputs, order=1):
         backward: Function `(g, kept, *inputs)` that returns the gradients for
             the inputs, given `g`, that for the output. `kept` may be `None`,
             and is a constant on torch.
-        *inputs: Tensors, of which the last three are `U`, `S` and `V`.
+        *inputs: Tensors, of which the last five are the factors.
         order: Int, the order of the derivative.
     """
     nested = keras.backend.backend() == "jax"
@@ -38,8 +54,8 @@ def with_gradients(forward, backward, *inputs, order=1):
             again = with_gradients(forward, backward, *inputs, order=order + 1)
             y, kept = again, None
         elif nested:
-            *others, U, S, V = inputs
-            y, kept = forward(*others, *last_derivative(U, S, V))
+            others, factors = inputs[:-5], inputs[-5:]
+            y, kept = forward(*others, *last_derivative(*factors))
         else:
             y, kept = forward(*inputs)
         return y, gradients
@@ -48,7 +64,7 @@ def with_gradients(forward, backward, *inputs, order=1):
 
 
 @ops.custom_gradient
-def last_derivative(U, S, V):
+def last_derivative(*factors):
     """Returns the factors, which cannot be differentiated any more."""
 
     def gradients(*args, upstream=None):
@@ -60,44 +76,57 @@ def last_derivative(U, S, V):
             f"{ORDERS + 1}"
         )
 
-    return (U, S, V), gradients
+    return factors, gradients
 
 
-def low_rank_product(x, U, S, V, scale, xU=None):
-    """Computes `scale * x @ U @ S @ V.T`, with the geometric gradients.
+def transposed(U, S, V, P, Q):
+    """Returns the factors of the transpose of an update."""
+    return V, ops.transpose(S), U, Q, P
+
+
+def wide_factors(U, S, V, P, Q):
+    """Returns `A` and `B`, so that `A @ B.T` is the update, unscaled."""
+    A = ops.concatenate([ops.add(ops.matmul(U, S), P), U], axis=1)
+    return A, ops.concatenate([V, Q], axis=1)
+
+
+def low_rank_product(x, factors, scale, xU=None):
+    """Computes the product of `x` with an update.
 
     Args:
         x: Tensor of shape `(batch, input_dim)`.
-        U: Tensor of shape `(input_dim, max_rank)`.
-        S: Tensor of shape `(max_rank, max_rank)`.
-        V: Tensor of shape `(output_dim, max_rank)`.
+        factors: Tuple of tensors.
         scale: Float.
         xU: Tensor `x @ U`, if known. Defaults to `None`.
 
     Returns:
         Tensor of shape `(batch, output_dim)`, with the dtype of `x`. Its
-        gradient for `x` is exact; `U`, `S` and `V` get those for `K = U S`, `S`
-        and `L = V S.T`. All can be differentiated again.
+        gradient for `x` is exact; the factors get the geometric ones. All can
+        be differentiated again.
     """
     dtype, known = x.dtype, xU
 
-    def forward(x, U, S, V):
+    def forward(x, U, S, V, P, Q):
         xU = times_basis(x, U) if known is None else known
-        xUS = ops.matmul(xU, ops.cast(S * scale, dtype))
-        return ops.matmul(xUS, ops.transpose(ops.cast(V, dtype))), xU
+        xA = ops.matmul(xU, ops.cast(S * scale, dtype))
+        xA = ops.add(xA, ops.matmul(x, ops.cast(P * scale, dtype)))
+        left = ops.concatenate([xA, xU], axis=1)
+        right = ops.concatenate([V, Q * scale], axis=1)
+        return ops.matmul(left, ops.transpose(ops.cast(right, dtype))), xU
 
-    def backward(g, xU, x, U, S, V):
+    def backward(g, xU, x, *factors):
+        U, _, V, *_ = factors
         gV = times_basis(g, V)
-        grads = factor_gradients(x, g, U, V, scale, xU, gV)
+        grads = factor_gradients(x, g, factors, scale, xU, gV)
         # On JAX the function may use nothing but its arguments.
         again = None if keras.backend.backend() == "jax" else gV
-        St = ops.transpose(S)
-        return low_rank_product(g, V, St, U, scale, xU=again), *grads
+        grad_x = low_rank_product(g, transposed(*factors), scale, xU=again)
+        return grad_x, *grads
 
-    return with_gradients(forward, backward, x, U, S, V)
+    return with_gradients(forward, backward, x, *factors)
 
 
-def sparse_product(x, U, S, V, scale):
+def sparse_product(x, factors, scale):
     """Computes `low_rank_product` for a sparse `x`.
 
     Custom gradients do not accept sparse inputs. Here the ordinary gradients
@@ -106,17 +135,17 @@ def sparse_product(x, U, S, V, scale):
 
     Args:
         x: Sparse tensor of shape `(..., input_dim)`, or any tensor.
-        U: Tensor of shape `(input_dim, max_rank)`.
-        S: Tensor of shape `(max_rank, max_rank)`.
-        V: Tensor of shape `(output_dim, max_rank)`.
+        factors: Tuple of tensors.
         scale: Float.
     """
-    dK, dL = U - ops.stop_gradient(U), V - ops.stop_gradient(V)
-    dK, S, dL = (ops.cast(y * scale, x.dtype) for y in (dK, S, dL))
+    U, S, V, P, Q = factors
+    P = ops.stop_gradient(P) + U - ops.stop_gradient(U)
+    Q = ops.stop_gradient(Q) + V - ops.stop_gradient(V)
+    P, S, Q = (ops.cast(y * scale, x.dtype) for y in (P, S, Q))
     xU = times_basis(x, U)
-    z = ops.add(ops.matmul(xU, S), ops.matmul(x, dK))
+    z = ops.add(ops.matmul(xU, S), ops.matmul(x, P))
     V = ops.transpose(ops.stop_gradient(ops.cast(V, x.dtype)))
-    return ops.add(ops.matmul(z, V), ops.matmul(xU, ops.transpose(dL)))
+    return ops.add(ops.matmul(z, V), ops.matmul(xU, ops.transpose(Q)))
 
 
 def is_sparse(x):
@@ -124,28 +153,41 @@ def is_sparse(x):
     return keras.backend.backend() != "torch" and hasattr(x, "indices")
 
 
-def factor_gradients(x, g, U, V, scale, xU=None, gV=None):
-    """Returns the gradients of `sum(g * (x @ delta))` for `K`, `S` and `L`.
+def factor_gradients(x, g, factors, scale, xU=None, gV=None):
+    """Returns the gradients of `sum(g * (x @ update))` for the factors.
 
     They treat the bases as constants, the coordinates of the tangent space.
 
     Args:
         x: Tensor of shape `(batch, input_dim)`.
         g: Tensor of shape `(batch, output_dim)`.
-        U: Tensor of shape `(input_dim, max_rank)`.
-        V: Tensor of shape `(output_dim, max_rank)`.
+        factors: Tuple of tensors.
         scale: Float.
         xU: Tensor `x @ U`, if known. Defaults to `None`.
         gV: Tensor `g @ V`, if known. Defaults to `None`.
     """
+    U, _, V, *_ = factors
     grad_K = tall_product(x, times_basis(g, V) if gV is None else gV)
     # Torch kept a constant, which cannot be differentiated.
     if xU is None or getattr(grad_K, "requires_grad", False):
         xU = times_basis(x, U)
     grad_L = ops.cast(tall_product(g, xU), U.dtype) * scale
-    grad_K = ops.cast(grad_K, U.dtype) * scale
+    return geometric(ops.cast(grad_K, U.dtype) * scale, grad_L, factors)
+
+
+def geometric(grad_K, grad_L, factors):
+    """Returns the gradients of all factors, given those of `K` and `L`."""
+    U, _, _, P, Q = factors
     basis = ops.transpose(ops.stop_gradient(U))
-    return grad_K, ops.matmul(basis, grad_K), grad_L
+    return grad_K, ops.matmul(basis, grad_K), grad_L, nothing(P), nothing(Q)
+
+
+def nothing(x):
+    """Returns the gradient of a constant.
+
+    Compilers drop these zeros; torch has no compiler and gets none.
+    """
+    return None if keras.backend.backend() == "torch" else ops.zeros_like(x)
 
 
 def times_basis(x, basis):
@@ -160,16 +202,14 @@ def tall_product(x, y):
     return ops.matmul(ops.transpose(x), y)
 
 
-def merged_product(x, kernel, U, S, V, scale, transpose=False):
-    """Computes `x @ (kernel + scale * U @ S @ V.T)` for a frozen kernel.
+def merged_product(x, kernel, factors, scale, transpose=False):
+    """Computes the product of `x` with a frozen kernel plus an update.
 
     Args:
         x: Tensor of shape `(batch, input_dim)`, or `(batch, output_dim)` if
             transposed.
         kernel: Tensor of shape `(input_dim, output_dim)`, a constant.
-        U: Tensor of shape `(input_dim, max_rank)`.
-        S: Tensor of shape `(max_rank, max_rank)`.
-        V: Tensor of shape `(output_dim, max_rank)`.
+        factors: Tuple of tensors.
         scale: Float.
         transpose: Bool, whether to multiply by the transpose of the sum.
             Defaults to `False`.
@@ -180,24 +220,21 @@ def merged_product(x, kernel, U, S, V, scale, transpose=False):
         product with the kernel.
     """
 
-    def forward(x, kernel, U, S, V):
-        merged = kernel + product_of_factors(U, S, V, scale)
+    def forward(x, kernel, *factors):
+        merged = kernel + product_of_factors(factors, scale)
         return ops.matmul(
             x, ops.transpose(merged) if transpose else merged
         ), None
 
-    def backward(g, _, x, kernel, U, S, V):
+    def backward(g, _, x, kernel, *factors):
         # Forms the sum again: keeping all sums would take as much memory as the
         # model.
-        grad_x = merged_product(g, kernel, U, S, V, scale, not transpose)
+        grad_x = merged_product(g, kernel, factors, scale, not transpose)
         rows, columns = (g, x) if transpose else (x, g)
-        grads = factor_gradients(rows, columns, U, V, scale)
-        # Compilers drop these zeros; torch has no compiler and gets none.
-        on_torch = keras.backend.backend() == "torch"
-        none = None if on_torch else ops.zeros_like(kernel)
-        return grad_x, none, *grads
+        grads = factor_gradients(rows, columns, factors, scale)
+        return grad_x, nothing(kernel), *grads
 
-    return with_gradients(forward, backward, x, kernel, U, S, V)
+    return with_gradients(forward, backward, x, kernel, *factors)
 
 
 def is_known(training):
@@ -224,14 +261,12 @@ def merging_pays(rows, input_dim, output_dim):
     return rows * (input_dim + output_dim) >= price * input_dim * output_dim
 
 
-def low_rank_rows(ids, U, S, V, scale, dtype):
-    """Computes rows of `scale * U @ S @ V.T`, with the geometric gradients.
+def low_rank_rows(ids, factors, scale, dtype):
+    """Computes rows of an update, with the geometric gradients.
 
     Args:
         ids: Int tensor of shape `(batch,)`, the rows, below 2**24.
-        U: Tensor of shape `(input_dim, max_rank)`.
-        S: Tensor of shape `(max_rank, max_rank)`.
-        V: Tensor of shape `(output_dim, max_rank)`.
+        factors: Tuple of tensors.
         scale: Float.
         dtype: String, the dtype to compute in.
 
@@ -239,29 +274,33 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
         Tensor of shape `(batch, output_dim)`. Its gradients are those of
         `low_rank_product` for one-hot inputs, which are never formed.
     """
-    if U.shape[0] > 2**24:
+    input_dim = factors[0].shape[0]
+    if input_dim > 2**24:
         raise ValueError(
             "An adapter can select rows only from a matrix with at most 2**24 "
-            f"rows. Received: {U.shape[0]} rows"
+            f"rows. Received: {input_dim} rows"
         )
 
     # JAX cannot close over the ids inside a branch of `cond`, and has no
     # gradient for integers: they are passed as floats, exact below 2**24.
-    def forward(numbers, U, S, V):
+    def forward(numbers, U, S, V, P, Q):
         rows_of_U = rows_of(U, numbers)
-        y = ops.matmul(rows_of_U, ops.cast(S * scale, dtype))
-        return ops.matmul(y, ops.transpose(ops.cast(V, dtype))), rows_of_U
+        rows_of_A = ops.matmul(rows_of_U, ops.cast(S * scale, dtype))
+        rows_of_A = ops.add(rows_of_A, rows_of(P * scale, numbers))
+        left = ops.concatenate([rows_of_A, rows_of_U], axis=1)
+        right = ops.concatenate([V, Q * scale], axis=1)
+        y = ops.matmul(left, ops.transpose(ops.cast(right, dtype)))
+        return y, rows_of_U
 
-    def backward(g, rows_of_U, numbers, U, S, V):
+    def backward(g, rows_of_U, numbers, *factors):
+        U, _, V, *_ = factors
         if rows_of_U is None:
             rows_of_U = rows_of(U, numbers)
         gV = ops.cast(times_basis(g, V), U.dtype)
         ids = ops.cast(numbers, "int32")
         grad_K = ops.segment_sum(gV, ids, num_segments=U.shape[0]) * scale
         grad_L = ops.cast(tall_product(g, rows_of_U), U.dtype) * scale
-        basis = ops.transpose(ops.stop_gradient(U))
-        grad_S = ops.matmul(basis, grad_K)
-        return ops.zeros_like(numbers), grad_K, grad_S, grad_L
+        return ops.zeros_like(numbers), *geometric(grad_K, grad_L, factors)
 
     def rows_of(U, numbers):
         ids = ops.cast(numbers, "int32")
@@ -269,35 +308,33 @@ def low_rank_rows(ids, U, S, V, scale, dtype):
         return ops.cast(rows, dtype)
 
     numbers = ops.cast(ids, "float32")
-    return with_gradients(forward, backward, numbers, U, S, V)
+    return with_gradients(forward, backward, numbers, *factors)
 
 
-def low_rank_matrix(U, S, V, scale):
-    """Computes `scale * U @ S @ V.T`, with the geometric gradients.
+def low_rank_matrix(factors, scale):
+    """Computes the matrix of an update, with the geometric gradients.
 
     Args:
-        U: Tensor of shape `(input_dim, max_rank)`.
-        S: Tensor of shape `(max_rank, max_rank)`.
-        V: Tensor of shape `(output_dim, max_rank)`.
+        factors: Tuple of tensors.
         scale: Float.
 
     Returns:
-        Tensor of shape `(input_dim, output_dim)`. `U`, `S` and `V` get the
-        gradients for `K = U S`, `S` and `L = V S.T`.
+        Tensor of shape `(input_dim, output_dim)`.
     """
 
-    def forward(U, S, V):
-        return product_of_factors(U, S, V, scale), None
+    def forward(*factors):
+        return product_of_factors(factors, scale), None
 
-    def backward(G, _, U, S, V):
+    def backward(G, _, *factors):
+        U, _, V, *_ = factors
         grad_K = times_basis(G, V) * scale
         grad_L = times_basis(ops.transpose(G), U) * scale
-        basis = ops.transpose(ops.stop_gradient(U))
-        return grad_K, ops.matmul(basis, grad_K), grad_L
+        return geometric(grad_K, grad_L, factors)
 
-    return with_gradients(forward, backward, U, S, V)
+    return with_gradients(forward, backward, *factors)
 
 
-def product_of_factors(U, S, V, scale):
-    """Computes `scale * U @ S @ V.T`, without custom gradients."""
-    return ops.matmul(ops.matmul(U, S * scale), ops.transpose(V))
+def product_of_factors(factors, scale):
+    """Computes the matrix of an update, without custom gradients."""
+    A, B = wide_factors(*factors)
+    return ops.matmul(A * scale, ops.transpose(B))

@@ -9,6 +9,27 @@ from keras_geolora.optimizer.geolora import find_geolora, rebuild, renewed
 from keras_geolora.optimizer.of_model import optimizers_of
 
 
+def settle(model, optimizer=None):
+    """Returns the adapters that optimizers train to the manifold.
+
+    Args:
+        model: `keras.Model`.
+        optimizer: As in `resize_buffers`.
+    """
+    for trainer in trainers_of(model, optimizer):
+        find_geolora(trainer).settle()
+
+
+def trainers_of(model, optimizer=None):
+    """Returns the built optimizers that train the adapters of a model."""
+    if optimizer is None:
+        found = optimizers_of(model).values()
+    else:
+        check_optimizer_is_new(optimizer, model.trainable_variables)
+        found = [optimizer]
+    return [x for x in found if find_geolora(x) is not None and x.built]
+
+
 def resize_buffers(model, max_ranks, optimizer=None):
     """Changes the widths of adapters' buffers and of their slots.
 
@@ -27,12 +48,7 @@ def resize_buffers(model, max_ranks, optimizer=None):
     ]
     if not changes:
         return
-    if optimizer is None:
-        found = optimizers_of(model).values()
-    else:
-        check_optimizer_is_new(optimizer, model.trainable_variables)
-        found = [optimizer]
-    found = [x for x in found if find_geolora(x) is not None and x.built]
+    found = trainers_of(model, optimizer)
     in_training = getattr(model, "train_function", None) is not None
     with tf_replicas.strategy_scope_of(model):
         optimizers = [(x, renewed(x)) for x in found]
@@ -42,7 +58,8 @@ def resize_buffers(model, max_ranks, optimizer=None):
             layer.resize_adapter(name, max_rank)
             new = layer.adapters_by_name()[name]
             new_of.update(
-                (id(getattr(old, role)), getattr(new, role)) for role in "USV"
+                (id(before), after)
+                for before, after in zip(old.factors, new.factors, strict=True)
             )
         forget_traces(model)
         for optimizer, new in optimizers:

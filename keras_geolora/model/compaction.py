@@ -4,7 +4,7 @@ import operator
 
 from keras_geolora.layers.adapter import check_columns
 from keras_geolora.layers.tree import layers_with_adapters
-from keras_geolora.model.buffers import resize_buffers
+from keras_geolora.model.buffers import resize_buffers, settle
 from keras_geolora.model.checks import check_adapted_and_enabled
 
 
@@ -70,6 +70,7 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
             "`min_saving` is a share of the buffers, so it must lie in "
             f"[0, 1). Received: min_saving={min_saving!r}"
         )
+    settle(model, optimizer)
     adapters = [
         adapter
         for layer in layers_with_adapters(model).values()

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 
 from keras_geolora.distribution import tf_replicas
-from keras_geolora.geometry.low_rank_sum import svd_of_sum
+from keras_geolora.geometry import low_rank_sum
 from keras_geolora.layers.adapter import check_rank
 from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.adapted_model import warn_of_what_stays
@@ -20,7 +20,7 @@ from keras_geolora.model.compiled_functions import (
     swap_functions,
 )
 from keras_geolora.model.parts import adaptations_of
-from keras_geolora.model.substitution import is_traced, value_of
+from keras_geolora.model.substitution import is_traced
 
 
 @contextlib.contextmanager
@@ -330,9 +330,7 @@ def combine(adaptation, name, weights, rank):
             type(layer).adapt(
                 layer, name, rank=len(sigma), max_rank=len(sigma), min_rank=1
             )
-            layer.adapter.U.assign(U)
-            layer.adapter.S.assign(np.diag(sigma))
-            layer.adapter.V.assign(V)
+            layer.adapter.assign_factors(U, np.diag(sigma), V)
         adaptation.add(name, layers_of_sum, saved_layers, train_bias)
     for key, variable in co_trained.items():
         variable.assign(values[key])
@@ -366,20 +364,16 @@ def weighted_sum(layer, weights, rank):
         for other, weight in weights.items()
         if other in layer.adapter_names
     ]
-    products = [
-        (value_of(a.U), value_of(a.S).astype("float64"), value_of(a.V))
-        for _, a in adapters
-    ]
-    products = [
-        (U, w * a.scale * S, V)
-        for (w, a), (U, S, V) in zip(adapters, products, strict=True)
-    ]
+    products = []
+    for weight, adapter in adapters:
+        U, S, V = low_rank_sum.trimmed(adapter.factors_as_arrays())
+        products.append((U, weight * adapter.scale * S.astype("float64"), V))
     if not all(np.isfinite(x).all() for product in products for x in product):
         raise ValueError(
             "Only finite updates can be combined. Received: a non-finite "
             f"update of layer '{layer.path}'. Nothing was combined."
         )
-    return svd_of_sum(products, rank)
+    return low_rank_sum.svd_of_sum(products, rank)
 
 
 def check_weights(weights):

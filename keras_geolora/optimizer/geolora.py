@@ -1,5 +1,6 @@
 """GeoLoRA: the geometric step around any Keras optimizer."""
 
+import functools
 import numbers
 import warnings
 
@@ -19,6 +20,7 @@ from keras_geolora.keras_internals import (
     rate_as_given,
     variables_of,
 )
+from keras_geolora.layers.factor import factor_of
 from keras_geolora.optimizer.groups import (
     GroupStep,
     build_inner,
@@ -26,6 +28,7 @@ from keras_geolora.optimizer.groups import (
     find_adapters,
     plain_variables,
 )
+from keras_geolora.optimizer.retractions import is_due, update_if
 from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
@@ -113,8 +116,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         tolerance=0.1,
         rank_budget=None,
         parameter_budget=None,
-        cut_interval=20,
+        cut_interval=100,
         max_update_ratio="auto",
+        retraction_interval="auto",
         name=None,
         **kwargs,
     ):
@@ -130,6 +134,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         parameter_budget = as_python(parameter_budget)
         cut_interval = as_python(cut_interval)
         max_update_ratio = as_python(max_update_ratio)
+        retraction_interval = as_python(retraction_interval)
         check_tolerance(tolerance)
         check_budgets(rank_budget, parameter_budget)
         if not is_number(cut_interval, int) or cut_interval < 1:
@@ -139,6 +144,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
                 f"Received: cut_interval={cut_interval!r}"
             )
         check_update_ratio(max_update_ratio)
+        check_retraction_interval(retraction_interval)
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         slot_rules(inner_optimizer)
         if inner_optimizer.built:
@@ -155,6 +161,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.parameter_budget = parameter_budget
         self.cut_interval = cut_interval
         self.max_update_ratio = max_update_ratio
+        self.retraction_interval = retraction_interval
         self._without_weight_decay = None  # indices of variables, once known
 
     def build(self, variables):
@@ -376,7 +383,17 @@ class GeoLoRA(keras.optimizers.Optimizer):
             )
         if not self.built:
             self.build(trainable_variables)
-        grads, moved = checked_gradients(self, grads, trainable_variables)
+        # The gradients of P and Q are given as those of U and V.
+        pairs = [
+            (gradient, variable)
+            for gradient, variable in zip(
+                grads, trainable_variables, strict=True
+            )
+            if getattr(factor_of(variable), "role", None) not in ("P", "Q")
+        ]
+        grads, moved = checked_gradients(
+            self, [g for g, _ in pairs], [v for _, v in pairs]
+        )
         gradients = {id(v): g for g, v in zip(grads, moved, strict=True)}
         steps = [GroupStep(g, gradients) for g in self._groups.content]
         moving = [step for step in steps if step.moving.any()]
@@ -391,40 +408,72 @@ class GeoLoRA(keras.optimizers.Optimizer):
         updates = ops.cast(self.iterations, "int32")
         # While gradients are accumulated, nothing moves.
         accumulates = self.inner_optimizer.gradient_accumulation_steps
-        updated = updates > updates_before if accumulates else None
-        finite, previous = [], None
-        for step in moving:
-            finite.append(step.augment(previous))
-            previous = step
-        tolerance = ops.where(
-            ops.equal(updates % self.cut_interval, 0),
-            value_at(self.tolerance, updates),
-            0.0,
-        )
-        ranks = self._choose_ranks(steps, tolerance, updates)
-        for step, rank in zip(steps, ranks, strict=True):
-            if step in moving:
-                step.retract(rank, updated)
+        updated = updates > updates_before if accumulates else True
+        finite = [step.advance() for step in moving]
         if finite:
             finite = ops.all(ops.concatenate(finite))
             self.skipped_steps.assign_add(1 - ops.cast(finite, "int32"))
+            self._retract_in_turn(steps, updates, updated)
         for step in moving:
             step.clear_gradients()
 
-    def _choose_ranks(self, steps, tolerance, updates):
-        """Returns the ranks of the adapters of each `GroupStep`.
+    def _retract_in_turn(self, steps, updates, updated):
+        """Retracts the adapters whose turn it is, and all if a cut is due.
 
         Args:
             steps: List of `GroupStep`s.
-            tolerance: Scalar, share of each adapter's norm that may be cut.
             updates: Int scalar, number of updates so far.
+            updated: Bool scalar, whether the last step was one.
         """
+        # Groups that share a budget choose their ranks together.
+        turns = [[step] for step in steps if step.moving.any()]
+        if self._budget[0] is not None:
+            turns = [steps]
+        cutting = ops.equal(updates % self.cut_interval, 0)
+        earlier = None
+        for number, turn in enumerate(turns):
+            due = updated
+            if self.retraction_interval != 1:
+                now = is_due(
+                    updates, self.retraction_interval, number, len(turns)
+                )
+                now = ops.logical_or(now, cutting)
+                due = now if updated is True else ops.logical_and(now, updated)
+            update_if(
+                due,
+                functools.partial(
+                    self._retract, turn, updates, cutting, earlier
+                ),
+                [v for step in turn for v in step.group.moved_variables()],
+            )
+            earlier = turn[-1].group.discarded.value
+
+    def _retract(self, steps, updates, cutting=True, earlier=None):
+        """Returns adapters to the manifold.
+
+        Args:
+            steps: List of `GroupStep`s.
+            updates: Int scalar, number of updates so far.
+            cutting: Bool scalar, whether to cut ranks.
+            earlier: Array to be computed first, or `None`.
+        """
+        for step in steps:
+            step.augment(earlier)
+            earlier = step.augmented.sigma
+        ranks = self._choose_ranks(steps, updates, cutting)
+        for step, rank in zip(steps, ranks, strict=True):
+            step.retract(rank)
+
+    def _choose_ranks(self, steps, updates, cutting):
+        """Returns the ranks of the adapters of each `GroupStep`."""
         adapters = [a for step in steps for a in step.group.adapters]
+        tolerance = value_at(self.tolerance, updates)
+        tolerance = ops.where(cutting, tolerance, 0.0)
         budget, unit = self.budget_of(adapters, updates)
         requests = [step.rank_request(tolerance, unit) for step in steps]
-        if budget is None or not steps:
+        if budget is None:
             return [request.wanted for request in requests]
-        return spend(budget, requests)
+        return spend(ops.where(cutting, budget, UNLIMITED), requests)
 
     def cut(self):
         """Cuts every adapter to the rank that it needs now.
@@ -437,10 +486,23 @@ class GeoLoRA(keras.optimizers.Optimizer):
             return
         steps = [GroupStep(group) for group in self._groups.content]
         updates = ops.cast(self.iterations, "int32")
-        tolerance = value_at(self.tolerance, updates)
-        ranks = self._choose_ranks(steps, tolerance, updates)
-        for step, rank in zip(steps, ranks, strict=True):
-            step.cut(rank)
+        if steps:
+            self._retract(steps, updates)
+
+    def settle(self):
+        """Returns every adapter to the manifold now, without cutting ranks.
+
+        Between two retractions the update of an adapter is
+        `U S V.T + P V.T + U Q.T`; afterwards `P` and `Q` are zero. What exceeds
+        `max_rank` is lost, as in any retraction. Training can go on.
+        """
+        steps = [
+            GroupStep(group)
+            for group in (self._groups.content if self.built else ())
+        ]
+        if steps:
+            updates = ops.cast(self.iterations, "int32")
+            self._retract(steps, updates, cutting=False)
 
     def discarded_share(self, adapter):
         """Returns what the last truncation of an adapter discarded.
@@ -502,6 +564,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             **{name: as_config(getattr(self, name)) for name in SCHEDULED},
             "cut_interval": self.cut_interval,
             "max_update_ratio": self.max_update_ratio,
+            "retraction_interval": self.retraction_interval,
         }
         if self._without_weight_decay:  # Keras does not save it
             places = list(self._without_weight_decay)
@@ -511,7 +574,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Creates the optimizer from its configuration."""
-        config = dict(config)
+        # A file of version 0.1 says nothing: it was trained in this way.
+        config = {"retraction_interval": 1, **config}
         for name in ("inner_optimizer", *SCHEDULED):
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(
@@ -558,7 +622,13 @@ def renewed(optimizer):
         optimizer: `GeoLoRA`, its inner optimizer, or a wrapper around it.
     """
     if isinstance(optimizer, GeoLoRA):
-        options = ("cut_interval", "max_update_ratio", "name", *SCHEDULED)
+        options = (
+            "cut_interval",
+            "max_update_ratio",
+            "retraction_interval",
+            "name",
+            *SCHEDULED,
+        )
         new = type(optimizer)(
             renewed(optimizer.inner_optimizer),
             **{option: getattr(optimizer, option) for option in options},
@@ -741,6 +811,17 @@ def check_update_ratio(ratio):
             "relative to its kernel, so it must be positive, `None` or "
             f"'auto'. Received: max_update_ratio={ratio!r}"
         )
+
+
+def check_retraction_interval(interval):
+    """Refuses an interval that is neither a count nor `"auto"`."""
+    if interval == "auto" or (is_number(interval, int) and interval >= 1):
+        return
+    raise ValueError(
+        "`retraction_interval` counts the steps between two retractions, so "
+        "it must be an integer of at least 1, or 'auto'. "
+        f"Received: retraction_interval={interval!r}"
+    )
 
 
 def as_python(value):

@@ -14,7 +14,7 @@ from keras import ops
 from keras_geolora.distribution.layouts import layout_of, stacked_layout
 from keras_geolora.geometry import integrator
 from keras_geolora.geometry.budget import RankRequest
-from keras_geolora.geometry.integrator import Point, Unknowns, choose
+from keras_geolora.geometry.integrator import Block, Unknowns, choose
 from keras_geolora.geometry.transport import transport
 from keras_geolora.keras_internals import decays, gradient_accumulators
 from keras_geolora.layers.factor import factor_of
@@ -30,7 +30,7 @@ class Store:
     """Holds the arrays of all adapters of a group, factor by factor.
 
     Args:
-        variables: `Point` or `Unknowns` of lists of variables: one variable
+        variables: `Block` or `Unknowns` of lists of variables: one variable
             for each adapter, or a single one with an axis over the adapters.
         stacked: Bool, whether it is a single one.
     """
@@ -47,7 +47,7 @@ class Store:
         return cls(kind(*(sum(lists, []) for lists in by_role)))
 
     def read(self):
-        """Returns a `Point` or `Unknowns` of stacked arrays."""
+        """Returns a `Block` or `Unknowns` of stacked arrays."""
 
         def stack(variables):
             if self.stacked:  # a copy: torch writes in place
@@ -58,7 +58,10 @@ class Store:
         return type(self.variables)(*arrays)
 
     def write(self, arrays):
-        """Assigns stacked arrays to the variables."""
+        """Assigns stacked arrays to the variables.
+
+        `None` in place of an array leaves its variables as they are.
+        """
         for value, variable in self.pair(arrays):
             variable.assign(value)
 
@@ -66,6 +69,8 @@ class Store:
         """Returns pairs of an array and its variable."""
         pairs = []
         for variables, array in zip(self.variables, arrays, strict=True):
+            if array is None:
+                continue
             values = [array] if self.stacked else ops.unstack(array)
             pairs += zip(values, variables, strict=True)
         return pairs
@@ -77,7 +82,7 @@ class AdapterGroup:
     Attributes:
         adapters: Tuple of the adapters.
         places: Tuple of their positions among all adapters of the optimizer.
-        factors: `Store` of their `U`, `S` and `V`.
+        factors: `Store` of their `U`, `S`, `V`, `P` and `Q`.
         unknowns: `Store` of the variables of the inner optimizer.
         slots: List of pairs of a slot's kind and its `Store`.
         accumulators: List of at most one `Store`, the accumulated gradients.
@@ -121,7 +126,7 @@ class AdapterGroup:
         groups = []
         for found in members.values():
             adapters, places, factors = zip(*found, strict=True)
-            factors = Point(*map(list, zip(*factors, strict=True)))
+            factors = Block(*map(list, zip(*factors, strict=True)))
             unknowns = create_unknowns(factors, stacked, len(groups))
             groups.append(cls(adapters, places, Store(factors), unknowns))
         return groups
@@ -162,6 +167,12 @@ class AdapterGroup:
         """Returns the `Store`s of slots and accumulated gradients."""
         return [*(store for _, store in self.slots), *self.accumulators]
 
+    def moved_variables(self):
+        """Returns the variables that a retraction changes."""
+        stores = [self.factors, *self.state()]
+        lists = [vs for store in stores for vs in store.variables]
+        return [v for variables in lists for v in variables] + [self.discarded]
+
     def numbers(self):
         """Returns the variables `(adapters,)` that training changes."""
         found = [self.longest, self.discarded]
@@ -175,7 +186,7 @@ def find_adapters(variables):
         variables: List of variables.
 
     Returns:
-        List of pairs of an adapter and the `Point` of its factors, in the
+        List of pairs of an adapter and the `Block` of its factors, in the
         order of the variables.
     """
     adapters, factors = {}, {}
@@ -186,14 +197,14 @@ def find_adapters(variables):
             adapters[key] = factor.adapter
             factors.setdefault(key, {})[factor.role] = variable
     for key, adapter in adapters.items():
-        if set(factors[key]) != set(Point._fields):
+        if set(factors[key]) != set(Block._fields):
             raise ValueError(
                 "An adapter must train all of its factors U, S and V, or "
                 "none: set `trainable` on the adapter, not on its variables. "
                 f"Received: {sorted(factors[key])} of adapter "
                 f"'{adapter.path}'"
             )
-    return [(adapters[key], Point(**factors[key])) for key in adapters]
+    return [(adapters[key], Block(**factors[key])) for key in adapters]
 
 
 def joined(groups):
@@ -227,7 +238,7 @@ def create_unknowns(factors, stacked, number):
     """Creates the variables that the inner optimizer updates.
 
     Args:
-        factors: `Point` of lists of variables.
+        factors: `Block` of lists of variables.
         stacked: Bool, whether one variable holds all adapters.
         number: Int, distinguishes groups of one shape.
 
@@ -235,6 +246,7 @@ def create_unknowns(factors, stacked, number):
         `Store`. Variables that are not stacked have the paths of the factors,
         which some optimizers look at.
     """
+    factors = factors[:3]  # of the same shapes as the unknowns
     if not stacked:
         return Store(Unknowns(*([alike(v) for v in vs] for vs in factors)))
     with keras.name_scope(f"adapters_{number}"):
@@ -270,40 +282,46 @@ def empty(shape, dtype, name, layout):
 
 
 class GroupStep:
-    """One step of one group: reads the state before it, updates it after.
+    """One step of one group.
+
+    First `lift`, then the inner optimizer, then `advance`. Now and then, alone
+    or after that, `augment` and `retract`.
 
     Args:
         group: `AdapterGroup`.
         gradients: Dict from the ids of factors to their gradients. Adapters
-            without gradients keep their factors and slots. `None` to cut
+            without gradients keep their factors and slots. `None` to retract
             without a step.
     """
 
     def __init__(self, group, gradients=None):
         self.group = group
-        self.point = group.factors.read()
         self.moving = np.ones(len(group.adapters), bool)
-        self.augmented = None
         if gradients is not None:
             self.moving = find_moving(group, gradients)
-        if not self.moving.any():
-            return
-        self.slots = [store.read() for _, store in group.slots]
-        if gradients is not None:
-            self.lifted = integrator.lift(self.point)
             self.gradients = stack_gradients(group, gradients)
 
     def lift(self, inner_optimizer):
         """Writes the unknowns, for the inner optimizer to update.
 
+        An adapter whose gradient is not finite gets a gradient of zero: its
+        slots must stay finite.
+
         Returns:
             List of pairs of a gradient and a variable.
         """
-        self.group.unknowns.write(self.lifted)
-        gradients = self.gradients
+        group = self.group
+        self.block = group.factors.read()
+        self.lifted = integrator.lift(self.block, not group.unknowns.stacked)
+        group.unknowns.write(self.lifted)
+        self.finite = integrator.all_finite(self.gradients)
+        zeros = Unknowns(*map(ops.zeros_like, self.gradients))
+        gradients = choose(self.finite, self.gradients, zeros)
         if has_factored_moments(inner_optimizer):
             gradients = self._fill_padding(gradients)
-        return self.group.unknowns.pair(gradients)
+        if not self.moving.all():
+            self.slots = [store.read() for _, store in group.slots]
+        return group.unknowns.pair(gradients)
 
     def _fill_padding(self, gradients):
         """Fills the zero columns beyond the rank with copies of the others.
@@ -314,7 +332,7 @@ class GroupStep:
         filling is linear because replicas fill before gradients are summed.
         """
         K, S, L = gradients
-        rank = integrator.count(integrator.active_columns(self.point.U))
+        rank = integrator.count(integrator.active_columns(self.block.U))
         source = ops.arange(K.shape[-1], dtype="int32") % rank
         repeat = ops.one_hot(source, K.shape[-1], dtype=K.dtype)
         columns = integrator.T(repeat)
@@ -335,42 +353,48 @@ class GroupStep:
                 if getattr(variable.value, "grad", None) is not None:
                     variable.value.grad = None
 
-    def augment(self, previous=None):
-        """Computes the step, before its rank is chosen.
+    def advance(self):
+        """Takes the step of the inner optimizer, in the tangent space.
 
         An adapter whose step is not finite does not move.
-
-        Args:
-            previous: The `GroupStep` to compute first, if any.
 
         Returns:
             Bool array `(adapters,)`, false where a step was not finite.
         """
-        moved = self.group.unknowns.read()
+        group = self.group
         change = Unknowns(
-            *(x - y for x, y in zip(moved, self.lifted, strict=True))
+            *(
+                after - before
+                for after, before in zip(
+                    group.unknowns.read(), self.lifted, strict=True
+                )
+            )
         )
-        if previous is not None:
-            K = integrator.in_turn(change.K, previous.augmented.sigma)
-            change = change._replace(K=K)
-        bounds = ()
-        if self.group.max_change is not None:
-            bounds = [
-                ops.reshape(variable, (-1, 1, 1))
-                for variable in (self.group.max_change, self.group.longest)
-            ]
-        augmented = integrator.augment(self.point, change, *bounds)
-        self.new_slots = [store.read() for _, store in self.group.slots]
-        finite = augmented.finite
-        for slots in self.new_slots:
-            finite = ops.logical_and(finite, all_finite(slots))
-        self.steps = finite
+        moving = ops.logical_and(self.finite, self.moving)
+        block, longest, finite = integrator.advance(
+            self.block, change, moving, group.max_change, group.longest
+        )
+        if group.longest is not None:
+            group.longest.assign(longest)
+        group.factors.write(block._replace(U=None, V=None))
         if not self.moving.all():
-            self.steps = ops.logical_and(finite, self.moving)
-            finite = ops.logical_or(finite, np.logical_not(self.moving))
-        size = ops.where(self.steps[:, None, None], augmented.size, 0.0)
+            for (_, store), old in zip(group.slots, self.slots, strict=True):
+                store.write(choose(self.moving, store.read(), old))
+        finite = ops.logical_and(finite, self.finite)
+        return ops.logical_or(finite, np.logical_not(self.moving))
+
+    def augment(self, earlier=None):
+        """Computes a retraction, before its rank is chosen.
+
+        Args:
+            earlier: Array to be computed first, or `None`.
+        """
+        block = self.group.factors.read()
+        if earlier is not None:
+            block = block._replace(P=integrator.in_turn(block.P, earlier))
+        augmented = integrator.augment(block)
+        size = ops.where(self.moving[:, None, None], augmented.size, 0.0)
         self.augmented = augmented._replace(size=size)
-        return finite
 
     def rank_request(self, tolerance, unit):
         """Returns the `RankRequest` of the group on a budget.
@@ -382,77 +406,38 @@ class GroupStep:
             unit: `"ranks"` or `"parameters"`.
         """
         min_rank = ops.convert_to_tensor(self.group.min_rank)
-        if self.augmented is None:  # no step was taken
-            sigma = integrator.core_values(self.point)
-            wanted = integrator.wanted_rank_at_rest(
-                self.point, tolerance, min_rank
-            )
-        else:
-            step = self.augmented
-            sigma = integrator.singular_values(step)
-            wanted = integrator.wanted_rank(step, tolerance, min_rank)
+        sigma = integrator.singular_values(self.augmented)
+        wanted = integrator.wanted_rank(self.augmented, tolerance, min_rank)
         if not self.moving.all():
-            active = integrator.active_columns(self.point.U)
-            rank, moving = integrator.count(active), self.moving[:, None]
+            rank = integrator.count(self.augmented.active)
+            moving = self.moving[:, None]
             wanted = ops.where(moving, wanted, rank)
             min_rank = ops.where(moving, min_rank, rank)
         sigma = sigma * ops.convert_to_tensor(self.group.scale)
         return RankRequest(sigma, wanted, min_rank, self.group.cost(unit))
 
-    def cut(self, rank):
-        """Truncates the adapters and their slots, without a step."""
-        group = self.group
-        move = integrator.cut(self.point, rank)
-        sigma = integrator.core_values(self.point)
-        group.discarded.assign(integrator.discarded_share(sigma, rank))
-        group.factors.write(move.new)
-        for (kind, store), slots in zip(group.slots, self.slots, strict=True):
-            store.write(transport(kind, slots, move))
-        # Gradients accumulated for an update that is not complete yet.
-        for store in group.accumulators:
-            store.write(transport("linear", store.read(), move))
-
-    def retract(self, rank, updated=None):
+    def retract(self, rank):
         """Returns to the manifold and transports the slots.
 
-        Adapters whose step was not finite keep their slots, and as much of
-        their factors as the rank allows.
+        Adapters that rest keep their factors and slots.
 
         Args:
             rank: Int array `(adapters, 1)`.
-            updated: Bool scalar, whether the inner optimizer took a step;
-                `None` if it always does.
         """
-        group = self.group
+        group, block = self.group, self.augmented.block
         move = integrator.truncate(self.augmented, rank)
-        new, turned = move.new, self.steps
-        discarded = integrator.discarded_in_step(self.augmented, rank)
-        before = group.discarded.value
-        discarded = ops.where(self.moving, discarded, before)
-        if updated is not None:
-            new = choose(updated, new, self.point)
-            turned = ops.logical_and(self.steps, updated)
-            discarded = ops.where(updated, discarded, before)
-        if group.longest is not None:
-            longest = ops.reshape(self.augmented.longest, (-1,))
-            before = group.longest.value
-            group.longest.assign(ops.where(self.steps, longest, before))
-        group.factors.write(new)
-        group.discarded.assign(discarded)
-        for (kind, store), old, slots in zip(
-            group.slots, self.slots, self.new_slots, strict=True
-        ):
-            if updated is not None:
-                old = choose(self.steps, slots, old)
-            # Columns of old slots beyond a smaller rank are harmless: the
-            # bases are zero there.
-            slots = transport(kind, slots, move)
-            store.write(choose(turned, slots, old))
+        new = Block(*move.new, *map(ops.zeros_like, block[3:]))
+        group.factors.write(choose(self.moving, new, block))
+        share = integrator.discarded_share(self.augmented, rank)
+        share = ops.where(self.moving, share, group.discarded.value)
+        group.discarded.assign(share)
+        for kind, store in group.slots:
+            slots = store.read()
+            moved = transport(kind, slots, move)
+            store.write(choose(self.moving, moved, slots))
+        # Gradients accumulated for an update that is not complete yet.
         for store in group.accumulators:
-            spoilt = ops.logical_and(ops.logical_not(self.steps), updated)
-            sums = store.read()
-            zeros = Unknowns(*map(ops.zeros_like, sums))
-            store.write(choose(spoilt, zeros, sums))
+            store.write(transport("linear", store.read(), move))
 
 
 def find_moving(group, gradients):
@@ -462,11 +447,11 @@ def find_moving(group, gradients):
         NumPy array of bools `(adapters,)`.
     """
     moving = []
-    for factors in zip(*group.factors.variables, strict=True):
+    for factors in zip(*group.factors.variables[:3], strict=True):
         found = [v.path for v in factors if id(v) in gradients]
         if len(found) not in (0, 3):
             raise ValueError(
-                "The three factors of an adapter must be updated together. "
+                "U, S and V of an adapter must be updated together. "
                 f"Received: gradients for {found} only"
             )
         moving.append(bool(found))
@@ -481,15 +466,7 @@ def stack_gradients(group, gradients):
         found = [gradients.get(id(v), zeros) for v in variables]
         return ops.cast(ops.stack(found), zeros.dtype)
 
-    return Unknowns(*map(stack, group.factors.variables))
-
-
-def all_finite(arrays):
-    """Says for each adapter whether all its numbers are finite."""
-    sums = ops.stack(
-        [ops.sum(x, axis=tuple(range(1, len(x.shape)))) for x in arrays]
-    )
-    return ops.all(ops.isfinite(sums), axis=0)
+    return Unknowns(*map(stack, group.factors.variables[:3]))
 
 
 def build_inner(inner_optimizer, variables):
@@ -507,7 +484,7 @@ def build_inner(inner_optimizer, variables):
     without_decay = [v for v in own if not decays(inner_optimizer, v)]
     for group in groups:
         for factors, unknowns in zip(
-            group.factors.variables, group.unknowns.variables, strict=True
+            group.factors.variables[:3], group.unknowns.variables, strict=True
         ):
             own += unknowns
             without_decay += (
