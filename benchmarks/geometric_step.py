@@ -78,7 +78,7 @@ def adapters(shapes, max_rank):
         keras_geolora.LowRankAdapter(*shape, rank=max_rank, max_rank=max_rank)
         for shape in shapes
     ]
-    variables = [v for a in made for v in (a.U, a.S, a.V)]
+    variables = [v for a in made for v in a.factors]
     optimizer = keras_geolora.GeoLoRA(keras.optimizers.AdamW(1e-3))
     return optimizer, variables
 

@@ -112,7 +112,7 @@ def adapters(args, width, max_rank):
                 )
                 layer.build((None, rows))
             adapter = layer.adapter
-            variables += [adapter.U, adapter.S, adapter.V]
+            variables += adapter.factors
     optimizer = keras_geolora.GeoLoRA(keras.optimizers.AdamW(1e-3))
     optimizer.build(variables)
     return optimizer, variables

@@ -202,8 +202,4 @@ class Trainer:
 
 def assign(adapter, factors):
     """Assigns factors without padding to those of an adapter."""
-    variables = adapter.U, adapter.S, adapter.V
-    for variable, value in zip(variables, factors, strict=True):
-        missing = zip(variable.shape, value.shape, strict=True)
-        padding = [(0, n - m) for n, m in missing]
-        variable.assign(np.pad(value, padding))
+    adapter.assign_factors(*factors)

@@ -98,7 +98,7 @@ def show(layer):
     """Prints the rank of an adapted layer and its layouts."""
     adapter = layer.adapter
     print(f"\n{layer.path}: rank {layer.rank}")
-    for variable in (layer.kernel, adapter.U, adapter.S, adapter.V):
+    for variable in (layer.kernel, *adapter.factors):
         axes = tuple(variable.value.sharding.spec)
         shape = " x ".join(map(str, variable.shape))
         print(f"  {variable.name:<7}{shape:<14}{axes}")

@@ -116,7 +116,7 @@ def check_equal(adapters, processes):
     """Fails where two processes hold different factors."""
     import torch
 
-    factors = [v.value.detach() for a in adapters for v in (a.U, a.S, a.V)]
+    factors = [v.value.detach() for a in adapters for v in a.factors]
     own = torch.cat([factor.flatten() for factor in factors])
     found = [torch.empty_like(own) for _ in range(processes)]
     torch.distributed.all_gather(found, own)

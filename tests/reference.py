@@ -61,10 +61,7 @@ def random_factors(rng, input_dim, output_dim, sigma):
 
 def put_factors(adapter, U, S, V):
     """Gives an adapter factors, filled up with zeros."""
-    missing = adapter.max_rank - len(S)
-    adapter.U.assign(np.pad(U, ((0, 0), (0, missing))))
-    adapter.S.assign(np.pad(S, (0, missing)))
-    adapter.V.assign(np.pad(V, ((0, 0), (0, missing))))
+    adapter.assign_factors(U, S, V)
 
 
 class Adam:

@@ -43,6 +43,15 @@ def factor_of(variable):
     return mark if isinstance(mark, Factor) else None
 
 
+def has_gradient(variable):
+    """Returns whether a variable is given a gradient.
+
+    Those of `P` and `Q` are given as those of `U` and `V`.
+    """
+    factor = factor_of(variable)
+    return factor is None or factor.role not in ("P", "Q")
+
+
 def name_of(factor):
     """Returns the name of a factor's adapter for messages."""
     return factor.path.rpartition("/")[0]

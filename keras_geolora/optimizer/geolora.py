@@ -20,7 +20,7 @@ from keras_geolora.keras_internals import (
     rate_as_given,
     variables_of,
 )
-from keras_geolora.layers.factor import factor_of
+from keras_geolora.layers.factor import has_gradient
 from keras_geolora.optimizer.groups import (
     GroupStep,
     build_inner,
@@ -177,13 +177,14 @@ class GeoLoRA(keras.optimizers.Optimizer):
         tf_replicas.check_strategy(variables)
         adapters = [adapter for adapter, _ in find_adapters(variables)]
         check_floor(*self._budget, adapters)
+        counted = list(filter(has_gradient, variables))  # as in old files
         if self._without_weight_decay is not None:
             self.inner_optimizer.exclude_from_weight_decay(
-                [variables[i] for i in self._without_weight_decay]
+                [counted[i] for i in self._without_weight_decay]
             )
         self._without_weight_decay = [
             i
-            for i, v in enumerate(variables)
+            for i, v in enumerate(counted)
             if not decays(self.inner_optimizer, v)
         ]
         warn_of_virtual_devices()
@@ -383,13 +384,12 @@ class GeoLoRA(keras.optimizers.Optimizer):
             )
         if not self.built:
             self.build(trainable_variables)
-        # The gradients of P and Q are given as those of U and V.
         pairs = [
             (gradient, variable)
             for gradient, variable in zip(
                 grads, trainable_variables, strict=True
             )
-            if getattr(factor_of(variable), "role", None) not in ("P", "Q")
+            if has_gradient(variable)
         ]
         grads, moved = checked_gradients(
             self, [g for g, _ in pairs], [v for _, v in pairs]

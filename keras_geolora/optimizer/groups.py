@@ -120,7 +120,7 @@ class AdapterGroup:
         stacked = is_elementwise(inner_optimizer)
         members = {}
         for place, (adapter, factors) in enumerate(find_adapters(variables)):
-            decay = tuple(decays(inner_optimizer, v) for v in factors)
+            decay = tuple(decays(inner_optimizer, v) for v in factors[:3])
             key = (shape_of(adapter), decay) if stacked else place
             members.setdefault(key, []).append((adapter, place, factors))
         groups = []

@@ -63,7 +63,7 @@ def moved(seed=0, **options):
 def spoil(adapter, size=1e-2):
     """Moves the factors as an ordinary optimizer does."""
     rng = np.random.default_rng(1)
-    for factor in (adapter.U, adapter.S, adapter.V):
+    for factor in adapter.factors:
         value = ops.convert_to_numpy(factor)
         noise = size * rng.normal(size=factor.shape)
         factor.assign(value + noise * (value != 0))
@@ -216,7 +216,7 @@ def test_the_summary_warns():
 def test_the_summary_shows_what_is_broken(value):
     model = adapted()
     adapter = model.get_layer("hidden").adapter
-    for factor in (adapter.U, adapter.S, adapter.V):
+    for factor in adapter.factors:
         factor.assign(np.full(factor.shape, value))
     lines = []
     model.geolora_summary(print_fn=lines.append)

@@ -127,7 +127,7 @@ def test_the_factors_alone_train():
     layer.build((None, 8))
     adapter = layer.adapter
     assert [id(v) for v in layer.trainable_variables] == [
-        id(v) for v in (adapter.U, adapter.S, adapter.V)
+        id(v) for v in adapter.factors
     ]
 
 

@@ -69,7 +69,7 @@ def to_numpy(variables):
 
 
 def factors(model):
-    return to_numpy(v for a in adapters(model) for v in (a.U, a.S, a.V))
+    return to_numpy(v for a in adapters(model) for v in a.factors)
 
 
 def assert_identical(these, those):
