@@ -29,6 +29,7 @@ from keras import ops
 
 import keras_geolora  # noqa: F401
 from keras_geolora import GeoLoRA
+from keras_geolora.geometry.manifold import distance
 from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.compiled_state import fits

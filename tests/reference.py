@@ -67,31 +67,42 @@ def put_factors(adapter, U, S, V):
 class Adam:
     """Adam on the manifold: moments that follow the bases, by the book.
 
-    The first moment stands for a matrix, which is projected on the tangent
-    space of every new point, as far as rows knew of it. The second moment is
-    averaged over the rank axis, so that it says the same in every basis.
+    Between two retractions the update is `U S V.T + P V.T + U Q.T`, and the
+    bases stay. The first moment stands for a matrix, which is projected on the
+    tangent space of every new point, as far as rows knew of it. The second
+    moment is averaged over the rank axis, so that it says the same in every
+    basis.
     """
 
     def __init__(self, U, S, V, lr, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
         self.U, self.S, self.V = U, S, V
+        self.P, self.Q = np.zeros_like(U), np.zeros_like(V)
         self.lr, self.epsilon = lr, epsilon
         self.beta_1, self.beta_2 = beta_1, beta_2
         self.steps = 0
         self.m = [np.zeros_like(x) for x in (U, S, V)]
         self.v = [np.zeros_like(x) for x in (U, S, V)]
 
-    def step(self, G, **truncation):
+    def delta(self):
+        U, V = self.U, self.V
+        return U @ self.S @ V.T + self.P @ V.T + U @ self.Q.T
+
+    def step(self, G):
         """Moves by the gradient `G` of the full matrix."""
-        U, S, V = self.U, self.S, self.V
+        U, V = self.U, self.V
         self.steps += 1
         gradients = G @ V, U.T @ G @ V, G.T @ U
-        K, S_new, L = (
-            x - self.update(i, g)
-            for i, (x, g) in enumerate(
-                zip((U @ S, S, V @ S.T), gradients, strict=True)
-            )
-        )
-        self.U, self.S, self.V = retract(U, V, K, S_new, L, **truncation)
+        dK, dS, dL = (self.update(i, g) for i, g in enumerate(gradients))
+        self.P = self.P - (dK - U @ (U.T @ dK))
+        self.S = self.S - dS
+        self.Q = self.Q - (dL - V @ (V.T @ dL))
+
+    def retract(self, **truncation):
+        """Returns to the manifold."""
+        U, S, V = self.U, self.S, self.V
+        K, L = U @ S + self.P, V @ S.T + self.Q
+        self.U, self.S, self.V = retract(U, V, K, S, L, **truncation)
+        self.P, self.Q = np.zeros_like(self.U), np.zeros_like(self.V)
         m_K, m_S, m_L = self.m
         M = m_K @ V.T + U @ m_L.T - U @ m_S @ V.T
         self.m = [

@@ -14,8 +14,9 @@ class EpochCut(keras.callbacks.Callback):
     would remove. `fit` of a model with `enable_geolora` adds it automatically.
 
     Epochs of fewer updates than the `cut_interval` of the optimizer end
-    without a cut: new directions have not had time to grow. Neither is there
-    another cut if the last step of an epoch was one.
+    without a cut: new directions have not had time to grow. Only a budget, if
+    there is one, is kept. Neither is there another cut if the last step of an
+    epoch was one.
 
     Example:
 
@@ -59,5 +60,9 @@ class EpochCut(keras.callbacks.Callback):
         self._updates_before = None
         for optimizer in geolora_optimizers(self.model):
             interval = optimizer.cut_interval
-            if updates - before >= interval and updates % interval:
+            if updates % interval == 0:
+                continue  # the last step was a cut
+            if updates - before >= interval:
                 optimizer.cut()
+            elif optimizer.has_budget:
+                optimizer.settle()

@@ -208,6 +208,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
             return self.parameter_budget, "parameter_budget", "parameters"
         return self.rank_budget, "rank_budget", "ranks"
 
+    @property
+    def has_budget(self):
+        """Bool, whether there is a budget of ranks or parameters."""
+        return self._budget[0] is not None
+
     def budget_of(self, adapters, updates=None):
         """Returns the budget of adapters and its unit.
 
@@ -427,9 +432,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """
         # Groups that share a budget choose their ranks together.
         turns = [[step] for step in steps if step.moving.any()]
-        if self._budget[0] is not None:
+        if self.has_budget:
             turns = [steps]
         cutting = ops.equal(updates % self.cut_interval, 0)
+        tolerance = ops.where(cutting, value_at(self.tolerance, updates), 0.0)
         earlier = None
         for number, turn in enumerate(turns):
             due = updated
@@ -442,38 +448,42 @@ class GeoLoRA(keras.optimizers.Optimizer):
             update_if(
                 due,
                 functools.partial(
-                    self._retract, turn, updates, cutting, earlier
+                    self._retract, turn, updates, tolerance, cutting, earlier
                 ),
                 [v for step in turn for v in step.group.moved_variables()],
             )
             earlier = turn[-1].group.discarded.value
 
-    def _retract(self, steps, updates, cutting=True, earlier=None):
+    def _retract(
+        self, steps, updates, tolerance=None, spending=True, earlier=None
+    ):
         """Returns adapters to the manifold.
 
         Args:
             steps: List of `GroupStep`s.
             updates: Int scalar, number of updates so far.
-            cutting: Bool scalar, whether to cut ranks.
+            tolerance: Scalar, share of each adapter's norm that may be cut.
+                Defaults to that of the optimizer.
+            spending: Bool scalar, whether to keep ranks within the budget.
             earlier: Array to be computed first, or `None`.
         """
+        if tolerance is None:
+            tolerance = value_at(self.tolerance, updates)
         for step in steps:
             step.augment(earlier)
             earlier = step.augmented.sigma
-        ranks = self._choose_ranks(steps, updates, cutting)
+        ranks = self._choose_ranks(steps, updates, tolerance, spending)
         for step, rank in zip(steps, ranks, strict=True):
             step.retract(rank)
 
-    def _choose_ranks(self, steps, updates, cutting):
+    def _choose_ranks(self, steps, updates, tolerance, spending):
         """Returns the ranks of the adapters of each `GroupStep`."""
         adapters = [a for step in steps for a in step.group.adapters]
-        tolerance = value_at(self.tolerance, updates)
-        tolerance = ops.where(cutting, tolerance, 0.0)
         budget, unit = self.budget_of(adapters, updates)
         requests = [step.rank_request(tolerance, unit) for step in steps]
         if budget is None:
             return [request.wanted for request in requests]
-        return spend(ops.where(cutting, budget, UNLIMITED), requests)
+        return spend(ops.where(spending, budget, UNLIMITED), requests)
 
     def cut(self):
         """Cuts every adapter to the rank that it needs now.
@@ -490,11 +500,12 @@ class GeoLoRA(keras.optimizers.Optimizer):
             self._retract(steps, updates)
 
     def settle(self):
-        """Returns every adapter to the manifold now, without cutting ranks.
+        """Returns every adapter to the manifold now, within the budget.
 
         Between two retractions the update of an adapter is
         `U S V.T + P V.T + U Q.T`; afterwards `P` and `Q` are zero. What exceeds
-        `max_rank` is lost, as in any retraction. Training can go on.
+        `max_rank` is lost, as in any retraction. Without a budget, no rank is
+        cut. Training can go on.
         """
         steps = [
             GroupStep(group)
@@ -502,7 +513,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         ]
         if steps:
             updates = ops.cast(self.iterations, "int32")
-            self._retract(steps, updates, cutting=False)
+            self._retract(steps, updates, tolerance=0.0)
 
     def discarded_share(self, adapter):
         """Returns what the last truncation of an adapter discarded.

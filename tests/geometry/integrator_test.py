@@ -6,7 +6,7 @@ import reference
 from keras import ops
 
 from keras_geolora.geometry import integrator
-from keras_geolora.geometry.integrator import Point, Unknowns
+from keras_geolora.geometry.integrator import Block, Point, Unknowns
 
 INPUT_DIM, OUTPUT_DIM = 24, 17
 SIGMA = (3.0, 1.0, 0.3, 0.01)
@@ -60,18 +60,35 @@ def sgd(point, G, lr):
     )
 
 
+def block_at(point):
+    """A point on the manifold, as a block in which nothing has moved yet."""
+    point = Point(*map(ops.convert_to_tensor, point))
+    return Block(*point, ops.zeros_like(point.U), ops.zeros_like(point.V))
+
+
 def lift(point):
-    return integrator.lift(Point(*map(ops.convert_to_tensor, point)))
+    return integrator.lift(block_at(point))
+
+
+def advance(block, unknowns):
+    """Takes a step without a bound to new values of the unknowns."""
+    unknowns = Unknowns(*map(ops.convert_to_tensor, unknowns))
+    change = Unknowns(
+        *(x - y for x, y in zip(unknowns, integrator.lift(block), strict=True))
+    )
+    moving = ops.ones(len(change.S), dtype="bool")
+    return integrator.advance(block, change, moving)[0]
 
 
 def retract(point, unknowns, tolerance=0.0, min_rank=1):
-    point = Point(*map(ops.convert_to_tensor, point))
-    unknowns = Unknowns(*map(ops.convert_to_tensor, unknowns))
-    change = Unknowns(
-        *(x - y for x, y in zip(unknowns, integrator.lift(point), strict=True))
+    return return_to_manifold(
+        advance(block_at(point), unknowns), tolerance, min_rank
     )
-    augmented = integrator.augment(point, change)
-    min_rank = ops.full((len(point.S), 1), min_rank, dtype="int32")
+
+
+def return_to_manifold(block, tolerance=0.0, min_rank=1):
+    augmented = integrator.augment(block)
+    min_rank = ops.full((len(block.S), 1), min_rank, dtype="int32")
     rank = integrator.wanted_rank(augmented, tolerance, min_rank)
     return numpy(integrator.truncate(augmented, rank).new)
 
@@ -127,6 +144,38 @@ def test_the_sgd_step_is_projected_gradient_descent(rng, sigma):
     error = product(moved)[0] - (U @ S @ V.T + step)
     assert np.linalg.norm(error) < 5e-5 * np.linalg.norm(step)
     check_invariants(moved)
+
+
+def test_between_retractions_steps_are_projected_at_the_base_point(rng):
+    U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, SIGMA)
+    block, lr = block_at(padded(U, S, V, max_rank=8)), 0.1
+    W = U @ S @ V.T
+    for _ in range(5):
+        before = update_of(block)
+        G = rng.normal(size=(INPUT_DIM, OUTPUT_DIM)) + W - before
+        gradients = G @ V, U.T @ G @ V, G.T @ U
+        unknowns = []
+        for x, g in zip(numpy(integrator.lift(block)), gradients, strict=True):
+            missing = zip(x[0].shape, g.shape, strict=True)
+            g = np.pad(g, [(0, n - m) for n, m in missing])
+            unknowns.append((x - lr * g).astype("float32"))
+        block = advance(block, Unknowns(*unknowns))
+        step = -lr * reference.tangent_projection(U, V, G)
+        error = update_of(block) - before - step
+        assert np.linalg.norm(error) < 5e-5 * np.linalg.norm(step)
+    np.testing.assert_array_equal(numpy(block).U, padded(U, S, V, 8).U)
+    assert np.abs(U.T @ numpy(block).P[0]).max() < 1e-6
+    # A retraction with room for all directions changes nothing.
+    moved = return_to_manifold(block)
+    error = product(moved)[0] - update_of(block)
+    assert np.linalg.norm(error) < 5e-5 * np.linalg.norm(step)
+    assert ranks(moved)[0] == 8
+    check_invariants(moved)
+
+
+def update_of(block):
+    U, S, V, P, Q = (x[0].astype("float64") for x in numpy(block))
+    return U @ S @ V.T + P @ V.T + U @ Q.T
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.3])

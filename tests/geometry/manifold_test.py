@@ -99,7 +99,6 @@ DAMAGES = {
     ),
     "a hole": lambda U, S, V: U.__setitem__((slice(None), 0), 0.0),
     "more columns of one": lambda U, S, V: V.__setitem__((0, 2), 1e-6),
-    "a core that is not diagonal": lambda U, S, V: S.__setitem__((0, 1), 0.1),
     "a core beyond the rank": lambda U, S, V: S.__setitem__((3, 3), 1e-6),
     "no column in use": lambda U, S, V: (U.fill(0), V.fill(0), S.fill(0)),
     "no number": lambda U, S, V: S.__setitem__((0, 0), np.nan),

@@ -250,7 +250,7 @@ def test_every_rule_names_slots_that_the_optimizer_has(name):
     optimizer_class = getattr(keras.optimizers, name)
     optimizer = optimizer_class(**WITH_ALL_SLOTS.get(name, {}))
     adapter = LowRankAdapter(12, 8, rank=2)
-    variables = list(adapter.factors)
+    variables = list(adapter.factors[:3])
     optimizer.build(variables)
     slots = find_slots(optimizer, variables)
     assert set(slots) == set(slot_rules(optimizer))
@@ -263,7 +263,7 @@ def test_every_rule_names_slots_that_the_optimizer_has(name):
 def test_slots_that_an_option_switches_off_are_not_there(options):
     optimizer = keras.optimizers.SGD(**options)
     adapter = LowRankAdapter(12, 8, rank=2)
-    variables = list(adapter.factors)
+    variables = list(adapter.factors[:3])
     optimizer.build(variables)
     assert len(find_slots(optimizer, variables)) == len(options)
 

@@ -134,12 +134,8 @@ def test_the_factors_alone_train():
 def test_the_bias_trains_on_request():
     layer = GeoLoRADense(5, rank=2, train_bias=True)
     layer.build((None, 8))
-    assert {v.name for v in layer.trainable_variables} == {
-        "U",
-        "S",
-        "V",
-        "bias",
-    }
+    names = {v.name for v in layer.trainable_variables}
+    assert names == {*"USVPQ", "bias"}
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -345,13 +341,12 @@ def test_rows_are_counted_exactly():
     S, V = np.ones((1, 1), "float32"), np.ones((2, 1), "float32")
     ids = np.array([0])
     with pytest.raises(ValueError, match="16777217 rows"):
-        low_rank_rows(ids, U, S, V, 1.0, "float32")
+        low_rank_rows(ids, (U, S, V, 0 * U, 0 * V), 1.0, "float32")
     U = U[:-1]
     U[-1], U[-2] = 3, 5
     last = np.array([2**24 - 1, 2**24 - 2])
-    y = low_rank_rows(
-        last, *map(ops.convert_to_tensor, (U, S, V)), 1.0, "float32"
-    )
+    factors = map(ops.convert_to_tensor, (U, S, V, 0 * U, 0 * V))
+    y = low_rank_rows(last, tuple(factors), 1.0, "float32")
     np.testing.assert_array_equal(ops.convert_to_numpy(y)[:, 0], [3, 5])
 
 
@@ -435,7 +430,7 @@ def trains(layer):
 @pytest.mark.parametrize("create", [not_built, built, adapted_in_place])
 def test_the_kernel_stays_frozen_whatever_its_layer_is(create, train_bias):
     layer = create(train_bias=train_bias)
-    expected = ["S", "U", "V"] + ["bias"] * train_bias
+    expected = ["P", "Q", "S", "U", "V"] + ["bias"] * train_bias
     for trainable in (False, False, True, True):
         layer.trainable = trainable
         if not layer.built:
@@ -458,7 +453,7 @@ def test_of_several_adapters_the_active_one_follows_its_layer():
     GeoLoRADense.adapt(layer, name="two", rank=2)
     for trainable in (False, True):
         layer.trainable = trainable
-    assert len(trains(layer)) == 3 and layer.adapter.trainable
+    assert len(trains(layer)) == 5 and layer.adapter.trainable
     layer.trainable = False
     layer.activate_adapter("one")
     assert trains(layer) == []
