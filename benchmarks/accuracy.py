@@ -95,6 +95,18 @@ def main():
         help="of GeoLoRA: `max_update_ratio`, the bound of a step",
     )
     run.add_argument(
+        "--interval",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        default="auto",
+        help="of GeoLoRA: steps between two retractions",
+    )
+    run.add_argument(
+        "--cut",
+        type=int,
+        default=100,
+        help="of GeoLoRA: steps between two cuts",
+    )
+    run.add_argument(
         "--scales",
         type=float,
         nargs="+",
@@ -127,7 +139,7 @@ def main():
 def options_of(method, args):
     """Returns a list of the options with which a method shall run."""
     if method == "geolora":
-        fixed = {"room": args.room}
+        fixed = {"room": args.room, "interval": args.interval, "cut": args.cut}
         if args.falling:
             fixed["falling"] = args.falling
         return [

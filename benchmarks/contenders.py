@@ -57,7 +57,7 @@ def draw_weights(model, seed, rank):
     from keras_geolora.layers.adapter import Orthonormal
     from keras_geolora.layers.factor import factor_of
 
-    for index, weight in enumerate(model.trainable_weights):
+    for index, weight in enumerate(counted(model.trainable_weights)):
         own_seed = 1000 * seed + index
         if factor := factor_of(weight):
             if factor.role == "S":
@@ -70,6 +70,16 @@ def draw_weights(model, seed, rank):
         else:
             continue
         weight.assign(draw(weight.shape, "float32"))
+
+
+def counted(variables):
+    """Returns variables without P and Q, which version 0.1 did not have.
+
+    So seeds are those of earlier runs.
+    """
+    from keras_geolora.layers.factor import has_gradient
+
+    return [v for v in variables if has_gradient(v)]
 
 
 def enable_keras_lora(model, rank):
@@ -117,7 +127,10 @@ class OnKeras:
         self.optimizer.build(self.model.trainable_variables)
         self._compiled = False
         variables = [*self.model.variables, *self.optimizer.variables]
-        self._start = measuring.remember(variables)
+        first = counted(variables)
+        known = {id(v) for v in first}
+        rest = [v for v in variables if id(v) not in known]
+        self._start = measuring.remember([*first, *rest])
 
     def train(self, x, y, orders, rate, seed):
         import keras
@@ -176,7 +189,16 @@ class OnKeras:
 class GeoLoRA(OnKeras):
     """This library, with the parameters that LoRA of a rank would have."""
 
-    def adapt(self, inner, tolerance, room, ratio="auto", falling=0.0):
+    def adapt(
+        self,
+        inner,
+        tolerance,
+        room,
+        ratio="auto",
+        falling=0.0,
+        interval=1,
+        cut=20,
+    ):
         from keras import ops
 
         import keras_geolora
@@ -204,6 +226,8 @@ class GeoLoRA(OnKeras):
             tolerance,
             parameter_budget=fall_to_budget if falling else budget,
             max_update_ratio=ratio,
+            retraction_interval=interval,
+            cut_interval=cut,
         )
 
     def ranks(self):
