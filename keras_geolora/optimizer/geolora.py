@@ -448,15 +448,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
             update_if(
                 due,
                 functools.partial(
-                    self._retract, turn, updates, tolerance, cutting, earlier
+                    self._retract, turn, updates, tolerance, earlier
                 ),
                 [v for step in turn for v in step.group.moved_variables()],
             )
             earlier = turn[-1].group.discarded.value
 
-    def _retract(
-        self, steps, updates, tolerance=None, spending=True, earlier=None
-    ):
+    def _retract(self, steps, updates, tolerance=None, earlier=None):
         """Returns adapters to the manifold.
 
         Args:
@@ -464,7 +462,6 @@ class GeoLoRA(keras.optimizers.Optimizer):
             updates: Int scalar, number of updates so far.
             tolerance: Scalar, share of each adapter's norm that may be cut.
                 Defaults to that of the optimizer.
-            spending: Bool scalar, whether to keep ranks within the budget.
             earlier: Array to be computed first, or `None`.
         """
         if tolerance is None:
@@ -472,18 +469,18 @@ class GeoLoRA(keras.optimizers.Optimizer):
         for step in steps:
             step.augment(earlier)
             earlier = step.augmented.sigma
-        ranks = self._choose_ranks(steps, updates, tolerance, spending)
+        ranks = self._choose_ranks(steps, updates, tolerance)
         for step, rank in zip(steps, ranks, strict=True):
             step.retract(rank)
 
-    def _choose_ranks(self, steps, updates, tolerance, spending):
+    def _choose_ranks(self, steps, updates, tolerance):
         """Returns the ranks of the adapters of each `GroupStep`."""
         adapters = [a for step in steps for a in step.group.adapters]
         budget, unit = self.budget_of(adapters, updates)
         requests = [step.rank_request(tolerance, unit) for step in steps]
         if budget is None:
             return [request.wanted for request in requests]
-        return spend(ops.where(spending, budget, UNLIMITED), requests)
+        return spend(budget, requests)
 
     def cut(self):
         """Cuts every adapter to the rank that it needs now.
