@@ -78,7 +78,8 @@ def export_peft(
     """Writes an adapter as a LoRA adapter of Hugging Face PEFT.
 
     The folder gets `adapter_config.json` and `adapter_model.safetensors`, for
-    `peft.PeftModel.from_pretrained(hf_model, folder)`. A layer's update
+    `peft.PeftModel.from_pretrained(hf_model, folder)`. Files of an earlier
+    export are exchanged, both at once. A layer's update
     `scale * U S V.T` becomes `lora_A = U.T` and `lora_B = scale * V S`; the
     ranks are in `rank_pattern`. What trained beside the factors, such as
     biases and heads, has no place in the format; a warning lists it.
@@ -248,7 +249,7 @@ def write_peft(
     folder.mkdir(parents=True, exist_ok=True)
     weights = safetensors.numpy.save(tensors, {"format": "pt"})
     described = json.dumps(config, indent=2).encode()
-    write_together({folder / WEIGHTS: [weights], folder / CONFIG: [described]})
+    write_together(folder, {WEIGHTS: [weights], CONFIG: [described]})
 
 
 def import_peft(model, folder, name=DEFAULT, names=None):
@@ -298,8 +299,7 @@ def import_peft(model, folder, name=DEFAULT, names=None):
     check_name(name)
     check_can_adapt(model, name)
     folder = pathlib.Path(folder)
-    config = read_peft_config(folder / CONFIG)
-    pairs = read_peft_weights(folder / WEIGHTS, config)
+    pairs = read_peft(folder)
     layers = {
         path: layer
         for path, layer in stable_paths(backbone_of(model)).items()
@@ -372,6 +372,18 @@ def fused(blocks):
 def is_product(name):
     """Returns whether layers of a class multiply inputs by a kernel."""
     return not any(word in name for word in ("Conv", "Embedding"))
+
+
+def read_peft(folder):
+    """Returns the factors of one export, even if another one is under way.
+
+    An export exchanges both files at once, but maybe between two of our reads.
+    """
+    config = None
+    while config != (latest := read_peft_config(folder / CONFIG)):
+        config = latest
+        pairs = read_peft_weights(folder / WEIGHTS, config)
+    return pairs
 
 
 def read_peft_config(path):
