@@ -10,6 +10,8 @@ import numpy as np
 from keras_geolora.files.adapter_format import read_adapter
 from keras_geolora.files.peft import write_peft
 from keras_geolora.files.peft_names import FAMILIES, task_type_of
+from keras_geolora.files.rounding import DTYPES
+from keras_geolora.files.servers import SERVERS
 
 
 def main(arguments=None):
@@ -41,6 +43,12 @@ def main(arguments=None):
     command.add_argument("--base-model", help="base model on Hugging Face")
     command.add_argument(
         "--pad", action="store_true", help="pad all layers to the largest rank"
+    )
+    command.add_argument(
+        "--server", choices=SERVERS, help="keep the rules of a server"
+    )
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the factors"
     )
     command.set_defaults(run=convert)
 
@@ -116,10 +124,11 @@ def convert(args):
             )
     family = description.get("family") or description["backbone"]
     family = family if family in FAMILIES else None
-    write_peft(
+    report = write_peft(
         folder,
         {p: update(description, tensors, p) for p in paths(description)},
         classes=description["classes"],
+        shapes={},  # a file knows adapted layers only
         family=family,
         is_task=description["model"] != description["backbone"],
         task_type=task_type_of(description["model"]),
@@ -127,9 +136,15 @@ def convert(args):
         prefix=args.prefix,
         base_model=args.base_model,
         pad=args.pad,
+        server=args.server,
+        dtype=args.dtype,
         left=list(other_tensors(description, tensors)),
     )
     print(f"wrote '{folder}'")
+    if args.server:
+        print(f"serve it with --max-lora-rank {report['max_lora_rank']}")
+    if args.dtype != "float32":
+        print(f"rounding changes an update by {report['rounding_error']:.1%}")
 
 
 def diff(args):

@@ -30,6 +30,13 @@ from keras_geolora.files.peft_names import (
     task_type_of,
 )
 from keras_geolora.files.products import add_products
+from keras_geolora.files.rounding import check_dtype, rounded
+from keras_geolora.files.servers import (
+    check_served,
+    check_server,
+    max_lora_rank,
+    with_whole_packs,
+)
 from keras_geolora.layers.adapted import DEFAULT
 from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.registry import (
@@ -74,6 +81,8 @@ def export_peft(
     prefix=None,
     base_model=None,
     pad=False,
+    server=None,
+    dtype="float32",
 ):
     """Writes an adapter as a LoRA adapter of Hugging Face PEFT.
 
@@ -102,13 +111,26 @@ def export_peft(
         base_model: String, the Hugging Face name of the base model, for the
             config. Defaults to `None`.
         pad: Bool, whether to pad all layers with zeros to the largest rank, for
-            readers such as vLLM that expect one rank. Defaults to `False`.
+            readers that expect one rank. Defaults to `False`.
+        server: String, `"vllm"` or `"sglang"`, whose rules the files shall
+            keep: padded ranks, whole packs of projections, the names of a
+            model with its head, and nothing that the server would leave out.
+            Both read the same files. Defaults to `None`.
+        dtype: String, `"float32"`, `"float16"` or `"bfloat16"`, of the factors.
+            Defaults to `"float32"`, which loses nothing.
+
+    Returns:
+        Dict: `rank`, the largest one; `dtype`; `rounding_error`, the largest
+        over all modules of the norm of an update's error relative to the norm
+        of the update; with `server` also `max_lora_rank`, what to start the
+        server with.
 
     Raises:
         TypeError: If `model` is not a `keras.Model`.
         ValueError: If there is no such adapter, its bases are not
-            orthonormal, or a layer has no name or no counterpart in PEFT's
-            LoRA.
+            orthonormal, a layer has no name or no counterpart in PEFT's LoRA,
+            a server would leave a part out, or a number is too large for
+            `dtype`.
         OSError: If a file cannot be written.
 
     Example:
@@ -135,16 +157,22 @@ def export_peft(
         if name in getattr(layer, "adapter_names", ())
     }
     check_layers(layers.values(), f"'{folder}' was not written.", name)
+    shapes = {
+        path: kernel_shape(layer)
+        for path, layer in stable_paths(adaptation.scope).items()
+        if kernel_shape(layer) is not None
+    }
     updates = {}
     for path, layer in layers.items():
         adapter = layer.adapters_by_name()[name]
         updates[path] = (*adapter.trimmed(), adapter.scale)
     co_trained = {id(v) for v in adaptation.adapters[name].co_trained}
     left = [k for k, v in keyed_variables(model).items() if id(v) in co_trained]
-    write_peft(
+    return write_peft(
         folder,
         updates,
         classes={path: plain_class_name(x) for path, x in layers.items()},
+        shapes=shapes,
         family=family_of(model),
         is_task=adaptation.scope is not model,
         task_type=task_type_of(plain_class_name(model)),
@@ -152,6 +180,8 @@ def export_peft(
         prefix=prefix,
         base_model=base_model,
         pad=pad,
+        server=server,
+        dtype=dtype,
         left=left,
     )
 
@@ -160,6 +190,7 @@ def write_peft(
     folder,
     updates,
     classes,
+    shapes,
     family,
     is_task,
     task_type,
@@ -167,6 +198,8 @@ def write_peft(
     prefix,
     base_model,
     pad,
+    server,
+    dtype,
     left,
 ):
     """Writes the two files of `export_peft`.
@@ -175,6 +208,8 @@ def write_peft(
         folder: String or path.
         updates: Dict from path to `(U, S, V, scale)`.
         classes: Dict from path to the name of the Keras layer's class.
+        shapes: Dict from path to the shape of a kernel as a matrix, of all
+            layers, adapted or not; only `server` needs them.
         family: String, the name of the backbone's class, or `None`.
         is_task: Bool, whether the adapter is that of a task, not of a backbone.
         task_type: String, PEFT's name for the kind of the task, or `None`.
@@ -182,8 +217,15 @@ def write_peft(
         prefix: As in `export_peft`.
         base_model: As in `export_peft`.
         pad: As in `export_peft`.
+        server: As in `export_peft`.
+        dtype: As in `export_peft`.
         left: List of strings, what trained beside the factors.
+
+    Returns:
+        As in `export_peft`.
     """
+    check_server(server)
+    check_dtype(dtype)
     for path, name in classes.items():
         if not is_product(name):
             raise ValueError(
@@ -194,49 +236,35 @@ def write_peft(
             )
     named = module_names(family, updates, names)
     if prefix is None:
-        prefix = prefix_in(family, is_task and names is None)
-    parts = {}
-    for path, (U, S, V, scale) in updates.items():
-        module, part, count = split_name(named[path])
-        block = U.T, V @ (S.T * scale), part, count
-        others = parts.setdefault(module, [])
-        if any(part == p or count != c for _, _, p, c in others):
-            raise ValueError(
-                "Every layer needs a module of its own, or a part of one. "
-                f"Received: the name '{named[path]}' for layer '{path}' and "
-                "for another layer"
-            )
-        others.append(block)
-    pairs = {module: fused(blocks) for module, blocks in parts.items()}
+        prefix = prefix_in(family, (is_task or bool(server)) and names is None)
+    pairs = pairs_of_modules(updates, named)
+    if server:
+        check_served(server, pairs, left)
+        shaped = module_names(family, shapes, names, complete=False)
+        pairs = with_whole_packs(
+            pairs, {module: shapes[path] for path, module in shaped.items()}
+        )
     largest = max(len(A) for A, _ in pairs.values())
+    report = {"rank": largest, "dtype": dtype, "rounding_error": 0.0}
+    if server:
+        report["max_lora_rank"] = max_lora_rank(server, largest)
     dotted = f"{prefix}." if prefix else ""
     tensors, ranks = {}, {}
     for module, (A, B) in pairs.items():
-        if pad:
+        if pad or server:
             A = padded(A, (largest, A.shape[1]))
             B = padded(B, (len(B), largest))
+        A, B, error = rounded(A, B, dtype, module)
+        report["rounding_error"] = max(report["rounding_error"], error)
         key = f"{PREFIX}{dotted}{module}"
         tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(A)
         tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(B)
         ranks[f"{dotted}{module}"] = len(A)
-    smaller = {module: r for module, r in ranks.items() if r != largest}
     config = {
-        "peft_type": "LORA",
-        "task_type": task_type,
+        **config_of(ranks),
+        "task_type": "CAUSAL_LM" if server else task_type,
         "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "target_modules": list(ranks),
-        "r": largest,
-        "rank_pattern": smaller,
-        # PEFT multiplies by `alpha / r`; `lora_B` already contains the scale.
-        "lora_alpha": largest,
-        "alpha_pattern": smaller,
-        "lora_dropout": 0.0,
-        "bias": "none",
         "fan_in_fan_out": family in TRANSPOSED,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
     }
     if left:
         warnings.warn(
@@ -250,6 +278,54 @@ def write_peft(
     weights = safetensors.numpy.save(tensors, {"format": "pt"})
     described = json.dumps(config, indent=2).encode()
     write_together(folder, {WEIGHTS: [weights], CONFIG: [described]})
+    return report
+
+
+def config_of(ranks):
+    """Returns what a config says of a LoRA whose `lora_B` contain the scale.
+
+    Args:
+        ranks: Dict from module to rank.
+    """
+    largest = max(ranks.values())
+    smaller = {module: r for module, r in ranks.items() if r != largest}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "target_modules": list(ranks),
+        "r": largest,
+        "rank_pattern": smaller,
+        # PEFT multiplies by `alpha / r`, which is 1.
+        "lora_alpha": largest,
+        "alpha_pattern": smaller,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def pairs_of_modules(updates, named):
+    """Returns a dict from module to `A, B`.
+
+    Args:
+        updates: As in `write_peft`.
+        named: Dict from path to the name of a module, or of a part of one.
+    """
+    parts = {}
+    for path, (U, S, V, scale) in updates.items():
+        module, part, count = split_name(named[path])
+        block = U.T, V @ (S.T * scale), part, count
+        others = parts.setdefault(module, [])
+        if any(part == p or count != c for _, _, p, c in others):
+            raise ValueError(
+                "Every layer needs a module of its own, or a part of one. "
+                f"Received: the name '{named[path]}' for layer '{path}' and "
+                "for another layer"
+            )
+        others.append(block)
+    return {module: fused(blocks) for module, blocks in parts.items()}
 
 
 def import_peft(model, folder, name=DEFAULT, names=None):
