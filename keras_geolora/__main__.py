@@ -8,8 +8,9 @@ import sys
 import numpy as np
 
 from keras_geolora.files.adapter_format import read_adapter
+from keras_geolora.files.exported import Exported
 from keras_geolora.files.peft import write_peft
-from keras_geolora.files.peft_names import FAMILIES, task_type_of
+from keras_geolora.files.peft_names import FAMILIES
 from keras_geolora.files.rounding import DTYPES
 from keras_geolora.files.servers import SERVERS
 
@@ -122,29 +123,34 @@ def convert(args):
                 f"'{args.names}' must map paths of layers to names, "
                 'for example {"dense": "classifier"}.'
             )
-    family = description.get("family") or description["backbone"]
-    family = family if family in FAMILIES else None
     report = write_peft(
         folder,
-        {p: update(description, tensors, p) for p in paths(description)},
-        classes=description["classes"],
-        shapes={},  # a file knows adapted layers only
-        family=family,
-        is_task=description["model"] != description["backbone"],
-        task_type=task_type_of(description["model"]),
+        adapter_in(description, tensors),
         names=names,
         prefix=args.prefix,
         base_model=args.base_model,
         pad=args.pad,
         server=args.server,
         dtype=args.dtype,
-        left=list(other_tensors(description, tensors)),
     )
     print(f"wrote '{folder}'")
     if args.server:
         print(f"serve it with --max-lora-rank {report['max_lora_rank']}")
     if args.dtype != "float32":
         print(f"rounding changes an update by {report['rounding_error']:.1%}")
+
+
+def adapter_in(description, tensors):
+    """Returns the `Exported` of a file."""
+    family = description.get("family") or description["backbone"]
+    return Exported(
+        {p: update(description, tensors, p) for p in paths(description)},
+        classes=description["classes"],
+        family=family if family in FAMILIES else None,
+        left=list(other_tensors(description, tensors)),
+        is_task=description["model"] != description["backbone"],
+        model_class=description["model"],
+    )
 
 
 def diff(args):

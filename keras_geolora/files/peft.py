@@ -8,18 +8,13 @@ import warnings
 import numpy as np
 import safetensors.numpy
 
-from keras_geolora.files.adapter_file import (
-    adaptation_to_save,
-    chosen_adapter,
-    padded,
-    plain_class_name,
-)
+from keras_geolora.files.adapter_file import padded, plain_class_name
 from keras_geolora.files.adapter_format import (
     CONTRADICTIONS,
     AdapterFileError,
     some,
 )
-from keras_geolora.files.base_weights import keyed_variables
+from keras_geolora.files.exported import exported
 from keras_geolora.files.peft_names import (
     TRANSPOSED,
     family_of,
@@ -38,7 +33,6 @@ from keras_geolora.files.servers import (
     with_whole_packs,
 )
 from keras_geolora.layers.adapted import DEFAULT
-from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.registry import (
     kernel_shape,
 )
@@ -149,101 +143,45 @@ def export_peft(
     ```
     """
     check_model(model)
-    adaptation = adaptation_to_save(model)
-    name = chosen_adapter(adaptation, name)
-    layers = {
-        path: layer
-        for path, layer in stable_paths(adaptation.scope).items()
-        if name in getattr(layer, "adapter_names", ())
-    }
-    check_layers(layers.values(), f"'{folder}' was not written.", name)
-    shapes = {
-        path: kernel_shape(layer)
-        for path, layer in stable_paths(adaptation.scope).items()
-        if kernel_shape(layer) is not None
-    }
-    updates = {}
-    for path, layer in layers.items():
-        adapter = layer.adapters_by_name()[name]
-        updates[path] = (*adapter.trimmed(), adapter.scale)
-    co_trained = {id(v) for v in adaptation.adapters[name].co_trained}
-    left = [k for k, v in keyed_variables(model).items() if id(v) in co_trained]
     return write_peft(
         folder,
-        updates,
-        classes={path: plain_class_name(x) for path, x in layers.items()},
-        shapes=shapes,
-        family=family_of(model),
-        is_task=adaptation.scope is not model,
-        task_type=task_type_of(plain_class_name(model)),
+        exported(model, folder, name),
         names=names,
         prefix=prefix,
         base_model=base_model,
         pad=pad,
         server=server,
         dtype=dtype,
-        left=left,
     )
 
 
-def write_peft(
-    folder,
-    updates,
-    classes,
-    shapes,
-    family,
-    is_task,
-    task_type,
-    names,
-    prefix,
-    base_model,
-    pad,
-    server,
-    dtype,
-    left,
-):
-    """Writes the two files of `export_peft`.
+def write_peft(folder, adapter, names, prefix, base_model, pad, server, dtype):
+    """Writes the two files of `export_peft`; returns the same report.
 
     Args:
         folder: String or path.
-        updates: Dict from path to `(U, S, V, scale)`.
-        classes: Dict from path to the name of the Keras layer's class.
-        shapes: Dict from path to the shape of a kernel as a matrix, of all
-            layers, adapted or not; only `server` needs them.
-        family: String, the name of the backbone's class, or `None`.
-        is_task: Bool, whether the adapter is that of a task, not of a backbone.
-        task_type: String, PEFT's name for the kind of the task, or `None`.
+        adapter: `Exported`.
         names: As in `export_peft`.
         prefix: As in `export_peft`.
         base_model: As in `export_peft`.
         pad: As in `export_peft`.
         server: As in `export_peft`.
         dtype: As in `export_peft`.
-        left: List of strings, what trained beside the factors.
-
-    Returns:
-        As in `export_peft`.
     """
     check_server(server)
     check_dtype(dtype)
-    for path, name in classes.items():
-        if not is_product(name):
-            raise ValueError(
-                "PEFT's LoRA for linear layers has no counterpart for an "
-                f"adapter on a layer of class {name}. Leave the layer out "
-                "with `enable_geolora(exclude=...)`, or merge and export the "
-                f"whole model. Received: adapted layer '{path}'"
-            )
-    named = module_names(family, updates, names)
+    check_classes(adapter.classes)
+    family = adapter.family
+    named = module_names(family, adapter.updates, names)
     if prefix is None:
-        prefix = prefix_in(family, (is_task or bool(server)) and names is None)
-    pairs = pairs_of_modules(updates, named)
+        has_head = adapter.is_task or server is not None
+        prefix = prefix_in(family, has_head and names is None)
+    pairs = pairs_of_modules(adapter.updates, named)
     if server:
-        check_served(server, pairs, left)
-        shaped = module_names(family, shapes, names, complete=False)
-        pairs = with_whole_packs(
-            pairs, {module: shapes[path] for path, module in shaped.items()}
-        )
+        check_served(server, pairs, adapter.left)
+        shaped = module_names(family, adapter.shapes, names, complete=False)
+        shapes = {m: adapter.shapes[path] for path, m in shaped.items()}
+        pairs = with_whole_packs(pairs, shapes)
     largest = max(len(A) for A, _ in pairs.values())
     report = {"rank": largest, "dtype": dtype, "rounding_error": 0.0}
     if server:
@@ -260,16 +198,17 @@ def write_peft(
         tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(A)
         tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(B)
         ranks[f"{dotted}{module}"] = len(A)
+    task_type = task_type_of(adapter.model_class)
     config = {
         **config_of(ranks),
         "task_type": "CAUSAL_LM" if server else task_type,
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": family in TRANSPOSED,
     }
-    if left:
+    if adapter.left:
         warnings.warn(
             "PEFT's LoRA format stores only factors. Other trained variables "
-            f"are not in '{folder}': {some(left)}. Save them with "
+            f"are not in '{folder}': {some(adapter.left)}. Save them with "
             "`model.save_geolora(...)`.",
             stacklevel=3,
         )
@@ -279,6 +218,22 @@ def write_peft(
     described = json.dumps(config, indent=2).encode()
     write_together(folder, {WEIGHTS: [weights], CONFIG: [described]})
     return report
+
+
+def check_classes(classes):
+    """Raises if a layer is none that multiplies rows with its kernel.
+
+    Args:
+        classes: Dict from path to the name of the layer's class.
+    """
+    for path, name in classes.items():
+        if not is_product(name):
+            raise ValueError(
+                "PEFT's LoRA for linear layers has no counterpart for an "
+                f"adapter on a layer of class {name}. Leave the layer out "
+                "with `enable_geolora(exclude=...)`, or merge and export the "
+                f"whole model. Received: adapted layer '{path}'"
+            )
 
 
 def config_of(ranks):
@@ -310,7 +265,7 @@ def pairs_of_modules(updates, named):
     """Returns a dict from module to `A, B`.
 
     Args:
-        updates: As in `write_peft`.
+        updates: Dict from path to `(U, S, V, scale)`.
         named: Dict from path to the name of a module, or of a part of one.
     """
     parts = {}
