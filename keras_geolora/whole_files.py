@@ -6,6 +6,14 @@ import pathlib
 import shutil
 import tempfile
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+# How the folders begin in which new files wait.
+STAGE = ".written-together-"
+
 
 def write_whole(path, *parts):
     """Writes a file atomically.
@@ -51,7 +59,8 @@ def write_together(folder, files):
 
     Where the last file is not there yet, or links are not supported, the last
     file is removed first and comes back last: readers that begin with it find
-    all or nothing.
+    all or nothing. Writers wait for each other, and remove what others left
+    that were killed.
 
     Args:
         folder: Path of a folder that exists.
@@ -63,11 +72,9 @@ def write_together(folder, files):
     """
     folder = pathlib.Path(folder)
     names = list(files)
-    with errors_naming(folder):
-        left_by_kills = stages(folder, names)
-        stage = pathlib.Path(
-            tempfile.mkdtemp(prefix=".", suffix=".part", dir=folder)
-        )
+    with errors_naming(folder), only_writer(folder) as alone:
+        left_by_kills = set(folder.glob(f"{STAGE}*")) if alone else set()
+        stage = pathlib.Path(tempfile.mkdtemp(prefix=STAGE, dir=folder))
         try:
             os.chmod(stage, 0o777 & ~umask())
             os.mkdir(stage / "new")
@@ -83,6 +90,28 @@ def write_together(folder, files):
             # An interrupt may have left links, which need what they lead to.
             for path in (left_by_kills | {stage}) - stages(folder, names):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """Waits until no other process or thread writes into a folder like this.
+
+    Yields whether that is sure: Windows and some network file systems have no
+    such locks.
+    """
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
 
 
 def put(folder, stage, names):
@@ -143,13 +172,13 @@ def keep(path, copy):
 def stages(folder, names):
     """Returns through which folders of `write_together` names are links now.
 
-    There is one if the writer was killed.
+    There is one if the writer was killed or interrupted.
     """
     found = set()
     for name in names:
         if (folder / name).is_symlink():
             first, *rest = pathlib.Path(os.readlink(folder / name)).parts
-            if rest == ["now", name] and first.endswith(".part"):
+            if rest == ["now", name] and first.startswith(STAGE):
                 found.add(folder / first)
     return found
 

@@ -1,5 +1,6 @@
 """Adapter files: exact, strict, whole, and safe to open."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -683,18 +684,31 @@ def test_readers_find_all_old_or_all_new_files_at_any_moment(ending):
     assert moments[:change] == [["old", "old"]] * change
     assert moments[change:] == [["new", "new"]] * (len(rows) - change)
     assert any(led for _, _, led, *_ in rows)
-    for _, found, led, last, left in rows:
+    for _, _, _, last, left in rows:
         assert last == ["last", "last"]
-        # An interrupt also undoes what it has found half done.
-        if led or (ending == "interrupt" and found == ["old", "old"]):
-            assert left == ["config", "weights"]
+        assert left == ["config", "weights"]
 
 
 @pytest.mark.backend_independent("it writes bytes")
 def test_without_links_readers_find_all_files_or_no_config():
-    for _, found, _, last, _ in endings("kill", "no links"):
+    for _, found, _, last, left in endings("kill", "no links"):
         assert found in (["old", "old"], ["new", "new"]) or found[1] is None
         assert last == ["last", "last"]
+        assert left == ["config", "weights"]
+
+
+@pytest.mark.backend_independent("it writes bytes")
+def test_writers_wait_for_each_other(tmp_path):
+    def write(text):
+        for _ in range(20):
+            files = {name: [text] for name in ("weights", "config")}
+            whole_files.write_together(tmp_path, files)
+
+    write(b"0")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, [b"1", b"2", b"3"]))
+    both = {(tmp_path / name).read_bytes() for name in ("weights", "config")}
+    assert len(both) == 1 and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.backend_independent("it writes bytes")
