@@ -202,7 +202,7 @@ def parse(session):
 
 def install(session):
     """Makes the shared environment: the library, frameworks, data, tests."""
-    extras = "tensorflow,jax,torch,hub,plot,tensorboard,peft,serve,test"
+    extras = "tensorflow,jax,torch,hub,plot,tensorboard,peft,gguf,serve,test"
     make(
         session,
         FRAMEWORKS,

@@ -6,6 +6,7 @@ from keras_geolora import callbacks
 from keras_geolora.files.adapter_file import load_geolora, save_geolora
 from keras_geolora.files.adapter_format import AdapterFileError
 from keras_geolora.files.averaging import average_geolora
+from keras_geolora.files.gguf import export_gguf
 from keras_geolora.files.keras_lora import import_keras_lora
 from keras_geolora.files.peft import export_peft, import_peft
 from keras_geolora.layers import (
@@ -60,6 +61,7 @@ __all__ = [
     "delete_geolora",
     "enable_geolora",
     "export",
+    "export_gguf",
     "export_peft",
     "geolora_adapters",
     "geolora_disabled",

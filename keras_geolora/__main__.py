@@ -8,8 +8,12 @@ import sys
 import numpy as np
 
 from keras_geolora.files.adapter_format import read_adapter
+from keras_geolora.files.exported import Exported
+from keras_geolora.files.gguf import base_of, write_gguf
 from keras_geolora.files.peft import write_peft
-from keras_geolora.files.peft_names import FAMILIES, task_type_of
+from keras_geolora.files.peft_names import FAMILIES
+from keras_geolora.files.rounding import DTYPES
+from keras_geolora.files.servers import SERVERS
 
 
 def main(arguments=None):
@@ -28,9 +32,14 @@ def main(arguments=None):
 
     command = commands.add_parser("convert", help="write another format")
     command.add_argument("file")
-    command.add_argument("--to", choices=["peft"], required=True)
+    command.add_argument("--to", choices=["peft", "gguf"], required=True)
     command.add_argument(
-        "--output", help="folder, by default the file name without its ending"
+        "--output",
+        help="folder, by default the file name without its ending; "
+        "for gguf a file, by default with this ending",
+    )
+    command.add_argument(
+        "--base", help="for gguf: the GGUF file of the base model"
     )
     command.add_argument(
         "--names", help='JSON file: {"path of a layer": "name of a module"}'
@@ -42,6 +51,12 @@ def main(arguments=None):
     command.add_argument(
         "--pad", action="store_true", help="pad all layers to the largest rank"
     )
+    command.add_argument(
+        "--server", choices=SERVERS, help="keep the rules of a server"
+    )
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the factors"
+    )
     command.set_defaults(run=convert)
 
     command = commands.add_parser("diff", help="compare two files")
@@ -52,7 +67,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         return args.run(args) or 0
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -102,7 +117,17 @@ def inspect(args):
 
 def convert(args):
     """Writes the adapter of a file in another format."""
-    description, tensors = read_adapter(args.file)
+    adapter = adapter_in(*read_adapter(args.file))
+    write = {"peft": convert_to_peft, "gguf": convert_to_gguf}[args.to]
+    report = write(adapter, args)
+    if args.server:
+        print(f"serve it with --max-lora-rank {report['max_lora_rank']}")
+    if args.dtype != "float32":
+        print(f"rounding changes an update by {report['rounding_error']:.1%}")
+
+
+def convert_to_peft(adapter, args):
+    """Writes a folder for PEFT, and returns a report."""
     folder = args.output or pathlib.Path(args.file).with_suffix("")
     names = None
     if args.names is not None:
@@ -114,22 +139,50 @@ def convert(args):
                 f"'{args.names}' must map paths of layers to names, "
                 'for example {"dense": "classifier"}.'
             )
-    family = description.get("family") or description["backbone"]
-    family = family if family in FAMILIES else None
-    write_peft(
+    report = write_peft(
         folder,
-        {p: update(description, tensors, p) for p in paths(description)},
-        classes=description["classes"],
-        family=family,
-        is_task=description["model"] != description["backbone"],
-        task_type=task_type_of(description["model"]),
+        adapter,
         names=names,
         prefix=args.prefix,
         base_model=args.base_model,
         pad=args.pad,
-        left=list(other_tensors(description, tensors)),
+        server=args.server,
+        dtype=args.dtype,
     )
     print(f"wrote '{folder}'")
+    return report
+
+
+def convert_to_gguf(adapter, args):
+    """Writes a file for llama.cpp, and returns a report."""
+    if args.base is None:
+        raise ValueError(
+            "The file of an adapter does not know its number of heads, by "
+            "which llama.cpp orders rows. Add the GGUF file of the base model: "
+            "--base model.gguf"
+        )
+    for option in "names", "prefix", "base_model", "pad", "server":
+        if getattr(args, option):
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for --to peft only."
+            )
+    path = args.output or pathlib.Path(args.file).with_suffix(".gguf")
+    report = write_gguf(path, adapter, *base_of(args.base), args.dtype)
+    print(f"wrote '{path}' for architecture '{report['architecture']}'")
+    return report
+
+
+def adapter_in(description, tensors):
+    """Returns the `Exported` of a file."""
+    family = description.get("family") or description["backbone"]
+    return Exported(
+        {p: update(description, tensors, p) for p in paths(description)},
+        classes=description["classes"],
+        family=family if family in FAMILIES else None,
+        left=list(other_tensors(description, tensors)),
+        is_task=description["model"] != description["backbone"],
+        model_class=description["model"],
+    )
 
 
 def diff(args):

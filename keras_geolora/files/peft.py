@@ -8,18 +8,13 @@ import warnings
 import numpy as np
 import safetensors.numpy
 
-from keras_geolora.files.adapter_file import (
-    adaptation_to_save,
-    chosen_adapter,
-    padded,
-    plain_class_name,
-)
+from keras_geolora.files.adapter_file import padded, plain_class_name
 from keras_geolora.files.adapter_format import (
     CONTRADICTIONS,
     AdapterFileError,
     some,
 )
-from keras_geolora.files.base_weights import keyed_variables
+from keras_geolora.files.exported import exported
 from keras_geolora.files.peft_names import (
     TRANSPOSED,
     family_of,
@@ -30,8 +25,14 @@ from keras_geolora.files.peft_names import (
     task_type_of,
 )
 from keras_geolora.files.products import add_products
+from keras_geolora.files.rounding import check_dtype, rounded
+from keras_geolora.files.servers import (
+    check_served,
+    check_server,
+    max_lora_rank,
+    with_whole_packs,
+)
 from keras_geolora.layers.adapted import DEFAULT
-from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.registry import (
     kernel_shape,
 )
@@ -74,11 +75,14 @@ def export_peft(
     prefix=None,
     base_model=None,
     pad=False,
+    server=None,
+    dtype="float32",
 ):
     """Writes an adapter as a LoRA adapter of Hugging Face PEFT.
 
     The folder gets `adapter_config.json` and `adapter_model.safetensors`, for
-    `peft.PeftModel.from_pretrained(hf_model, folder)`. A layer's update
+    `peft.PeftModel.from_pretrained(hf_model, folder)`. Files of an earlier
+    export are exchanged, both at once. A layer's update
     `scale * U S V.T` becomes `lora_A = U.T` and `lora_B = scale * V S`; the
     ranks are in `rank_pattern`. What trained beside the factors, such as
     biases and heads, has no place in the format; a warning lists it.
@@ -101,13 +105,26 @@ def export_peft(
         base_model: String, the Hugging Face name of the base model, for the
             config. Defaults to `None`.
         pad: Bool, whether to pad all layers with zeros to the largest rank, for
-            readers such as vLLM that expect one rank. Defaults to `False`.
+            readers that expect one rank. Defaults to `False`.
+        server: String, `"vllm"` or `"sglang"`, whose rules the files shall
+            keep: padded ranks, whole packs of projections, the names of a
+            model with its head, and nothing that the server would leave out.
+            Both read the same files. Defaults to `None`.
+        dtype: String, `"float32"`, `"float16"` or `"bfloat16"`, of the factors.
+            Defaults to `"float32"`, which loses nothing.
+
+    Returns:
+        Dict: `rank`, the largest one; `dtype`; `rounding_error`, the largest
+        over all modules of the norm of an update's error relative to the norm
+        of the update; with `server` also `max_lora_rank`, what to start the
+        server with.
 
     Raises:
         TypeError: If `model` is not a `keras.Model`.
         ValueError: If there is no such adapter, its bases are not
-            orthonormal, or a layer has no name or no counterpart in PEFT's
-            LoRA.
+            orthonormal, a layer has no name or no counterpart in PEFT's LoRA,
+            a server would leave a part out, or a number is too large for
+            `dtype`.
         OSError: If a file cannot be written.
 
     Example:
@@ -126,62 +143,88 @@ def export_peft(
     ```
     """
     check_model(model)
-    adaptation = adaptation_to_save(model)
-    name = chosen_adapter(adaptation, name)
-    layers = {
-        path: layer
-        for path, layer in stable_paths(adaptation.scope).items()
-        if name in getattr(layer, "adapter_names", ())
-    }
-    check_layers(layers.values(), f"'{folder}' was not written.", name)
-    updates = {}
-    for path, layer in layers.items():
-        adapter = layer.adapters_by_name()[name]
-        updates[path] = (*adapter.trimmed(), adapter.scale)
-    co_trained = {id(v) for v in adaptation.adapters[name].co_trained}
-    left = [k for k, v in keyed_variables(model).items() if id(v) in co_trained]
-    write_peft(
+    return write_peft(
         folder,
-        updates,
-        classes={path: plain_class_name(x) for path, x in layers.items()},
-        family=family_of(model),
-        is_task=adaptation.scope is not model,
-        task_type=task_type_of(plain_class_name(model)),
+        exported(model, folder, name),
         names=names,
         prefix=prefix,
         base_model=base_model,
         pad=pad,
-        left=left,
+        server=server,
+        dtype=dtype,
     )
 
 
-def write_peft(
-    folder,
-    updates,
-    classes,
-    family,
-    is_task,
-    task_type,
-    names,
-    prefix,
-    base_model,
-    pad,
-    left,
-):
-    """Writes the two files of `export_peft`.
+def write_peft(folder, adapter, names, prefix, base_model, pad, server, dtype):
+    """Writes the two files of `export_peft`; returns the same report.
 
     Args:
         folder: String or path.
-        updates: Dict from path to `(U, S, V, scale)`.
-        classes: Dict from path to the name of the Keras layer's class.
-        family: String, the name of the backbone's class, or `None`.
-        is_task: Bool, whether the adapter is that of a task, not of a backbone.
-        task_type: String, PEFT's name for the kind of the task, or `None`.
+        adapter: `Exported`.
         names: As in `export_peft`.
         prefix: As in `export_peft`.
         base_model: As in `export_peft`.
         pad: As in `export_peft`.
-        left: List of strings, what trained beside the factors.
+        server: As in `export_peft`.
+        dtype: As in `export_peft`.
+    """
+    check_server(server)
+    check_dtype(dtype)
+    check_classes(adapter.classes)
+    family = adapter.family
+    named = module_names(family, adapter.updates, names)
+    if prefix is None:
+        has_head = adapter.is_task or server is not None
+        prefix = prefix_in(family, has_head and names is None)
+    pairs = pairs_of_modules(adapter.updates, named)
+    if server:
+        check_served(server, pairs, adapter.left)
+        shaped = module_names(family, adapter.shapes, names, complete=False)
+        shapes = {m: adapter.shapes[path] for path, m in shaped.items()}
+        pairs = with_whole_packs(pairs, shapes)
+    largest = max(len(A) for A, _ in pairs.values())
+    report = {"rank": largest, "dtype": dtype, "rounding_error": 0.0}
+    if server:
+        report["max_lora_rank"] = max_lora_rank(server, largest)
+    dotted = f"{prefix}." if prefix else ""
+    tensors, ranks = {}, {}
+    for module, (A, B) in pairs.items():
+        if pad or server:
+            A = padded(A, (largest, A.shape[1]))
+            B = padded(B, (len(B), largest))
+        A, B, error = rounded(A, B, dtype, module)
+        report["rounding_error"] = max(report["rounding_error"], error)
+        key = f"{PREFIX}{dotted}{module}"
+        tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(A)
+        tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(B)
+        ranks[f"{dotted}{module}"] = len(A)
+    task_type = task_type_of(adapter.model_class)
+    config = {
+        **config_of(ranks),
+        "task_type": "CAUSAL_LM" if server else task_type,
+        "base_model_name_or_path": base_model,
+        "fan_in_fan_out": family in TRANSPOSED,
+    }
+    if adapter.left:
+        warnings.warn(
+            "PEFT's LoRA format stores only factors. Other trained variables "
+            f"are not in '{folder}': {some(adapter.left)}. Save them with "
+            "`model.save_geolora(...)`.",
+            stacklevel=3,
+        )
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.numpy.save(tensors, {"format": "pt"})
+    described = json.dumps(config, indent=2).encode()
+    write_together(folder, {WEIGHTS: [weights], CONFIG: [described]})
+    return report
+
+
+def check_classes(classes):
+    """Raises if a layer is none that multiplies rows with its kernel.
+
+    Args:
+        classes: Dict from path to the name of the layer's class.
     """
     for path, name in classes.items():
         if not is_product(name):
@@ -191,9 +234,40 @@ def write_peft(
                 "with `enable_geolora(exclude=...)`, or merge and export the "
                 f"whole model. Received: adapted layer '{path}'"
             )
-    named = module_names(family, updates, names)
-    if prefix is None:
-        prefix = prefix_in(family, is_task and names is None)
+
+
+def config_of(ranks):
+    """Returns what a config says of a LoRA whose `lora_B` contain the scale.
+
+    Args:
+        ranks: Dict from module to rank.
+    """
+    largest = max(ranks.values())
+    smaller = {module: r for module, r in ranks.items() if r != largest}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "target_modules": list(ranks),
+        "r": largest,
+        "rank_pattern": smaller,
+        # PEFT multiplies by `alpha / r`, which is 1.
+        "lora_alpha": largest,
+        "alpha_pattern": smaller,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def pairs_of_modules(updates, named):
+    """Returns a dict from module to `A, B`.
+
+    Args:
+        updates: Dict from path to `(U, S, V, scale)`.
+        named: Dict from path to the name of a module, or of a part of one.
+    """
     parts = {}
     for path, (U, S, V, scale) in updates.items():
         module, part, count = split_name(named[path])
@@ -206,49 +280,7 @@ def write_peft(
                 "for another layer"
             )
         others.append(block)
-    pairs = {module: fused(blocks) for module, blocks in parts.items()}
-    largest = max(len(A) for A, _ in pairs.values())
-    dotted = f"{prefix}." if prefix else ""
-    tensors, ranks = {}, {}
-    for module, (A, B) in pairs.items():
-        if pad:
-            A = padded(A, (largest, A.shape[1]))
-            B = padded(B, (len(B), largest))
-        key = f"{PREFIX}{dotted}{module}"
-        tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(A)
-        tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(B)
-        ranks[f"{dotted}{module}"] = len(A)
-    smaller = {module: r for module, r in ranks.items() if r != largest}
-    config = {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "target_modules": list(ranks),
-        "r": largest,
-        "rank_pattern": smaller,
-        # PEFT multiplies by `alpha / r`; `lora_B` already contains the scale.
-        "lora_alpha": largest,
-        "alpha_pattern": smaller,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": family in TRANSPOSED,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-    }
-    if left:
-        warnings.warn(
-            "PEFT's LoRA format stores only factors. Other trained variables "
-            f"are not in '{folder}': {some(left)}. Save them with "
-            "`model.save_geolora(...)`.",
-            stacklevel=3,
-        )
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.numpy.save(tensors, {"format": "pt"})
-    described = json.dumps(config, indent=2).encode()
-    write_together({folder / WEIGHTS: [weights], folder / CONFIG: [described]})
+    return {module: fused(blocks) for module, blocks in parts.items()}
 
 
 def import_peft(model, folder, name=DEFAULT, names=None):
@@ -298,8 +330,7 @@ def import_peft(model, folder, name=DEFAULT, names=None):
     check_name(name)
     check_can_adapt(model, name)
     folder = pathlib.Path(folder)
-    config = read_peft_config(folder / CONFIG)
-    pairs = read_peft_weights(folder / WEIGHTS, config)
+    pairs = read_peft(folder)
     layers = {
         path: layer
         for path, layer in stable_paths(backbone_of(model)).items()
@@ -372,6 +403,18 @@ def fused(blocks):
 def is_product(name):
     """Returns whether layers of a class multiply inputs by a kernel."""
     return not any(word in name for word in ("Conv", "Embedding"))
+
+
+def read_peft(folder):
+    """Returns the factors of one export, even if another one is under way.
+
+    An export exchanges both files at once, but maybe between two of our reads.
+    """
+    config = None
+    while config != (latest := read_peft_config(folder / CONFIG)):
+        config = latest
+        pairs = read_peft_weights(folder / WEIGHTS, config)
+    return pairs
 
 
 def read_peft_config(path):

@@ -1,6 +1,8 @@
 """Adapter files: exact, strict, whole, and safe to open."""
 
+import concurrent.futures
 import contextlib
+import json
 import os
 import pathlib
 import random
@@ -590,12 +592,141 @@ def test_a_full_disk_loses_nothing(trained, saved):
 
 def test_files_that_belong_together_are_written_together(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
-    whole_files.write_together({small: [b"old"], large: [b"old"]})
+    whole_files.write_together(tmp_path, {"small": [b"old"], "large": [b"old"]})
     with disk_of(1000):
         with pytest.raises(OSError, match="large' could not be written"):
-            whole_files.write_together({small: [b"new"], large: [bytes(2000)]})
+            whole_files.write_together(
+                tmp_path, {"small": [b"new"], "large": [bytes(2000)]}
+            )
     assert small.read_bytes() == large.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["large", "small"]
+
+
+# Ends a writer of two files before each of its calls in turn, which are all
+# that another process can notice of it. Prints, for each: how it ended, the two
+# files right after, and, after another writer, what the folder holds.
+ENDINGS = """
+import importlib.util, json, os, pathlib, sys, tempfile
+_, source, ending, links = sys.argv
+spec = importlib.util.spec_from_file_location("files", source)
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+CALLS = "mkdir", "chmod", "link", "symlink", "replace", "unlink", "rmdir"
+NAMES = "weights", "config"
+
+def no_links(*args, **options):
+    raise NotImplementedError
+
+if links == "no links":
+    os.symlink = no_links
+
+def write(folder, text):
+    files.write_together(folder, {name: [text] for name in NAMES})
+
+def counted(call, at):
+    def wrapped(*args, **options):
+        at[0] -= 1
+        if at[0] == -1:
+            if ending == "kill":
+                os._exit(9)
+            raise KeyboardInterrupt
+        return call(*args, **options)
+    return wrapped
+
+def write_until(call, folder):
+    at = [call]
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name), at))
+    try:
+        write(folder, b"new")
+    except KeyboardInterrupt:
+        os._exit(9)
+    os._exit(0)
+
+def read(folder, name):
+    try:
+        return (folder / name).read_text()
+    except FileNotFoundError:
+        return None
+
+status, call = 1, 0
+while status:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        write(folder, b"old")
+        writer = os.fork()
+        if not writer:
+            write_until(call, folder)
+        status = os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1])
+        found = [read(folder, name) for name in NAMES]
+        led = any((folder / name).is_symlink() for name in NAMES)
+        write(folder, b"last")
+        last = [read(folder, name) for name in NAMES]
+        left = sorted(os.listdir(folder))
+        print(json.dumps([status, found, led, last, left]))
+    call += 1
+"""
+
+
+def endings(*options):
+    command = sys.executable, "-c", ENDINGS, whole_files.__file__, *options
+    output = subprocess.run(command, capture_output=True, check=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.mark.backend_independent("it writes bytes")
+@pytest.mark.parametrize("ending", ["kill", "interrupt"])
+def test_readers_find_all_old_or_all_new_files_at_any_moment(ending):
+    rows = endings(ending, "links")
+    assert len(rows) > 15
+    moments = [found for _, found, *_ in rows]
+    change = moments.index(["new", "new"])
+    assert moments[:change] == [["old", "old"]] * change
+    assert moments[change:] == [["new", "new"]] * (len(rows) - change)
+    assert any(led for _, _, led, *_ in rows)
+    for _, _, _, last, left in rows:
+        assert last == ["last", "last"]
+        assert left == ["config", "weights"]
+
+
+@pytest.mark.backend_independent("it writes bytes")
+def test_without_links_readers_find_all_files_or_no_config():
+    for _, found, _, last, left in endings("kill", "no links"):
+        assert found in (["old", "old"], ["new", "new"]) or found[1] is None
+        assert last == ["last", "last"]
+        assert left == ["config", "weights"]
+
+
+@pytest.mark.backend_independent("it writes bytes")
+def test_writers_wait_for_each_other(tmp_path):
+    def write(text):
+        for _ in range(20):
+            files = {name: [text] for name in ("weights", "config")}
+            whole_files.write_together(tmp_path, files)
+
+    write(b"0")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, [b"1", b"2", b"3"]))
+    both = {(tmp_path / name).read_bytes() for name in ("weights", "config")}
+    assert len(both) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.backend_independent("it writes bytes")
+def test_files_written_together_are_plain_and_leave_others_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "elsewhere").write_text("shared")
+    (tmp_path / "config").symlink_to("elsewhere")
+    for text in b"1", b"2":
+        whole_files.write_together(
+            tmp_path, {"weights": [text], "config": [text]}
+        )
+        for name in "weights", "config":
+            path = tmp_path / name
+            assert path.read_bytes() == text and not path.is_symlink()
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert (tmp_path / "elsewhere").read_text() == "shared"
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_folder_that_is_not_there(path, trained):

@@ -17,6 +17,7 @@ from keras import ops
 
 import keras_geolora
 from keras_geolora import AdapterFileError
+from keras_geolora.files import peft as peft_files
 from keras_geolora.files import peft_names
 from keras_geolora.files.peft_names import (
     FAMILIES,
@@ -627,6 +628,31 @@ def test_a_damaged_adapter_leaves_the_model_alone(tmp_path, what):
         keras_geolora.import_peft(fresh, tmp_path, names={"dense": "x"})
     assert type(fresh.layers[0]) is keras.layers.Dense
     assert fresh.layers[0].kernel.trainable
+
+
+@pytest.mark.backend_independent("it writes and reads files")
+def test_an_export_while_an_adapter_is_read_is_noticed(tmp_path, monkeypatch):
+    model = small()
+    model.enable_geolora(rank=2, seed=0)
+    move(model)
+    expected = ops.convert_to_numpy(model.layers[0].delta())
+    keras_geolora.export_peft(model, tmp_path, names=SCORE)
+    path = tmp_path / "adapter_config.json"
+    ours = path.read_text()
+    path.write_text(json.dumps(json.loads(ours) | {"lora_alpha": 20}))
+    read = peft_files.read_peft_weights
+
+    def read_while_somebody_writes(*args):
+        path.write_text(ours)
+        return read(*args)
+
+    monkeypatch.setattr(
+        peft_files, "read_peft_weights", read_while_somebody_writes
+    )
+    other = keras_geolora.import_peft(small(), tmp_path, names=SCORE)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(other.layers[0].delta()), expected, atol=1e-6
+    )
 
 
 def test_missing_files(tmp_path):

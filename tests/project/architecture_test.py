@@ -34,6 +34,7 @@ EXTERNAL_OF = {
     "viewing.heat_map": {"matplotlib"},
     "callbacks.rank_tensor_board": {"tensorboardX"},
     "files.keras_lora": {"h5py"},
+    "files.gguf": {"gguf"},
     "serving.saved_model": {"tensorflow"},
     "distribution.tf_replicas": {"tensorflow"},
 }
