@@ -14,9 +14,9 @@ class EpochCut(keras.callbacks.Callback):
     would remove. `fit` of a model with `enable_geolora` adds it automatically.
 
     Epochs of fewer updates than the `cut_interval` of the optimizer end
-    without a cut: new directions have not had time to grow. Only a budget, if
-    there is one, is kept. Neither is there another cut if the last step of an
-    epoch was one.
+    without a cut: new directions have not had time to grow. Adapters only
+    return to the manifold (`optimizer.settle()`). Neither is there another cut
+    if the last step of an epoch was one.
 
     Example:
 
@@ -64,5 +64,5 @@ class EpochCut(keras.callbacks.Callback):
                 continue  # the last step was a cut
             if updates - before >= interval:
                 optimizer.cut()
-            elif optimizer.has_budget:
+            else:
                 optimizer.settle()

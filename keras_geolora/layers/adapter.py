@@ -11,7 +11,13 @@ from keras import ops
 
 from keras_geolora.geometry import low_rank_sum, manifold
 from keras_geolora.geometry.integrator import Block
-from keras_geolora.layers.factor import Factor, check_values, name_of
+from keras_geolora.keras_internals import unlocked
+from keras_geolora.layers.factor import (
+    TRAINED_ROLES,
+    Factor,
+    check_values,
+    name_of,
+)
 from keras_geolora.layers.products import (
     is_known,
     is_sparse,
@@ -179,6 +185,7 @@ class LowRankAdapter(keras.layers.Layer):
             initializer=initializer,
             dtype="float32",
             autocast=False,
+            trainable=role in TRAINED_ROLES,
             constraint=Factor(self, role),
         )
 
@@ -255,7 +262,18 @@ class LowRankAdapter(keras.layers.Layer):
         The cast turns variables of `tf.distribute` into tensors; on others it
         has no effect.
         """
-        return tuple(ops.cast(v.value, v.dtype) for v in self.factors)
+        factors = (v for v in self.factors if v is not None)
+        return tuple(ops.cast(v.value, v.dtype) for v in factors)
+
+    def stop_training(self):
+        """Gives up `P` and `Q`, which only training needs.
+
+        They must be zero.
+        """
+        with unlocked(self) as tracker:
+            for variable in (self.P, self.Q):
+                tracker.untrack(variable)
+            self.P = self.Q = None
 
     def trimmed(self):
         """Returns `U`, `S` and `V` as arrays, without unused columns.
@@ -280,7 +298,7 @@ class LowRankAdapter(keras.layers.Layer):
             V: Array of shape `(output_dim, rank)`, columns orthonormal.
         """
         values = {"U": U, "S": S, "V": V}
-        for role, variable in self.factors._asdict().items():
+        for role, variable in zip(Block._fields, self.factors, strict=True):
             buffer = np.zeros(variable.shape, "float32")
             if role in values:
                 value = np.asarray(values[role])

@@ -10,8 +10,9 @@ An update is given by its factors, the tuple `U, S, V, P, Q`:
 | `P`    | as `U`                 |
 | `Q`    | as `V`                 |
 
-It is `scale * (U @ S @ V.T + P @ V.T + U @ Q.T)`; the terms with `P` and `Q`
-are zero but between two retractions. The gradients are those of the geometric
+It is `scale * (U @ S @ V.T + P @ V.T + U @ Q.T)`. The terms with `P` and `Q` are
+zero except between two retractions; an adapter that trains no more has only
+`U`, `S` and `V`. The gradients are those of the geometric
 step: for `U`, `S` and `V` those for `K = U S + P`, `S` and `L = V S.T + Q`; for
 `P` and `Q` none.
 """
@@ -23,7 +24,7 @@ from keras import ops
 ORDERS = 6
 
 
-def with_gradients(forward, backward, *inputs, order=1):
+def with_gradients(forward, backward, *inputs, factors, order=1):
     """Computes `forward(*inputs)`, with gradients given by `backward`.
 
     The gradients can be differentiated again, as for a loss that contains
@@ -38,10 +39,12 @@ def with_gradients(forward, backward, *inputs, order=1):
         backward: Function `(g, kept, *inputs)` that returns the gradients for
             the inputs, given `g`, that for the output. `kept` may be `None`,
             and is a constant on torch.
-        *inputs: Tensors, of which the last five are the factors.
+        *inputs: Tensors.
+        factors: Tuple of the factors, further inputs.
         order: Int, the order of the derivative.
     """
     nested = keras.backend.backend() == "jax"
+    number = len(inputs)
 
     @ops.custom_gradient
     def function(*inputs):
@@ -51,16 +54,24 @@ def with_gradients(forward, backward, *inputs, order=1):
             )
 
         if nested and order < ORDERS:
-            again = with_gradients(forward, backward, *inputs, order=order + 1)
-            y, kept = again, None
+            y, kept = (
+                with_gradients(
+                    forward,
+                    backward,
+                    *inputs[:number],
+                    factors=inputs[number:],
+                    order=order + 1,
+                ),
+                None,
+            )
         elif nested:
-            others, factors = inputs[:-5], inputs[-5:]
-            y, kept = forward(*others, *last_derivative(*factors))
+            last = last_derivative(*inputs[number:])
+            y, kept = forward(*inputs[:number], *last)
         else:
             y, kept = forward(*inputs)
         return y, gradients
 
-    return function(*inputs)
+    return function(*inputs, *factors)
 
 
 @ops.custom_gradient
@@ -79,14 +90,18 @@ def last_derivative(*factors):
     return factors, gradients
 
 
-def transposed(U, S, V, P, Q):
+def transposed(U, S, V, *beyond):
     """Returns the factors of the transpose of an update."""
-    return V, ops.transpose(S), U, Q, P
+    return V, ops.transpose(S), U, *reversed(beyond)
 
 
-def wide_factors(U, S, V, P, Q):
+def wide_factors(U, S, V, *beyond):
     """Returns `A` and `B`, so that `A @ B.T` is the update, unscaled."""
-    A = ops.concatenate([ops.add(ops.matmul(U, S), P), U], axis=1)
+    A = ops.matmul(U, S)
+    if not beyond:
+        return A, V
+    P, Q = beyond
+    A = ops.concatenate([ops.add(A, P), U], axis=1)
     return A, ops.concatenate([V, Q], axis=1)
 
 
@@ -106,12 +121,14 @@ def low_rank_product(x, factors, scale, xU=None):
     """
     dtype, known = x.dtype, xU
 
-    def forward(x, U, S, V, P, Q):
+    def forward(x, U, S, V, *beyond):
         xU = times_basis(x, U) if known is None else known
-        xA = ops.matmul(xU, ops.cast(S * scale, dtype))
-        xA = ops.add(xA, ops.matmul(x, ops.cast(P * scale, dtype)))
-        left = ops.concatenate([xA, xU], axis=1)
-        right = ops.concatenate([V, Q * scale], axis=1)
+        left, right = ops.matmul(xU, ops.cast(S * scale, dtype)), V
+        if beyond:
+            P, Q = (y * scale for y in beyond)
+            left = ops.add(left, ops.matmul(x, ops.cast(P, dtype)))
+            left = ops.concatenate([left, xU], axis=1)
+            right = ops.concatenate([V, Q], axis=1)
         return ops.matmul(left, ops.transpose(ops.cast(right, dtype))), xU
 
     def backward(g, xU, x, *factors):
@@ -123,7 +140,7 @@ def low_rank_product(x, factors, scale, xU=None):
         grad_x = low_rank_product(g, transposed(*factors), scale, xU=again)
         return grad_x, *grads
 
-    return with_gradients(forward, backward, x, *factors)
+    return with_gradients(forward, backward, x, factors=factors)
 
 
 def sparse_product(x, factors, scale):
@@ -138,9 +155,10 @@ def sparse_product(x, factors, scale):
         factors: Tuple of tensors.
         scale: Float.
     """
-    U, S, V, P, Q = factors
-    P = ops.stop_gradient(P) + U - ops.stop_gradient(U)
-    Q = ops.stop_gradient(Q) + V - ops.stop_gradient(V)
+    U, S, V, *beyond = factors
+    P, Q = U - ops.stop_gradient(U), V - ops.stop_gradient(V)
+    if beyond:
+        P, Q = P + beyond[0], Q + beyond[1]
     P, S, Q = (ops.cast(y * scale, x.dtype) for y in (P, S, Q))
     xU = times_basis(x, U)
     z = ops.add(ops.matmul(xU, S), ops.matmul(x, P))
@@ -177,9 +195,9 @@ def factor_gradients(x, g, factors, scale, xU=None, gV=None):
 
 def geometric(grad_K, grad_L, factors):
     """Returns the gradients of all factors, given those of `K` and `L`."""
-    U, _, _, P, Q = factors
+    U, _, _, *beyond = factors
     basis = ops.transpose(ops.stop_gradient(U))
-    return grad_K, ops.matmul(basis, grad_K), grad_L, nothing(P), nothing(Q)
+    return grad_K, ops.matmul(basis, grad_K), grad_L, *map(nothing, beyond)
 
 
 def nothing(x):
@@ -234,7 +252,7 @@ def merged_product(x, kernel, factors, scale, transpose=False):
         grads = factor_gradients(rows, columns, factors, scale)
         return grad_x, nothing(kernel), *grads
 
-    return with_gradients(forward, backward, x, kernel, *factors)
+    return with_gradients(forward, backward, x, kernel, factors=factors)
 
 
 def is_known(training):
@@ -283,12 +301,14 @@ def low_rank_rows(ids, factors, scale, dtype):
 
     # JAX cannot close over the ids inside a branch of `cond`, and has no
     # gradient for integers: they are passed as floats, exact below 2**24.
-    def forward(numbers, U, S, V, P, Q):
+    def forward(numbers, U, S, V, *beyond):
         rows_of_U = rows_of(U, numbers)
-        rows_of_A = ops.matmul(rows_of_U, ops.cast(S * scale, dtype))
-        rows_of_A = ops.add(rows_of_A, rows_of(P * scale, numbers))
-        left = ops.concatenate([rows_of_A, rows_of_U], axis=1)
-        right = ops.concatenate([V, Q * scale], axis=1)
+        left, right = ops.matmul(rows_of_U, ops.cast(S * scale, dtype)), V
+        if beyond:
+            P, Q = (x * scale for x in beyond)
+            left = ops.add(left, rows_of(P, numbers))
+            left = ops.concatenate([left, rows_of_U], axis=1)
+            right = ops.concatenate([V, Q], axis=1)
         y = ops.matmul(left, ops.transpose(ops.cast(right, dtype)))
         return y, rows_of_U
 
@@ -308,7 +328,7 @@ def low_rank_rows(ids, factors, scale, dtype):
         return ops.cast(rows, dtype)
 
     numbers = ops.cast(ids, "float32")
-    return with_gradients(forward, backward, numbers, *factors)
+    return with_gradients(forward, backward, numbers, factors=factors)
 
 
 def low_rank_matrix(factors, scale):
@@ -331,7 +351,7 @@ def low_rank_matrix(factors, scale):
         grad_L = times_basis(ops.transpose(G), U) * scale
         return geometric(grad_K, grad_L, factors)
 
-    return with_gradients(forward, backward, *factors)
+    return with_gradients(forward, backward, factors=factors)
 
 
 def product_of_factors(factors, scale):

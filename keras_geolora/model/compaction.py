@@ -88,7 +88,7 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
 
 def compact_width(adapter, multiple):
     """Returns the rank, rounded up to a multiple that the buffers hold."""
-    columns = max(adapter.rank, 1)
+    columns = max(len(adapter.trimmed()[1]), 1)
     return min(-(-columns // multiple) * multiple, adapter.max_rank)
 
 

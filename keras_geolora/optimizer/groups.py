@@ -17,7 +17,7 @@ from keras_geolora.geometry.budget import RankRequest
 from keras_geolora.geometry.integrator import Block, Unknowns, choose
 from keras_geolora.geometry.transport import transport
 from keras_geolora.keras_internals import decays, gradient_accumulators
-from keras_geolora.layers.factor import factor_of
+from keras_geolora.layers.factor import TRAINED_ROLES, factor_of
 from keras_geolora.optimizer.slot_rules import (
     find_slots,
     has_factored_moments,
@@ -195,16 +195,16 @@ def find_adapters(variables):
         if factor is not None:
             key = id(factor.adapter)
             adapters[key] = factor.adapter
-            factors.setdefault(key, {})[factor.role] = variable
+            factors.setdefault(key, set()).add(factor.role)
     for key, adapter in adapters.items():
-        if set(factors[key]) != set(Block._fields):
+        if not set(TRAINED_ROLES) <= factors[key]:
             raise ValueError(
-                "An adapter must train all of its factors U, S and V, or "
+                f"An adapter must train all of {', '.join(TRAINED_ROLES)}, or "
                 "none: set `trainable` on the adapter, not on its variables. "
                 f"Received: {sorted(factors[key])} of adapter "
                 f"'{adapter.path}'"
             )
-    return [(adapters[key], Block(**factors[key])) for key in adapters]
+    return [(adapter, adapter.factors) for adapter in adapters.values()]
 
 
 def joined(groups):

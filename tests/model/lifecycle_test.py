@@ -7,6 +7,7 @@ from keras import ops
 from moving import move
 
 from keras_geolora import GeoLoRA
+from keras_geolora.layers.factor import TRAINED_ROLES
 from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 
 # Some of these tests freeze the head, and know it.
@@ -255,7 +256,7 @@ def test_what_was_frozen_before_is_so_afterwards(what):
     frozen.trainable = False
     flags = [v.trainable for v in model.weights]
     model.enable_geolora(rank=2)
-    assert len(model.trainable_variables) == 6
+    assert len(model.trainable_variables) == 2 * len(TRAINED_ROLES)
     before = predict(model)
     train(model)
     assert not np.array_equal(predict(model), before)
@@ -275,7 +276,7 @@ def test_adapters_have_names_and_companions_of_their_own():
     )
     np.testing.assert_array_equal(predict(model), pretrained)
     assert sorted(adapted_layers(model)) == ["hidden"]
-    assert len(model.trainable_variables) == 3 + 2
+    assert len(model.trainable_variables) == len(TRAINED_ROLES) + 2
     assert not model.get_layer("hidden").bias.trainable
     moved(model)
     b = predict(model)
@@ -506,7 +507,7 @@ def test_what_is_thawed_by_hand_stays_so_under_other_adapters():
     def trains():
         return {v.path for v in model.trainable_variables}
 
-    factors = {f"head/adapter_other/{role}" for role in "USV"}
+    factors = {f"head/adapter_other/{role}" for role in TRAINED_ROLES}
     assert trains() == thawed | factors
     model.combine_geolora("sum", {"default": 0.5, "other": 0.5}, rank=2)
     assert thawed < trains() and len(trains()) == 8
@@ -526,7 +527,7 @@ def test_a_new_adapter_does_not_inherit_the_flags_of_its_layers():
     model.enable_geolora(
         rank=2, targets=["hidden", "head"], modules_to_save="norm", name="new"
     )
-    assert len(model.trainable_variables) == 2 * 3 + 2
+    assert len(model.trainable_variables) == 2 * len(TRAINED_ROLES) + 2
     assert not model.get_layer("hidden").kernel.trainable
 
 
@@ -546,16 +547,16 @@ def test_an_adapter_frozen_by_hand_rests_until_somebody_thaws_it():
     model.enable_geolora(rank=2, name="a")
     model.get_layer("hidden").adapter.trainable = False
     before = flags(model)
-    assert len(model.trainable_variables) == 3
+    assert len(model.trainable_variables) == len(TRAINED_ROLES)
     model.enable_geolora(rank=2, name="b")
-    assert len(model.trainable_variables) == 6
+    assert len(model.trainable_variables) == 2 * len(TRAINED_ROLES)
     model.activate_geolora("a")
     model.delete_geolora("b")
     model.merge_geolora()
     model.unmerge_geolora()
     assert flags(model) == before
     model.get_layer("hidden").adapter.trainable = True
-    assert len(model.trainable_variables) == 6
+    assert len(model.trainable_variables) == 2 * len(TRAINED_ROLES)
 
 
 def toggle(layer):
@@ -601,7 +602,7 @@ def test_the_adapters_of_a_model_that_rests_can_be_changed():
     } | {"head/bias"}
     model.trainable = False
     model.enable_geolora(rank=2, targets="head", name="third")
-    assert len(model.trainable_variables) == 4 + 3
+    assert len(model.trainable_variables) == 4 + len(TRAINED_ROLES)
 
 
 def test_a_model_that_rests_is_what_it_was_without_its_adapters():

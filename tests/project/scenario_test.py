@@ -7,6 +7,7 @@ from real_sentences import create
 
 import keras_geolora
 from keras_geolora import GeoLoRA
+from keras_geolora.layers.factor import TRAINED_ROLES
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -29,7 +30,7 @@ def test_adapt_train_look_and_merge_a_pretrained_classifier(data):
     np.testing.assert_array_equal(fresh, pretrained)
     assert isinstance(classifier, keras_hub.models.BertTextClassifier)
     names = {v.name for v in classifier.trainable_variables}
-    assert names == {"U", "S", "V", "kernel", "bias"}  # the head trains
+    assert names == {*TRAINED_ROLES, "kernel", "bias"}  # the head trains
 
     classifier.compile(
         optimizer=GeoLoRA(keras.optimizers.AdamW(1e-3)),
