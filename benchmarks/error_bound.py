@@ -255,6 +255,7 @@ class Library(Flow):
             keras.optimizers.SGD(0.1),
             tolerance=self.tolerance,
             cut_interval=self.interval,
+            retraction_interval=1,
             max_update_ratio=None,
         )
         self.trainer = toys.Trainer((96, 64), layer, optimizer)
@@ -319,7 +320,10 @@ def network_losses(seed, rate, tolerance, interval):
     model = task.model()
     keras_geolora.enable_geolora(model, rank=4, max_rank=8, seed=seed)
     optimizer = keras_geolora.GeoLoRA(
-        keras.optimizers.SGD(rate), tolerance, cut_interval=interval
+        keras.optimizers.SGD(rate),
+        tolerance,
+        cut_interval=interval,
+        retraction_interval=1,
     )
     model.compile(optimizer, loss=task.loss)
     data = task.x[0][:1024], task.y[0][:1024]

@@ -84,6 +84,7 @@ def measure(args):
             inner,
             args.tolerance,
             cut_interval=args.interval,
+            retraction_interval=1,
             max_update_ratio=ratio,
         )
     model.compile(

@@ -258,7 +258,7 @@ def train(task, rank, seed, tolerance):
     )
     task.begin(model, seed)
     optimizer = keras.optimizers.Adam(task.rate)
-    optimizer = keras_geolora.GeoLoRA(optimizer, tolerance)
+    optimizer = keras_geolora.GeoLoRA(optimizer, tolerance, **measuring.PAPER)
     model.compile(optimizer, loss=task.loss)
     parameters = [count(model)]
 

@@ -102,7 +102,9 @@ def new_trainer(shape, inner, method):
         return toys.adapted(shape[1], rank or START, rank or LARGEST, seed)
 
     tolerance = 0.0 if rank else TOLERANCE
-    optimizer = GeoLoRA(optimizer, tolerance, max_update_ratio=None)
+    optimizer = GeoLoRA(
+        optimizer, tolerance, max_update_ratio=None, **measuring.PAPER
+    )
     return toys.Trainer(shape, adapted, optimizer)
 
 

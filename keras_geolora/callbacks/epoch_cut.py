@@ -5,6 +5,9 @@ import keras
 from keras_geolora.callbacks.reading import updates_of
 from keras_geolora.optimizer.of_model import geolora_optimizers
 
+# So many updates give new directions time to grow.
+ENOUGH = 20
+
 
 class EpochCut(keras.callbacks.Callback):
     """Cuts all adapters to the ranks they need, at the end of every epoch.
@@ -13,8 +16,8 @@ class EpochCut(keras.callbacks.Callback):
     that is validated, saved and returned has no directions that the next cut
     would remove. `fit` of a model with `enable_geolora` adds it automatically.
 
-    Epochs of fewer updates than the `cut_interval` of the optimizer end
-    without a cut: new directions have not had time to grow. Adapters only
+    Epochs of fewer updates than the `cut_interval` of the optimizer, and than
+    20, end without a cut: new directions have not had time to grow. Adapters only
     return to the manifold (`optimizer.settle()`). Neither is there another cut
     if the last step of an epoch was one.
 
@@ -62,7 +65,7 @@ class EpochCut(keras.callbacks.Callback):
             interval = optimizer.cut_interval
             if updates % interval == 0:
                 continue  # the last step was a cut
-            if updates - before >= interval:
+            if updates - before >= min(interval, ENOUGH):
                 optimizer.cut()
             else:
                 optimizer.settle()

@@ -10,11 +10,11 @@ An update is given by its factors, the tuple `U, S, V, P, Q`:
 | `P`    | as `U`                 |
 | `Q`    | as `V`                 |
 
-It is `scale * (U @ S @ V.T + P @ V.T + U @ Q.T)`. The terms with `P` and `Q` are
-zero except between two retractions; an adapter that trains no more has only
-`U`, `S` and `V`. The gradients are those of the geometric
-step: for `U`, `S` and `V` those for `K = U S + P`, `S` and `L = V S.T + Q`; for
-`P` and `Q` none.
+It is `scale * (U @ S @ V.T + P @ V.T + U @ Q.T)`. The terms with `P` and `Q`
+are zero except between two retractions; an adapter that trains no more has
+only `U`, `S` and `V`. The gradients are those of the geometric step: for `U`,
+`S` and `V` those for `K = U S + P`, `S` and `L = V S.T + Q`; for `P` and `Q`
+none.
 """
 
 import keras

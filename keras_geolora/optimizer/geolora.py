@@ -41,13 +41,13 @@ SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 class GeoLoRA(keras.optimizers.Optimizer):
     """Trains low-rank adapters on their manifold and finds their ranks.
 
-    Wraps any Keras optimizer. Every step expresses an adapter, `U @ S @ V.T`,
-    in the coordinates `K = U S`, `S` and `L = V S.T` and lets the inner
-    optimizer update these with its own rule. A small singular value
-    decomposition then returns to the manifold: new directions join the bases,
-    negligible ones are cut, and the slots of the inner optimizer follow.
-    Variables that belong to no adapter get the inner optimizer's step
-    unchanged, bit for bit.
+    Wraps any Keras optimizer. Every step moves an adapter, `U @ S @ V.T`, in
+    the tangent space of the manifold of low-rank matrices: the inner optimizer
+    updates the coordinates `K = U S`, `S` and `L = V S.T` with its own rule.
+    Now and then a small singular value decomposition returns to the manifold:
+    new directions join the bases, negligible ones are cut, and the slots of the
+    inner optimizer follow. Variables that belong to no adapter get the inner
+    optimizer's step unchanged, bit for bit.
 
     Options of the step, such as `learning_rate`, `weight_decay`, `clipnorm`
     or `gradient_accumulation_steps`, are set on the inner optimizer.
@@ -61,19 +61,18 @@ class GeoLoRA(keras.optimizers.Optimizer):
             may discard. Larger means lower ranks. Defaults to 0.1. Or a
             schedule, as below.
         rank_budget: Int or `None`, the largest sum of the ranks of all
-            adapters. Every step keeps the largest singular values of all
-            layers within it, so training may stop at any time. `tolerance`
-            applies too. Or a schedule: a `LearningRateSchedule`, or any
-            callable that takes the number of updates and returns a number.
-            Values below the sum of all `min_rank` mean that sum, and `inf`
+            adapters. Every return to the manifold keeps the largest singular
+            values of all layers within it. `tolerance` applies too. Or a
+            schedule: a `LearningRateSchedule`, or any callable that takes the
+            number of updates and returns a number. Values below the sum of all `min_rank` mean that sum, and `inf`
             means no budget yet.
         parameter_budget: Int or `None`, the largest number of parameters of
             all adapters at their ranks, instead of `rank_budget`. Singular
             values compete by their square per parameter. Or a schedule.
         cut_interval: Int, number of steps between two cuts. In between the
             rank only grows, which gives slow directions time. Defaults
-            to 20. `fit` of an adapted model also cuts at the end of every
-            epoch of at least this many steps, before validation.
+            to 100. `fit` of an adapted model also cuts at the end of every
+            epoch of at least this many, or 20, steps, before validation.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
             layer in one step, relative to the Frobenius norm of its kernel.
             If the longest step so far, rescaled to the current rank, exceeds
@@ -83,14 +82,21 @@ class GeoLoRA(keras.optimizers.Optimizer):
             their effect. `None` means no bound. `"auto"`, the default, means
             0.008, but no bound for `SGD`, whose step is proportional to the
             gradient. Layers with an all-zero kernel have no bound.
+        retraction_interval: Int or `"auto"`, number of steps between two
+            returns to the manifold. In between the bases stay, and steps are
+            much cheaper. `"auto"`, the default, means an interval that grows:
+            after `t` steps `t / 4`, at least 1 and at most 20. 1 is the method
+            of the paper. `fit` of an adapted model also returns at the end of
+            every epoch, and `settle` at any time.
         name: String or `None`.
 
     Raises:
         ValueError: If an option is out of range or belongs on the inner
             optimizer, or if the inner optimizer cannot follow moving bases.
 
-    An adapter whose step is not finite keeps its factors and slots;
-    `skipped_steps` counts the steps in which this happened to any adapter.
+    An adapter whose gradient is not finite keeps its factors, and its slots are
+    updated with a gradient of zero; `skipped_steps` counts the steps in which
+    this happened to any adapter.
     (Steps that a `LossScaleOptimizer` around this one drops as a whole never
     reach it and are not counted.)
 
