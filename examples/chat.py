@@ -17,10 +17,11 @@ import assets
 import instructions
 import numpy as np
 
-BATCH = 8
+BATCH = 4
+INSTRUCTION = "Topic of the question?\n"
 # The classes of `assets.trec_questions`.
 TOPICS = ("abbreviation", "description", "thing", "person", "place", "number")
-INSTRUCTION = f"Topic of the question ({', '.join(TOPICS)})?\n"
+ROOM = 16  # tokens for an answer
 
 
 def main(args):
@@ -49,13 +50,14 @@ def main(args):
     def ask():
         """Shows some answers and tells how many of all are right."""
         replies = instructions.reply(
-            model, tokenizer, held_out[0], length=args.length
+            model, tokenizer, held_out[0], length=args.length + ROOM
         )
         for instruction, reply in zip(held_out[0][:6], replies, strict=False):
             print(f"  {instruction.removeprefix(INSTRUCTION)}\n    -> {reply}")
         right = np.mean(np.array(replies) == held_out[1])
         print(f"  Right: {right:.0%} of {len(replies)}.")
 
+    print(f"The topics, which it is not told: {', '.join(TOPICS)}.")
     print(f"\n{INSTRUCTION.strip()}")
     model.compile(sampler="greedy")
     ask()
@@ -123,7 +125,7 @@ def parse_args():
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument(
-        "--length", type=int, default=48, help="of rows, tokens"
+        "--length", type=int, default=36, help="of rows, tokens"
     )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
