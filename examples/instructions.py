@@ -2,7 +2,7 @@
 
 Tokens are made by the library `tokenizers`, from the checkpoint's own file, so
 that they are those that transformers and llama.cpp make. (KerasHub's tokenizer
-merges over spaces, and adds a token at the start of every text.)
+merges across words, and adds a token at the start of every text.)
 """
 
 import json
