@@ -12,18 +12,20 @@ import chat
 import instructions
 
 LENGTH = 48
-SIZES = {"hidden": 32, "intermediate": 64, "heads": 2, "key_value_heads": 1}
+HIDDEN, HEADS = 32, 2
 EPSILON = 1e-5
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # "topic" is one token, and no token goes over a space.
 MERGES = ["t o", "to p", "i c", "top ic", "Ġ to"]
 
 
-def llama_weights():
-    """Random weights of one block, under the names of transformers."""
+def llama_weights(intermediate=HIDDEN, key_value_heads=HEADS):
+    """Random weights of one block, under the names of transformers.
+
+    All kernels are of one shape, unless asked for others.
+    """
     rng = np.random.default_rng(0)
-    hidden, intermediate = SIZES["hidden"], SIZES["intermediate"]
-    few = hidden // SIZES["heads"] * SIZES["key_value_heads"]
+    hidden, few = HIDDEN, HIDDEN // HEADS * key_value_heads
     block = "model.layers.0"
     shapes = {
         "model.embed_tokens": (len(tokens()), hidden),
@@ -77,13 +79,16 @@ def write_gguf(path, weights, quantized=()):
         "model.layers.0.mlp.up_proj": "blk.0.ffn_up",
         "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
     }
+    intermediate = len(weights["model.layers.0.mlp.up_proj.weight"])
+    few = len(weights["model.layers.0.self_attn.k_proj.weight"])
+    key_value_heads = few * HEADS // HIDDEN
     file = gguf.GGUFWriter(path, "llama")
     file.add_block_count(1)
     file.add_context_length(64)
-    file.add_embedding_length(SIZES["hidden"])
-    file.add_feed_forward_length(SIZES["intermediate"])
-    file.add_head_count(SIZES["heads"])
-    file.add_head_count_kv(SIZES["key_value_heads"])
+    file.add_embedding_length(HIDDEN)
+    file.add_feed_forward_length(intermediate)
+    file.add_head_count(HEADS)
+    file.add_head_count_kv(key_value_heads)
     file.add_rope_freq_base(1000.0)
     file.add_layer_norm_rms_eps(EPSILON)
     file.add_tokenizer_model("gpt2")
@@ -100,9 +105,9 @@ def write_gguf(path, weights, quantized=()):
     for name, weight in weights.items():
         module = name.removesuffix(".weight")
         if module.endswith("q_proj"):
-            weight = neighbours(weight, SIZES["heads"])
+            weight = neighbours(weight, HEADS)
         if module.endswith("k_proj"):
-            weight = neighbours(weight, SIZES["key_value_heads"])
+            weight = neighbours(weight, key_value_heads)
         kind = kinds.Q8_0 if name in quantized else kinds.F32
         file.add_tensor(
             f"{own_names[module]}.weight",
@@ -138,7 +143,7 @@ def test_a_gguf_file_becomes_what_it_was_in_hugging_face(
 ):
     from safetensors.numpy import load_file
 
-    weights = llama_weights()
+    weights = llama_weights(intermediate=64, key_value_heads=1)
     rounded = "model.layers.0.mlp.up_proj.weight"
     write_gguf(tmp_path / "tiny.gguf", weights, quantized=[rounded])
     gguf_checkpoint.write_checkpoint(tmp_path / "tiny.gguf", tmp_path)
