@@ -29,6 +29,8 @@ References:
 
 from typing import NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 # Values below `ROUNDING` times the largest one are float32 rounding noise: a
@@ -140,8 +142,8 @@ def advance(block, change, moving, max_change=None, longest=None):
 
     Args:
         block: `Block` before the step.
-        change: `Unknowns`, the change by the inner step. Columns that are not
-            in use are ignored.
+        change: `Unknowns`, the change by the inner step, zero in columns that
+            are not in use.
         moving: Bool array `(...)`, false where nothing shall move.
         max_change: Array `(...)` or `None`, the bound on the Frobenius norm of
             a step. If the longest step so far, this one included, exceeds it
@@ -157,26 +159,23 @@ def advance(block, change, moving, max_change=None, longest=None):
         nothing shall move, the block and `longest` are as before.
     """
     U, S, V, P, Q = block
-    active = active_columns(U)
-    finite = all_finite(change)
+    step = outside(U, change.K), change.S, outside(V, change.L)
+    if max_change is None:
+        finite = all_finite(step)
+    else:
+        squares = sum(ops.sum(ops.square(x), axis=(-2, -1)) for x in step)
+        finite = ops.isfinite(squares)
     moving = ops.logical_and(moving, finite)
-    use = ops.logical_and(moving[..., None], active)[..., None, :]
-    dK = outside(U, ops.where(use, change.K, 0.0))
-    dS = ops.where(ops.logical_and(use, active[..., None]), change.S, 0.0)
-    dL = outside(V, ops.where(use, change.L, 0.0))
     if max_change is not None:
-        root = ops.sqrt(ops.cast(count(active)[..., 0], S.dtype))
-        length = ops.sqrt(
-            sum(ops.sum(ops.square(x), axis=(-2, -1)) for x in (dK, dS, dL))
-        )
-        # The squares of finite numbers may not be finite.
-        finite = ops.logical_and(finite, ops.isfinite(length))
-        length = ops.where(finite, divide(length, root), 0.0)
-        longest = ops.maximum(longest, length)
-        scale = step_scale(max_change, longest, root)
-        scale = ops.where(finite, scale, 0.0)[..., None, None]
-        dK, dS, dL = scale * dK, scale * dS, scale * dL
-    return Block(U, S + dS, V, P + dK, Q + dL), longest, finite
+        rank = count(active_columns(U))[..., 0]
+        root = ops.sqrt(ops.cast(rank, S.dtype))
+        length = divide(ops.sqrt(squares), root)
+        longest = ops.where(moving, ops.maximum(longest, length), longest)
+        scale = step_scale(max_change, longest, root)[..., None, None]
+        step = [scale * x for x in step]
+    after = [x + y for x, y in zip((P, S, Q), step, strict=True)]
+    P, S, Q = choose(moving, after, (P, S, Q))
+    return Block(U, S, V, P, Q), longest, finite
 
 
 def outside(basis, X):
@@ -551,11 +550,26 @@ def choose(mask, these, those):
         those: Tuple of arrays of the same shapes.
 
     Returns:
-        Tuple like `these`.
+        Tuple like `these`, or `these` itself if the mask is known to be true
+        everywhere.
     """
+    if is_known(mask) and bool(ops.all(mask)):
+        return these
 
     def select(x, y):
         inner = len(x.shape) - len(mask.shape)
         return ops.where(mask[(..., *[None] * inner)], x, y)
 
-    return type(these)(*map(select, these, those))
+    found = map(select, these, those)
+    return type(these)(*found) if hasattr(these, "_fields") else list(found)
+
+
+def is_known(mask):
+    """Returns whether an array has values: not in a trace."""
+    if keras.backend.backend() == "torch" or isinstance(mask, np.ndarray):
+        return True
+    try:
+        bool(ops.all(mask))
+    except TypeError:  # of TensorFlow and, as a subclass, of JAX
+        return False
+    return True

@@ -317,7 +317,8 @@ class GroupStep:
         self.finite = integrator.all_finite(self.gradients)
         zeros = Unknowns(*map(ops.zeros_like, self.gradients))
         gradients = choose(self.finite, self.gradients, zeros)
-        if has_factored_moments(inner_optimizer):
+        self.padded = has_factored_moments(inner_optimizer)
+        if self.padded:
             gradients = self._fill_padding(gradients)
         if not self.moving.all():
             self.slots = [store.read() for _, store in group.slots]
@@ -341,6 +342,13 @@ class GroupStep:
             ops.matmul(repeat, ops.matmul(S, columns)),
             ops.matmul(L, columns),
         )
+
+    def _clear_padding(self, change):
+        """Discards the change of columns that are not in use."""
+        active = integrator.active_columns(self.block.U)
+        columns = active[..., None, :]
+        K, S, L = (ops.where(columns, x, 0.0) for x in change)
+        return Unknowns(K, ops.where(active[..., None], S, 0.0), L)
 
     def clear_gradients(self):
         """Clears the gradients that torch stores on the factors.
@@ -370,6 +378,8 @@ class GroupStep:
                 )
             )
         )
+        if self.padded:
+            change = self._clear_padding(change)
         moving = ops.logical_and(self.finite, self.moving)
         block, longest, finite = integrator.advance(
             self.block, change, moving, group.max_change, group.longest

@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_geolora.geometry.integrator import is_known
+
 # The interval after `t` updates is `t / GROWTH`, from 1 to `LONGEST`.
 GROWTH, LONGEST = 4, 20
 
@@ -78,7 +80,7 @@ def update_if(condition, update, variables):
             and read no other variable.
         variables: List of `keras.Variable`s.
     """
-    if is_known(condition):
+    if condition is True or is_known(condition):
         if condition:
             update()
         return
@@ -93,14 +95,3 @@ def update_if(condition, update, variables):
     values = ops.cond(condition, updated, lambda: values)
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
-
-
-def is_known(condition):
-    """Returns whether a condition has a value: not in a trace."""
-    if keras.backend.backend() == "torch":
-        return True
-    try:
-        bool(condition)
-    except TypeError:  # of TensorFlow and, as a subclass, of JAX
-        return False
-    return True
