@@ -47,6 +47,12 @@ KEY += ("train", "held_out")
 BAND = 5
 # The bound of steps that is the default of the library.
 RATIO = 0.008
+# Options of runs in words, for tables.
+OPTIONS_IN_WORDS = {
+    "room 1": "no budget",
+    "interval auto": "retractions now and then",
+    "cut 100": "cuts every 100 steps",
+}
 # A run is lost where it is less than this above the most frequent class.
 MARGIN = 0.01
 
@@ -304,8 +310,9 @@ def complete_rows():
 def label(row):
     """Returns the name of a method with the options that are not usual."""
     usual = {"tolerance": 0.1, "room": 2, "ratio": RATIO, "scale": 1.0}
+    usual |= {"interval": 1, "cut": 20}
     options = [
-        f"{name} {value:g}"
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
         for name, value in row["options"].items()
         if value != usual.get(name)
     ]
@@ -317,7 +324,7 @@ def in_words(name):
     method, *options = name.split(", ")
     words = [IN_WORDS[method]]
     for option in options:
-        words.append("no budget" if option == "room 1" else option)
+        words.append(OPTIONS_IN_WORDS.get(option, option))
     return ", ".join(words)
 
 

@@ -29,7 +29,6 @@ References:
 
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -553,7 +552,7 @@ def choose(mask, these, those):
         Tuple like `these`, or `these` itself if the mask is known to be true
         everywhere.
     """
-    if is_known(mask) and bool(ops.all(mask)):
+    if holds_everywhere(mask):
         return these
 
     def select(x, y):
@@ -564,12 +563,11 @@ def choose(mask, these, those):
     return type(these)(*found) if hasattr(these, "_fields") else list(found)
 
 
-def is_known(mask):
-    """Returns whether an array has values: not in a trace."""
-    if keras.backend.backend() == "torch" or isinstance(mask, np.ndarray):
-        return True
+def holds_everywhere(mask):
+    """Returns whether a mask is known, outside of a trace, and all true."""
+    if isinstance(mask, np.ndarray):
+        return bool(mask.all())
     try:
-        bool(ops.all(mask))
+        return bool(ops.all(mask))
     except TypeError:  # of TensorFlow and, as a subclass, of JAX
         return False
-    return True

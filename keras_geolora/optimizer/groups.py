@@ -315,8 +315,7 @@ class GroupStep:
         self.lifted = integrator.lift(self.block, not group.unknowns.stacked)
         group.unknowns.write(self.lifted)
         self.finite = integrator.all_finite(self.gradients)
-        zeros = Unknowns(*map(ops.zeros_like, self.gradients))
-        gradients = choose(self.finite, self.gradients, zeros)
+        gradients = self._in_use(self.gradients, self.finite)
         self.padded = has_factored_moments(inner_optimizer)
         if self.padded:
             gradients = self._fill_padding(gradients)
@@ -343,11 +342,11 @@ class GroupStep:
             ops.matmul(L, columns),
         )
 
-    def _clear_padding(self, change):
-        """Discards the change of columns that are not in use."""
+    def _in_use(self, arrays, adapters):
+        """Replaces by zero what is not in columns, and adapters, in use."""
         active = integrator.active_columns(self.block.U)
-        columns = active[..., None, :]
-        K, S, L = (ops.where(columns, x, 0.0) for x in change)
+        active = ops.logical_and(active, adapters[..., None])
+        K, S, L = (ops.where(active[..., None, :], x, 0.0) for x in arrays)
         return Unknowns(K, ops.where(active[..., None], S, 0.0), L)
 
     def clear_gradients(self):
@@ -379,7 +378,7 @@ class GroupStep:
             )
         )
         if self.padded:
-            change = self._clear_padding(change)
+            change = self._in_use(change, self.finite)
         moving = ops.logical_and(self.finite, self.moving)
         block, longest, finite = integrator.advance(
             self.block, change, moving, group.max_change, group.longest

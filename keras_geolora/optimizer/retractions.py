@@ -12,8 +12,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.geometry.integrator import is_known
-
 # The interval after `t` updates is `t / GROWTH`, from 1 to `LONGEST`.
 GROWTH, LONGEST = 4, 20
 
@@ -80,8 +78,12 @@ def update_if(condition, update, variables):
             and read no other variable.
         variables: List of `keras.Variable`s.
     """
-    if condition is True or is_known(condition):
-        if condition:
+    try:
+        known = bool(condition)
+    except TypeError:  # of TensorFlow and, as a subclass, of JAX
+        known = None
+    if known is not None:
+        if known:
             update()
         return
     values = [ops.convert_to_tensor(v.value) for v in variables]
