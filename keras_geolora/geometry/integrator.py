@@ -29,7 +29,6 @@ References:
 
 from typing import NamedTuple
 
-import numpy as np
 from keras import ops
 
 # Values below `ROUNDING` times the largest one are float32 rounding noise: a
@@ -565,9 +564,7 @@ def choose(mask, these, those):
 
 def holds_everywhere(mask):
     """Returns whether a mask is known, outside of a trace, and all true."""
-    if isinstance(mask, np.ndarray):
-        return bool(mask.all())
-    try:
-        return bool(ops.all(mask))
+    try:  # a NumPy array is known in a trace, too
+        return bool(mask.all() if hasattr(mask, "all") else ops.all(mask))
     except TypeError:  # of TensorFlow and, as a subclass, of JAX
         return False

@@ -315,9 +315,9 @@ class GroupStep:
         self.lifted = integrator.lift(self.block, not group.unknowns.stacked)
         group.unknowns.write(self.lifted)
         self.finite = integrator.all_finite(self.gradients)
-        gradients = self._in_use(self.gradients, self.finite)
-        self.padded = has_factored_moments(inner_optimizer)
-        if self.padded:
+        zeros = Unknowns(*map(ops.zeros_like, self.gradients))
+        gradients = choose(self.finite, self.gradients, zeros)
+        if has_factored_moments(inner_optimizer):
             gradients = self._fill_padding(gradients)
         if not self.moving.all():
             self.slots = [store.read() for _, store in group.slots]
@@ -342,11 +342,14 @@ class GroupStep:
             ops.matmul(L, columns),
         )
 
-    def _in_use(self, arrays, adapters):
-        """Replaces by zero what is not in columns, and adapters, in use."""
+    def _in_use(self, change):
+        """Discards the change of columns that are not in use.
+
+        Slots may have others: factors can be replaced by those of a smaller
+        rank.
+        """
         active = integrator.active_columns(self.block.U)
-        active = ops.logical_and(active, adapters[..., None])
-        K, S, L = (ops.where(active[..., None, :], x, 0.0) for x in arrays)
+        K, S, L = (ops.where(active[..., None, :], x, 0.0) for x in change)
         return Unknowns(K, ops.where(active[..., None], S, 0.0), L)
 
     def clear_gradients(self):
@@ -377,11 +380,13 @@ class GroupStep:
                 )
             )
         )
-        if self.padded:
-            change = self._in_use(change, self.finite)
+        change = self._in_use(change)
         moving = ops.logical_and(self.finite, self.moving)
+        bounds = ()
+        if group.max_change is not None:
+            bounds = group.max_change.value, group.longest.value
         block, longest, finite = integrator.advance(
-            self.block, change, moving, group.max_change, group.longest
+            self.block, change, moving, *bounds
         )
         if group.longest is not None:
             group.longest.assign(longest)
