@@ -89,6 +89,24 @@ def apply(optimizer, gradients, variables):
     iterations_variable(optimizer).assign_add(1)
 
 
+def on_all_replicas(flags):
+    """Returns whether flags hold on every replica.
+
+    Args:
+        flags: Bool array.
+    """
+    if not on_tensorflow() or not tf.distribute.has_strategy():
+        return flags
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return flags
+    number = context.num_replicas_in_sync
+    total = context.all_reduce(
+        tf.distribute.ReduceOp.SUM, ops.cast(flags, "float32")
+    )
+    return ops.equal(total, number)
+
+
 def decides_alone():
     """Returns whether a replica may sum over all inside its own condition."""
     if not on_tensorflow():

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_geolora.distribution import tf_replicas
 from keras_geolora.distribution.layouts import layout_of, stacked_layout
 from keras_geolora.geometry import integrator
 from keras_geolora.geometry.budget import RankRequest
@@ -314,7 +315,9 @@ class GroupStep:
         self.block = group.factors.read()
         self.lifted = integrator.lift(self.block, not group.unknowns.stacked)
         group.unknowns.write(self.lifted)
-        self.finite = integrator.all_finite(self.gradients)
+        # All replicas must move, or none.
+        finite = integrator.all_finite(self.gradients)
+        self.finite = tf_replicas.on_all_replicas(finite)
         zeros = Unknowns(*map(ops.zeros_like, self.gradients))
         gradients = choose(self.finite, self.gradients, zeros)
         if has_factored_moments(inner_optimizer):
