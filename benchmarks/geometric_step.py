@@ -9,9 +9,10 @@ compiled as a train step would be, and that of `AdamW` on variables of the same
 shapes, in turn; the geometric step is the difference of the means. The timed
 steps are those after 1,000, when retractions are as rare as they get; their
 number should be a multiple of 20. Older rows, with a retraction in every step,
-have the difference of medians. BERT-base has 48 kernels of 768 x 768, 12 of 768 x 3072 and 12 of 3072 x 768; the other
-settings vary one thing in 48 layers of 768 x 768 at `max_rank=8`. Rows are
-added to `benchmarks/results/geometric_step.jsonl`.
+have the difference of medians. BERT-base has 48 kernels of 768 x 768, 12 of
+768 x 3072 and 12 of 3072 x 768; the other settings vary one thing in 48 layers
+of 768 x 768 at `max_rank=8`. Rows are added to
+`benchmarks/results/geometric_step.jsonl`.
 """
 
 import statistics
