@@ -49,10 +49,15 @@ class Orthonormal(keras.initializers.Initializer):
 class LowRankAdapter(keras.layers.Layer):
     """A low-rank update of a frozen linear map.
 
-    Holds `U @ S @ V.T` with orthonormal bases `U` and `V` and a diagonal core
-    `S`, and computes `scale * x @ U @ S @ V.T` from left to right, so that the
-    product of the factors is never formed. A fresh adapter has `S = 0`, so its
-    update is exactly zero.
+    Holds `U @ S @ V.T` with orthonormal bases `U` and `V` and a core `S`, and
+    computes `scale * x @ U @ S @ V.T` from left to right, so that the product
+    of the factors is never formed. A fresh adapter has `S = 0`, so its update
+    is exactly zero.
+
+    During training, steps between two retractions add `P @ V.T + U @ Q.T`, with
+    `P` and `Q` orthogonal to `U` and `V`. After a retraction `P` and `Q` are
+    zero, and `S` is diagonal. (On JAX these two are trainable variables,
+    because its trainer lets an optimizer change no others.)
 
     The factors have `max_rank` columns, of which the first `rank` are in use
     and the others zero, so the rank can change during training while shapes
@@ -369,7 +374,10 @@ class LowRankAdapter(keras.layers.Layer):
 
     @property
     def rank(self):
-        """Int, the number of columns in use."""
+        """Int, the number of columns in use.
+
+        Between two retractions the update has at most twice this rank.
+        """
         basis = ops.convert_to_numpy(self.U)
         return int((basis != 0).any(axis=0).sum())
 
