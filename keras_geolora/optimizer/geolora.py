@@ -28,7 +28,12 @@ from keras_geolora.optimizer.groups import (
     find_adapters,
     plain_variables,
 )
-from keras_geolora.optimizer.retractions import is_due, update_if
+from keras_geolora.optimizer.retractions import (
+    Program,
+    is_due,
+    update_if,
+    was_due,
+)
 from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
@@ -169,6 +174,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.max_update_ratio = max_update_ratio
         self.retraction_interval = retraction_interval
         self._without_weight_decay = None  # indices of variables, once known
+        self._retraction = None  # outside of steps, once needed
 
     def build(self, variables):
         """Creates the state of both optimizers.
@@ -437,13 +443,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
             updated: Bool scalar, whether the last step was one.
         """
         # Groups that share a budget choose their ranks together.
-        turns = [[step] for step in steps if step.moving.any()]
-        if self.has_budget:
-            turns = [steps]
+        turns = [steps] if self.has_budget else [[step] for step in steps]
         cutting = ops.equal(updates % self.cut_interval, 0)
         tolerance = ops.where(cutting, value_at(self.tolerance, updates), 0.0)
         earlier = None
         for number, turn in enumerate(turns):
+            if not any(step.moving.any() for step in turn):
+                continue
             due = updated
             if self.retraction_interval != 1:
                 now = is_due(
@@ -460,18 +466,15 @@ class GeoLoRA(keras.optimizers.Optimizer):
             )
             earlier = turn[-1].group.discarded.value
 
-    def _retract(self, steps, updates, tolerance=None, earlier=None):
+    def _retract(self, steps, updates, tolerance, earlier=None):
         """Returns adapters to the manifold.
 
         Args:
             steps: List of `GroupStep`s.
             updates: Int scalar, number of updates so far.
             tolerance: Scalar, share of each adapter's norm that may be cut.
-                Defaults to that of the optimizer.
             earlier: Array to be computed first, or `None`.
         """
-        if tolerance is None:
-            tolerance = value_at(self.tolerance, updates)
         for step in steps:
             step.augment(earlier)
             earlier = step.augmented.sigma
@@ -495,12 +498,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         `tolerance` asks for. Nothing else changes, and training can go on.
         `model.fit` of an adapted model calls it at the end of an epoch.
         """
-        if not self.built:
-            return
-        steps = [GroupStep(group) for group in self._groups.content]
         updates = ops.cast(self.iterations, "int32")
-        if steps:
-            self._retract(steps, updates)
+        self._retract_all(value_at(self.tolerance, updates))
 
     def settle(self):
         """Returns every adapter to the manifold now, within the budget.
@@ -510,13 +509,30 @@ class GeoLoRA(keras.optimizers.Optimizer):
         `max_rank` is lost, as in any retraction. Without a budget, no rank is
         cut. Training can go on.
         """
-        steps = [
-            GroupStep(group)
-            for group in (self._groups.content if self.built else ())
-        ]
-        if steps:
-            updates = ops.cast(self.iterations, "int32")
-            self._retract(steps, updates, tolerance=0.0)
+        if not self.built:
+            return
+        updates = int(ops.convert_to_numpy(self.iterations))
+        turns = 1 if self.has_budget else len(self._groups.content)
+        cut = updates % self.cut_interval == 0
+        if not cut and not was_due(updates, self.retraction_interval, turns):
+            self._retract_all(0.0)
+
+    def _retract_all(self, tolerance):
+        """Returns all adapters to the manifold, outside of a step."""
+        groups = self._groups.content if self.built else ()
+        if not groups:
+            return
+        if self._retraction is None:
+
+            def retract(updates, tolerance):
+                steps = [GroupStep(group) for group in groups]
+                self._retract(steps, updates, tolerance)
+
+            variables = [v for g in groups for v in g.moved_variables()]
+            self._retraction = Untracked(Program(retract, variables))
+        updates = ops.cast(self.iterations, "int32")
+        tolerance = ops.cast(tolerance, "float32")
+        self._retraction.content(updates, tolerance)
 
     def discarded_share(self, adapter):
         """Returns what the last truncation of an adapter discarded.

@@ -12,6 +12,10 @@ import keras
 import numpy as np
 from keras import ops
 
+ON_JAX = keras.backend.backend() == "jax"
+if ON_JAX:
+    import jax
+
 # The interval after `t` updates is `t / GROWTH`, from 1 to `LONGEST`.
 GROWTH, LONGEST = 4, 20
 
@@ -69,6 +73,23 @@ def is_due(updates, interval, turn, turns):
     return ops.take(np.concatenate([first, later]), place)
 
 
+def was_due(updates, interval, turns):
+    """Returns whether adapters of all turns were retracted after an update.
+
+    Args:
+        updates: Int, the number of that update.
+        interval: As in `due_updates`.
+        turns: As in `due_updates`.
+    """
+    for turn in range(turns):
+        first, later = due_updates(interval, turn, turns)
+        beyond = updates - len(first)
+        due = later[beyond % len(later)] if beyond >= 0 else first[updates]
+        if not due:
+            return False
+    return True
+
+
 def update_if(condition, update, variables):
     """Calls a function if a condition holds.
 
@@ -86,14 +107,61 @@ def update_if(condition, update, variables):
         if known:
             update()
         return
-    values = [ops.convert_to_tensor(v.value) for v in variables]
+    values = values_of(variables)
+    updated = stateless(update, variables)
+    values = ops.cond(condition, lambda: updated(values), lambda: values)
+    assign(variables, values)
 
-    def updated():
-        pairs = zip(variables, values, strict=True)
+
+class Program:
+    """A function that changes variables, compiled once where that pays.
+
+    On JAX every operation outside of a compiled function is compiled by itself;
+    elsewhere such operations are fast enough.
+
+    Args:
+        update: Function of arrays. It may assign to `variables` only, and read
+            no other variable.
+        variables: List of `keras.Variable`s.
+    """
+
+    def __init__(self, update, variables):
+        self.update, self.variables = update, variables
+        if ON_JAX:
+            self.compiled = jax.jit(stateless(update, variables))
+
+    def __call__(self, *args):
+        """Changes the variables."""
+        if not ON_JAX:
+            self.update(*args)
+            return
+        values = self.compiled(values_of(self.variables), *args)
+        assign(self.variables, values)
+
+
+def stateless(update, variables):
+    """Returns a function from the values of variables to their new values.
+
+    Args:
+        update: As in `Program`.
+        variables: List of `keras.Variable`s.
+    """
+
+    def updated(values, *args):
+        pairs = list(zip(variables, values, strict=True))
         with keras.StatelessScope(state_mapping=pairs) as scope:
-            update()
+            update(*args)
         return [scope.get_current_value(v) for v in variables]
 
-    values = ops.cond(condition, updated, lambda: values)
+    return updated
+
+
+def values_of(variables):
+    """Returns the values of variables as tensors."""
+    return [ops.convert_to_tensor(v.value) for v in variables]
+
+
+def assign(variables, values):
+    """Assigns values to variables."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)

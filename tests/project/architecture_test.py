@@ -37,6 +37,7 @@ EXTERNAL_OF = {
     "files.gguf": {"gguf"},
     "serving.saved_model": {"tensorflow"},
     "distribution.tf_replicas": {"tensorflow"},
+    "optimizer.retractions": {"jax"},
 }
 
 
