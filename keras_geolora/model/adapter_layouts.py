@@ -21,7 +21,7 @@ def adapter_layouts(layer, name=DEFAULT):
 
     Keys of the `LayoutMap` that also match other weights of the layer, such as
     `".*attention.*"`, do not apply to its adapter. Keys that match only
-    adapters do: the paths that this returns, or `".*/adapter/[USV]"`. Add them
+    adapters do: the paths that this returns, or `".*/adapter/[USVPQ]"`. Add them
     before `enable_geolora`.
 
     Args:

@@ -228,10 +228,14 @@ def test_layouts_may_be_asked_for_and_changed():
             "net/first/adapter/U": WHOLE,
             "net/first/adapter/S": WHOLE,
             "net/first/adapter/V": MODEL,
+            "net/first/adapter/P": WHOLE,
+            "net/first/adapter/Q": MODEL,
         }
         (path,) = keras_geolora.adapter_layouts(first, "other").keys() - {
             "net/first/adapter_other/S",
             "net/first/adapter_other/V",
+            "net/first/adapter_other/P",
+            "net/first/adapter_other/Q",
         }
         assert path == "net/first/adapter_other/U"
         model.enable_geolora(rank=2, targets="first")
