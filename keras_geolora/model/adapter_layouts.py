@@ -21,8 +21,8 @@ def adapter_layouts(layer, name=DEFAULT):
 
     Keys of the `LayoutMap` that also match other weights of the layer, such as
     `".*attention.*"`, do not apply to its adapter. Keys that match only
-    adapters do: the paths that this returns, or `".*/adapter/[USVPQ]"`. Add them
-    before `enable_geolora`.
+    adapters do: the paths that this returns, or `".*/adapter/[USVPQ]"`. Add
+    them before `enable_geolora`.
 
     Args:
         layer: Built layer that can carry an adapter, adapted or not.
