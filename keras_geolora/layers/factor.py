@@ -12,7 +12,7 @@ from keras_geolora.geometry.manifold import (
 
 # The factors of an adapter, in the order of its variables.
 ROLES = Block._fields
-# Those that are trainable variables. P and Q get no gradients, but the trainer
+# Those that are trainable variables. P and Q need no gradients, but the trainer
 # of JAX lets an optimizer change trainable variables only.
 ON_JAX = keras.backend.backend() == "jax"
 TRAINED_ROLES = ROLES if ON_JAX else ("U", "S", "V")

@@ -13,8 +13,8 @@ An update is given by its factors, the tuple `U, S, V, P, Q`:
 It is `scale * (U @ S @ V.T + P @ V.T + U @ Q.T)`. The terms with `P` and `Q`
 are zero except between two retractions; an adapter that trains no more has
 only `U`, `S` and `V`. The gradients are those of the geometric step: for `U`,
-`S` and `V` those for `K = U S + P`, `S` and `L = V S.T + Q`; for `P` and `Q`
-none.
+`S` and `V` those for `K = U S + P`, `S` and `L = V S.T + Q`, which are those of
+`P` and `Q`, too.
 """
 
 import keras
@@ -197,7 +197,12 @@ def geometric(grad_K, grad_L, factors):
     """Returns the gradients of all factors, given those of `K` and `L`."""
     U, _, _, *beyond = factors
     basis = ops.transpose(ops.stop_gradient(U))
-    return grad_K, ops.matmul(basis, grad_K), grad_L, *map(nothing, beyond)
+    gradients = grad_K, ops.matmul(basis, grad_K), grad_L
+    if not beyond:
+        return gradients
+    if keras.backend.backend() == "torch":  # P and Q are not trainable there
+        return *gradients, None, None
+    return *gradients, grad_K, grad_L
 
 
 def nothing(x):
