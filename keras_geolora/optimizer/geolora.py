@@ -507,7 +507,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         Between two retractions the update of an adapter is
         `U S V.T + P V.T + U Q.T`; afterwards `P` and `Q` are zero. What exceeds
         `max_rank` is lost, as in any retraction. Without a budget, no rank is
-        cut. Training can go on.
+        cut. Training can go on. Does nothing if the last step was a retraction
+        of all adapters that took part in it.
         """
         if not self.built:
             return
