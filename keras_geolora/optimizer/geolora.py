@@ -1,6 +1,7 @@
 """GeoLoRA: the geometric step around any Keras optimizer."""
 
 import functools
+import math
 import numbers
 import warnings
 
@@ -38,6 +39,8 @@ from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
+# The largest change of one direction in a step, see `max_update_ratio`.
+AUTO_RATIO = 0.1
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -265,11 +268,16 @@ class GeoLoRA(keras.optimizers.Optimizer):
     def _add_max_change(self, group, name):
         """Adds a variable with the bounds on the steps of a group."""
         ratio = self.max_update_ratio
+        group.for_each_direction = ratio == "auto"
         if ratio == "auto":
             proportional = isinstance(
                 self.inner_optimizer, keras.optimizers.SGD
             )
-            ratio = None if proportional else 0.008
+            ratio = None if proportional else AUTO_RATIO
+            adapter = group.adapters[0]
+            ratio = ratio and ratio / math.sqrt(
+                min(adapter.input_dim, adapter.output_dim)
+            )
         if ratio is None:
             return None
 
@@ -570,15 +578,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
         group = self._group_of(adapter)
         if group is None or group.max_change is None:
             return group and 1.0
-        rows = group.rows(adapter)
-        basis = adapter.U.value if adapter.count else adapter.U.value[None]
-        rank = integrator.count(integrator.active_columns(basis))[..., 0]
-        scales = integrator.step_scale(
-            group.max_change.value[rows],
-            group.longest.value[rows],
-            ops.sqrt(ops.cast(rank, "float32")),
-        )
-        return float(ops.convert_to_numpy(ops.min(scales)))
+        bound = group.bound(group.factors.read().U)
+        scales = integrator.step_scale(bound, group.longest.value)
+        scales = ops.convert_to_numpy(scales)[group.rows(adapter)]
+        return float(scales.min())
 
     def _group_of(self, adapter):
         """Returns the group of an adapter, or `None`."""
