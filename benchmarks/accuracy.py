@@ -45,8 +45,8 @@ KEY = ("task", "method", "rank", "options", "rate", "schedule", "seed")
 KEY += ("train", "held_out")
 # So many rates are a band that is worth a map.
 BAND = 5
-# The bound of steps that is the default of the library.
-RATIO = 0.008
+# The bound of steps that was the default in version 0.1.0.
+RATIO = measuring.BOUND
 # Options of runs in words, for tables.
 OPTIONS_IN_WORDS = {
     "room 1": "no budget",

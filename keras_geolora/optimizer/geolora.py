@@ -39,7 +39,8 @@ from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
-# The largest change of one direction in a step, see `max_update_ratio`.
+# The largest change of a direction in one step, as a share of the root mean
+# square of the kernel's singular values.
 AUTO_RATIO = 0.1
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
@@ -82,14 +83,17 @@ class GeoLoRA(keras.optimizers.Optimizer):
             to 100. `fit` of an adapted model also cuts at the end of every
             epoch of at least this many, or 20, steps, before validation.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
-            layer in one step, relative to the Frobenius norm of its kernel.
-            If the longest step so far, rescaled to the current rank, exceeds
-            the bound, this and all later steps are scaled down by that
-            factor, like a smaller learning rate for the layer. This makes
-            training tolerant of large learning rates, while schedules keep
-            their effect. `None` means no bound. `"auto"`, the default, means
-            0.008, but no bound for `SGD`, whose step is proportional to the
-            gradient. Layers with an all-zero kernel have no bound.
+            layer in one step. If the longest step so far, rescaled to the
+            current rank, exceeds the bound, this and all later steps are
+            scaled down by that factor, like a smaller learning rate for the
+            layer. This makes training tolerant of large learning rates, while
+            schedules keep their effect. A number is relative to the Frobenius
+            norm of the kernel. `"auto"`, the default, bounds the change of
+            each direction by a tenth of the root mean square of the kernel's
+            singular values, which means the same at every rank and width; and
+            there is no bound for `SGD`, whose step is proportional to the
+            gradient. `None` means no bound. Layers with an all-zero kernel
+            have none.
         retraction_interval: Int or `"auto"`, number of steps between two
             returns to the manifold. In between the bases stay, and steps are
             much cheaper. `"auto"`, the default, means an interval that grows:
@@ -270,14 +274,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
         ratio = self.max_update_ratio
         group.for_each_direction = ratio == "auto"
         if ratio == "auto":
-            proportional = isinstance(
-                self.inner_optimizer, keras.optimizers.SGD
-            )
-            ratio = None if proportional else AUTO_RATIO
+            if is_proportional(self.inner_optimizer):
+                return None
             adapter = group.adapters[0]
-            ratio = ratio and ratio / math.sqrt(
-                min(adapter.input_dim, adapter.output_dim)
-            )
+            values = min(adapter.input_dim, adapter.output_dim)
+            ratio = AUTO_RATIO / math.sqrt(values)
         if ratio is None:
             return None
 
@@ -623,14 +624,18 @@ class GeoLoRA(keras.optimizers.Optimizer):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Creates the optimizer from its configuration."""
-        # A file of version 0.1 says nothing: it was trained in this way.
-        config = {"retraction_interval": 1, **config}
+        config = dict(config)
         for name in ("inner_optimizer", *SCHEDULED):
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(
                     config[name], custom_objects=custom_objects
                 )
         inner_optimizer = config.pop("inner_optimizer")
+        if "retraction_interval" not in config:  # a file of version 0.1
+            config["retraction_interval"] = 1
+            if config.get("max_update_ratio") == "auto":
+                ratio = None if is_proportional(inner_optimizer) else 0.008
+                config["max_update_ratio"] = ratio
         without_weight_decay = config.pop("without_weight_decay", None)
         optimizer = cls(inner_optimizer, **config)
         optimizer._without_weight_decay = without_weight_decay
@@ -792,6 +797,11 @@ def as_config(value):
     if callable(value):
         return keras.saving.serialize_keras_object(value)
     return value
+
+
+def is_proportional(optimizer):
+    """Returns whether steps of an optimizer are proportional to gradients."""
+    return isinstance(optimizer, keras.optimizers.SGD)
 
 
 def check_tolerance(tolerance):

@@ -625,6 +625,28 @@ def test_a_bound_does_not_depend_on_the_rank_at_the_start():
     np.testing.assert_allclose(np.mean(high), np.mean(low), rtol=0.2)
 
 
+@pytest.mark.parametrize("dims", [(48, 40), (12, 160)])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_the_default_bound_is_one_for_each_direction(dims, rank):
+    adapter = LowRankAdapter(*dims, rank=rank, max_rank=rank, seed=0)
+    adapter.kernel_norm = lambda: 10.0
+    optimizer = GeoLoRA(keras.optimizers.Adam(1.0), 0.0, retraction_interval=9)
+    slope = np.random.default_rng(0).normal(size=dims)
+    optimizer.apply(tensors(gradients_of(adapter, slope)), factors(adapter))
+    # Frobenius norms of a step and of the kernel, by the roots of their ranks.
+    step = np.linalg.norm(delta(adapter)) / rank**0.5
+    np.testing.assert_allclose(step, 0.1 * 10 / min(dims) ** 0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize("inner, ratio", [("adam", 0.008), ("sgd", None)])
+def test_a_configuration_of_version_0_1_keeps_its_bound(inner, ratio):
+    config = GeoLoRA(inner).get_config()
+    assert config["max_update_ratio"] == "auto"
+    assert GeoLoRA.from_config(dict(config)).max_update_ratio == "auto"
+    del config["retraction_interval"]
+    assert GeoLoRA.from_config(config).max_update_ratio == ratio
+
+
 def test_without_a_bound_a_step_is_as_long_as_the_inner_one():
     assert change_of_one_step(max_update_ratio=None) > 1
 
