@@ -135,7 +135,7 @@ def lift(block, in_full=True):
     return Unknowns(ops.matmul(U, S) + P, S, ops.matmul(V, T(S)) + Q)
 
 
-def advance(block, change, moving, bound=None, longest=None):
+def advance(block, change, moving, max_change=None, longest=None):
     """Takes a step in the tangent space.
 
     Args:
@@ -143,12 +143,13 @@ def advance(block, change, moving, bound=None, longest=None):
         change: `Unknowns`, the change by the inner step. Columns that are not
             in use stay zero.
         moving: Bool array `(...)`, false where nothing shall move.
-        bound: Array `(...)` or `None`, the bound on the length of a step: its
-            Frobenius norm divided by the root of the rank. If the longest step
-            so far, this one included, exceeds it, the step is scaled down by
-            that factor.
+        max_change: Array `(...)` or `None`, the bound on the Frobenius norm of
+            a step. If the longest step so far, this one included, exceeds it
+            when rescaled to the current rank, the step is scaled down by that
+            factor.
         longest: Array `(...)` or `None`, the length of the longest step before
-            this one.
+            this one: its norm divided by the root of the rank at that time, so
+            that the bound does not depend on the initial rank.
 
     Returns:
         Tuple of the `Block` after the step, `longest` with this step, and a
@@ -162,7 +163,7 @@ def advance(block, change, moving, bound=None, longest=None):
         ops.matmul(T(basis), x) for basis, x in ((U, change.K), (V, change.L))
     )
     scale = in_use
-    if bound is None:
+    if max_change is None:
         finite = all_finite(change)
         moving = ops.logical_and(moving, finite)
     else:
@@ -177,7 +178,7 @@ def advance(block, change, moving, bound=None, longest=None):
         root = ops.sqrt(ops.sum(in_use, axis=-1))
         length = divide(ops.sqrt(squares), root)
         longest = ops.where(moving, ops.maximum(longest, length), longest)
-        scale = step_scale(bound, longest)[..., None] * in_use
+        scale = step_scale(max_change, longest, root)[..., None] * in_use
     scale = scale[..., None, :]
     after = [
         P + scale * change.K - ops.matmul(U, scale * inside_K),
@@ -427,14 +428,17 @@ def at_rest(block):
     return ops.logical_not(ops.any(ops.stack(moved), axis=0))
 
 
-def step_scale(bound, longest):
+def step_scale(max_change, longest, root):
     """Returns the factor in (0, 1] by which a bound scales a step.
 
     Args:
-        bound: Array, the bound on the length of a step.
+        max_change: Array, the bound on the Frobenius norm of a step.
         longest: Array, the length of the longest step so far.
+        root: Array, the root of the rank.
     """
-    return ops.where(longest > bound, divide(bound, longest), 1.0)
+    at_this_rank = root * longest
+    share = divide(max_change, at_this_rank)
+    return ops.where(at_this_rank > max_change, share, 1.0)
 
 
 def truncate(augmented, rank):

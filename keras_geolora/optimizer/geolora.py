@@ -39,9 +39,9 @@ from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
-# The largest change of a direction in one step, as a share of the root mean
-# square of the kernel's singular values.
-AUTO_RATIO = 0.1
+# The largest change of a layer in one step, as a share of the root mean square
+# of the kernel's singular values.
+AUTO_RATIO = 0.16
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -88,9 +88,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
             scaled down by that factor, like a smaller learning rate for the
             layer. This makes training tolerant of large learning rates, while
             schedules keep their effect. A number is relative to the Frobenius
-            norm of the kernel. `"auto"`, the default, bounds the change of
-            each direction by a tenth of the root mean square of the kernel's
-            singular values, which means the same at every rank and width; and
+            norm of the kernel; so is the change. `"auto"`, the default, bounds
+            the norm of the change by 0.16 of the root mean square of the
+            kernel's singular values, which means the same at every width; and
             there is no bound for `SGD`, whose step is proportional to the
             gradient. `None` means no bound. Layers with an all-zero kernel
             have none.
@@ -272,7 +272,6 @@ class GeoLoRA(keras.optimizers.Optimizer):
     def _add_max_change(self, group, name):
         """Adds a variable with the bounds on the steps of a group."""
         ratio = self.max_update_ratio
-        group.for_each_direction = ratio == "auto"
         if ratio == "auto":
             if is_proportional(self.inner_optimizer):
                 return None
@@ -579,10 +578,15 @@ class GeoLoRA(keras.optimizers.Optimizer):
         group = self._group_of(adapter)
         if group is None or group.max_change is None:
             return group and 1.0
-        bound = group.bound(group.factors.read().U)
-        scales = integrator.step_scale(bound, group.longest.value)
-        scales = ops.convert_to_numpy(scales)[group.rows(adapter)]
-        return float(scales.min())
+        rows = group.rows(adapter)
+        basis = adapter.U.value if adapter.count else adapter.U.value[None]
+        rank = integrator.count(integrator.active_columns(basis))[..., 0]
+        scales = integrator.step_scale(
+            group.max_change.value[rows],
+            group.longest.value[rows],
+            ops.sqrt(ops.cast(rank, "float32")),
+        )
+        return float(ops.convert_to_numpy(ops.min(scales)))
 
     def _group_of(self, adapter):
         """Returns the group of an adapter, or `None`."""

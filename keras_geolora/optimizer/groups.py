@@ -142,9 +142,7 @@ class AdapterGroup:
         unknowns: `Store` of the variables of the inner optimizer.
         slots: List of pairs of a slot's kind and its `Store`.
         accumulators: List of at most one `Store`, the accumulated gradients.
-        max_change: Variable `(matrices,)`, the bounds on the norms of steps,
-            or on their lengths, if `for_each_direction`; or `None`.
-        for_each_direction: Bool, see `max_change`.
+        max_change: Variable `(matrices,)`, the bounds on the steps, or `None`.
         longest: Variable `(matrices,)`, the lengths of the longest steps that
             the inner optimizer has proposed so far, or `None` without bounds.
         discarded: Variable `(matrices,)`, the shares of the norms that the
@@ -160,7 +158,6 @@ class AdapterGroup:
         self.unknowns = unknowns
         self.slots, self.accumulators = [], []
         self.max_change = self.longest = self.discarded = None
-        self.for_each_direction = True
         # Arrays, because Keras is slow to search lists for variables.
         min_rank = self.for_each([[a.min_rank] for a in adapters])
         scale = self.for_each([[abs(a.scale)] for a in adapters])
@@ -239,21 +236,6 @@ class AdapterGroup:
         if unit == "ranks":
             return 1
         return self.adapters[0].parameters_per_rank
-
-    def bound(self, U):
-        """Returns the bounds on the lengths of steps, or `None`.
-
-        The length is the norm divided by the root of the rank.
-
-        Args:
-            U: Array `(matrices, input_dim, max_rank)`.
-        """
-        if self.max_change is None:
-            return None
-        if self.for_each_direction:
-            return self.max_change.value
-        rank = integrator.count(integrator.active_columns(U))[..., 0]
-        return self.max_change.value / ops.sqrt(ops.cast(rank, U.dtype))
 
     def state(self):
         """Returns the `Store`s of slots and accumulated gradients."""
@@ -489,7 +471,7 @@ class GroupStep:
         moving = ops.logical_and(self.finite, self.moving)
         bounds = ()
         if group.max_change is not None:
-            bounds = group.bound(self.block.U), group.longest.value
+            bounds = group.max_change.value, group.longest.value
         block, longest, finite = integrator.advance(
             self.block, change, moving, *bounds
         )
