@@ -1,7 +1,6 @@
 """GeoLoRA: the geometric step around any Keras optimizer."""
 
 import functools
-import math
 import numbers
 import warnings
 
@@ -39,9 +38,8 @@ from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
-# The largest change of a layer in one step, as a share of the root mean square
-# of the kernel's singular values.
-AUTO_RATIO = 0.16
+# The default bounds on the change of all layers together, and of each.
+TOGETHER, SMALLEST_BOUND, LARGEST_BOUND = 0.3, 0.008, 0.06
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -83,17 +81,16 @@ class GeoLoRA(keras.optimizers.Optimizer):
             to 100. `fit` of an adapted model also cuts at the end of every
             epoch of at least this many, or 20, steps, before validation.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
-            layer in one step. If the longest step so far, rescaled to the
-            current rank, exceeds the bound, this and all later steps are
-            scaled down by that factor, like a smaller learning rate for the
-            layer. This makes training tolerant of large learning rates, while
-            schedules keep their effect. A number is relative to the Frobenius
-            norm of the kernel; so is the change. `"auto"`, the default, bounds
-            the norm of the change by 0.16 of the root mean square of the
-            kernel's singular values, which means the same at every width; and
-            there is no bound for `SGD`, whose step is proportional to the
-            gradient. `None` means no bound. Layers with an all-zero kernel
-            have none.
+            layer in one step, relative to the Frobenius norm of its kernel.
+            If the longest step so far, rescaled to the current rank, exceeds
+            the bound, this and all later steps are scaled down by that
+            factor, like a smaller learning rate for the layer. This makes
+            training tolerant of large learning rates, while schedules keep
+            their effect. `None` means no bound. `"auto"`, the default, shares
+            0.3 among the adapters, because the changes of all layers add up:
+            at most 0.06 for each and at least 0.008, so 0.008 from 38 adapters
+            on. And there is no bound for `SGD`, whose step is proportional to
+            the gradient. Layers with an all-zero kernel have none.
         retraction_interval: Int or `"auto"`, number of steps between two
             returns to the manifold. In between the bases stay, and steps are
             much cheaper. `"auto"`, the default, means an interval that grows:
@@ -216,9 +213,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         groups = build_inner(self.inner_optimizer, variables)
         super().build(variables)
+        self._groups = Untracked(groups)
         for number, group in enumerate(groups):
             self._add_group_state(group, f"adapters_{number}")
-        self._groups = Untracked(groups)
 
     @property
     def _budget(self):
@@ -273,11 +270,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """Adds a variable with the bounds on the steps of a group."""
         ratio = self.max_update_ratio
         if ratio == "auto":
-            if is_proportional(self.inner_optimizer):
-                return None
-            adapter = group.adapters[0]
-            values = min(adapter.input_dim, adapter.output_dim)
-            ratio = AUTO_RATIO / math.sqrt(values)
+            ratio = self._usual_ratio()
         if ratio is None:
             return None
 
@@ -297,6 +290,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
             dtype="float32",
             name=name,
         )
+
+    def _usual_ratio(self):
+        """Returns the `max_update_ratio` that `"auto"` stands for."""
+        if is_proportional(self.inner_optimizer):
+            return None
+        number = sum(len(group.adapters) for group in self._groups.content)
+        return min(max(TOGETHER / number, SMALLEST_BOUND), LARGEST_BOUND)
 
     def _beside_groups(self):
         """Returns the variables of the inner optimizer outside of groups."""
@@ -638,8 +638,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if "retraction_interval" not in config:  # a file of version 0.1
             config["retraction_interval"] = 1
             if config.get("max_update_ratio") == "auto":
-                ratio = None if is_proportional(inner_optimizer) else 0.008
-                config["max_update_ratio"] = ratio
+                free = is_proportional(inner_optimizer)
+                config["max_update_ratio"] = None if free else SMALLEST_BOUND
         without_weight_decay = config.pop("without_weight_decay", None)
         optimizer = cls(inner_optimizer, **config)
         optimizer._without_weight_decay = without_weight_decay

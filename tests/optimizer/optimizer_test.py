@@ -625,17 +625,19 @@ def test_a_bound_does_not_depend_on_the_rank_at_the_start():
     np.testing.assert_allclose(np.mean(high), np.mean(low), rtol=0.2)
 
 
-@pytest.mark.parametrize("dims", [(48, 40), (12, 160)])
-@pytest.mark.parametrize("rank", [2, 8])
-def test_the_default_bound_is_relative_to_a_typical_singular_value(dims, rank):
-    adapter = LowRankAdapter(*dims, rank=rank, max_rank=rank, seed=0)
-    adapter.kernel_norm = lambda: 10.0
+@pytest.mark.parametrize(
+    "number, ratio", [(1, 0.06), (10, 0.03), (37, 0.3 / 37), (60, 0.008)]
+)
+def test_all_layers_together_share_the_default_bound(number, ratio):
+    adapters = [LowRankAdapter(12, 8, rank=4, seed=i) for i in range(number)]
+    for adapter in adapters:
+        adapter.kernel_norm = lambda: 10.0
     optimizer = GeoLoRA(keras.optimizers.Adam(1.0), 0.0, retraction_interval=9)
-    slope = np.random.default_rng(0).normal(size=dims)
-    optimizer.apply(tensors(gradients_of(adapter, slope)), factors(adapter))
-    typical = 10 / min(dims) ** 0.5  # the root mean square
-    step = np.linalg.norm(delta(adapter))
-    np.testing.assert_allclose(step, 0.16 * typical, rtol=1e-3)
+    slope = np.random.default_rng(0).normal(size=(12, 8))
+    grads = [g for a in adapters for g in gradients_of(a, slope)]
+    optimizer.apply(tensors(grads), [v for a in adapters for v in factors(a)])
+    steps = [np.linalg.norm(delta(adapter)) for adapter in adapters]
+    np.testing.assert_allclose(steps, 10 * ratio, rtol=1e-3)
 
 
 @pytest.mark.parametrize("inner, ratio", [("adam", 0.008), ("sgd", None)])
