@@ -37,6 +37,7 @@ from keras_geolora.model.switching import (
 from keras_geolora.optimizer.geolora import GeoLoRA
 from keras_geolora.optimizer.slot_rules import register_slot_rules
 from keras_geolora.serving.export import ExportError, export
+from keras_geolora.serving.routed_model import RoutedModel, route_geolora
 from keras_geolora.version import __version__
 from keras_geolora.viewing.summary import geolora_summary, plot_ranks
 
@@ -52,6 +53,7 @@ __all__ = [
     "GeoLoRAEmbedding",
     "GeoLoRAReversibleEmbedding",
     "LowRankAdapter",
+    "RoutedModel",
     "activate_geolora",
     "adapter_layouts",
     "average_geolora",
@@ -73,6 +75,7 @@ __all__ = [
     "plot_ranks",
     "register_slot_rules",
     "remove_geolora",
+    "route_geolora",
     "save_geolora",
     "unmerge_geolora",
     "__version__",
@@ -94,6 +97,7 @@ for method in (
     geolora_summary,
     save_geolora,
     load_geolora,
+    route_geolora,
 ):
     setattr(keras.Model, method.__name__, method)
 del method
