@@ -36,6 +36,7 @@ from keras_geolora.model.switching import (
 )
 from keras_geolora.optimizer.geolora import GeoLoRA
 from keras_geolora.optimizer.slot_rules import register_slot_rules
+from keras_geolora.serving.add_to_export import add_to_export
 from keras_geolora.serving.export import ExportError, export
 from keras_geolora.serving.routed_model import RoutedModel, route_geolora
 from keras_geolora.version import __version__
@@ -56,6 +57,7 @@ __all__ = [
     "RoutedModel",
     "activate_geolora",
     "adapter_layouts",
+    "add_to_export",
     "average_geolora",
     "callbacks",
     "combine_geolora",
