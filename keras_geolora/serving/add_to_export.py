@@ -158,7 +158,9 @@ def check_written(bundle, folder, arrays):
     found = bundle.read_adapters(folder, len(arrays))
     for array, other in zip(arrays, found, strict=True):
         if not np.array_equal(array, other):
-            raise OSError(f"What was written to '{folder}' is not what is there.")
+            raise OSError(
+                f"What was written to '{folder}' is not what is there."
+            )
 
 
 def next_report(latest, new, places):
@@ -172,8 +174,8 @@ def next_report(latest, new, places):
     report.update(
         from_version=int(latest.name),
         bytes=sum(x.stat().st_size for x in files),
-        new_bytes=sum(x.stat().st_size for x in files if x.stat().st_nlink == 1),
+        new_bytes=sum(
+            x.stat().st_size for x in files if x.stat().st_nlink == 1
+        ),
     )
     return report
-
-

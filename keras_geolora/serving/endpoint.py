@@ -75,7 +75,9 @@ class Endpoint:
 
     def answer(self, model, inputs):
         """Calls the model."""
-        mapping = [(variable, tensor.value()) for variable, tensor in self.values]
+        mapping = [
+            (variable, tensor.value()) for variable, tensor in self.values
+        ]
         with keras.StatelessScope(state_mapping=mapping):
             return model(inputs, training=False)
 

@@ -156,7 +156,9 @@ def export(
     check_layers(layers_with_adapters(model).values(), "Nothing was exported.")
     path = pathlib.Path(path)
     check_version(path, version)
-    names = chosen_adapters(model, "all" if route and not adapters else adapters)
+    names = chosen_adapters(
+        model, "all" if route and not adapters else adapters
+    )
     signature = Signature.of(model, input_signature)
     check_strings(model, signature)
     check_route(model, signature, names, route, capacity, max_rank)

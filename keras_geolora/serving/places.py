@@ -44,7 +44,9 @@ class Content:
             adapter = layer.adapters_by_name()[name]
             updates[path] = two_factors(*adapter.trimmed(), adapter.scale)
         values = adaptation.values(name)
-        weights = {k: values[id(v)] for k, v in keyed.items() if id(v) in values}
+        weights = {
+            k: values[id(v)] for k, v in keyed.items() if id(v) in values
+        }
         return cls(updates, weights, base)
 
     @classmethod
