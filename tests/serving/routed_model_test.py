@@ -164,7 +164,9 @@ def series():
         [
             keras.Input((7, 3)),
             keras.layers.Conv1D(4, 3, padding="causal", activation="relu"),
-            keras.layers.EinsumDense("abc,cde->abde", (None, 2, 4), bias_axes="de"),
+            keras.layers.EinsumDense(
+                "abc,cde->abde", (None, 2, 4), bias_axes="de"
+            ),
             keras.layers.Flatten(),
         ]
     )
