@@ -636,6 +636,11 @@ class AdaptedProduct(AdaptedLayer):
     def _shaped_bias(self):
         return self.bias
 
+    @property
+    def added_bias_shape(self):
+        """Tuple, the shape in which the bias is added to outputs."""
+        return tuple(self._shaped_bias().shape)
+
     def kernel_norm(self):
         if self.quantization_mode is None:
             return super().kernel_norm()

@@ -133,7 +133,6 @@ def write_next(path, contents, remove):
         bundle.write_sibling(latest, new, [names, *arrays])
         check_written(bundle, new, [names, *arrays])
         described = {**vars(places), "keys": keys}
-        (new / PLACES).unlink()  # a link to the one before
         (new / PLACES).write_text(json.dumps(described, indent=1))
         report = next_report(latest, new, places)
         publish(new, path, None, report)

@@ -23,6 +23,8 @@ VARIABLES = "variables/variables"
 # the base's file alone.
 OURS = "assets.extra"
 BASE_INDEX = f"{OURS}/geolora_base.index"
+# A fingerprint is that of one version; TensorFlow can do without.
+WRITTEN_ANEW = ("geolora_report.json", "geolora_places.json", "fingerprint.pb")
 BASE_DATA = f"{VARIABLES}.data-00000-of-00002"
 
 
@@ -64,7 +66,7 @@ def write_sibling(folder, new, arrays):
         new: Path of a folder that does not exist.
         arrays: List as of `read_adapters`, with the same dtypes and shapes.
     """
-    apart = {"variables", "geolora_report.json"}
+    apart = {"variables", *WRITTEN_ANEW}
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
         if path.is_dir():

@@ -25,7 +25,7 @@ from keras_geolora.model.switching import (
     geolora_adapters,
     geolora_disabled,
 )
-from keras_geolora.serving.routed_model import route_geolora
+from keras_geolora.serving.routed_model import plan_route
 from keras_geolora.serving.signature import (
     ADAPTER,
     BASE_ANSWERS,
@@ -268,7 +268,7 @@ def check_route(model, signature, names, route, capacity, max_rank):
             f"with inputs {[x['name'] for x in signature.specs]}"
         )
     # Raises now what would be raised in the process that writes.
-    route_geolora(model, names, capacity, max_rank)
+    plan_route(model, names, capacity, max_rank)
 
 
 def save_samples(

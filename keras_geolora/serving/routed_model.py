@@ -1,6 +1,7 @@
 """One model, many adapters: every row of a batch has its own."""
 
 import contextlib
+import dataclasses
 import threading
 
 import keras
@@ -79,6 +80,29 @@ def route_geolora(model, adapters="all", capacity=None, max_rank=None):
     assert y.shape == (3, 4)
     ```
     """
+    return RoutedModel(model, plan_route(model, adapters, capacity, max_rank))
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a `RoutedModel` will hold.
+
+    Attributes:
+        places: `Places`, all of them free.
+        contents: Dict from the names of the adapters to their `Content`s.
+        layers: Dict from path to adapted layer.
+        owners: Dict from a layer to a dict from key to those of its variables
+            that train beside the factors.
+    """
+
+    places: Places
+    contents: dict
+    layers: dict
+    owners: dict
+
+
+def plan_route(model, adapters="all", capacity=None, max_rank=None):
+    """Returns the `Plan` of `route_geolora`, or raises what that raises."""
     check_adapted_and_enabled(model, "routed")
     adaptation = getattr(model, "geolora_adaptation", None)
     if adaptation is None:
@@ -88,15 +112,34 @@ def route_geolora(model, adapters="all", capacity=None, max_rank=None):
             f"'{model.name}', whose parts were adapted separately"
         )
     check_layers(layers_with_adapters(model).values(), "Nothing was made.")
-    known = list(adaptation.adapters)
-    names = known if adapters == "all" else adapters
-    if isinstance(names, str) or not names or not set(names) <= set(known):
-        raise ValueError(
-            "`adapters` must be a list of names of adapters of this model, or "
-            f"'all'. Received: adapters={adapters!r}; the adapters of model "
-            f"'{model.name}' are {known}"
-        )
-    return RoutedModel(model, list(names), capacity, max_rank)
+    names = chosen_adapters(model, adapters)
+    layers = {
+        path: layer
+        for adapter in adaptation.adapters.values()
+        for path, layer in adapter.layers.items()
+    }
+    base, keyed = fingerprint(model, layers), keyed_variables(model)
+    contents = {
+        name: Content.of_model(adaptation, name, keyed, base) for name in names
+    }
+    companions = {k: v for k, v in keyed.items() if adaptation.is_companion(v)}
+    owners = owners_of(model, companions)
+    for layer in owners:
+        if layer not in layers.values():
+            check_alone(layer)
+    for path, layer in layers.items():
+        check_routable(path, layer, owners.get(layer, {}))
+    ranks = chosen_ranks(layers, contents, max_rank)
+    places = Places(
+        names=[BASE] + [FREE] * chosen_capacity(names, capacity),
+        layers={
+            path: [*layer.kernel_view.matrix_shape, ranks[path]]
+            for path, layer in layers.items()
+        },
+        weights={k: list(v.shape) for k, v in companions.items()},
+        base=base,
+    )
+    return Plan(places, contents, layers, owners)
 
 
 class RoutedModel(keras.Model):
@@ -109,84 +152,61 @@ class RoutedModel(keras.Model):
         places: The `Places`, who has which.
     """
 
-    def __init__(self, model, names, capacity=None, max_rank=None):
+    def __init__(self, model, plan):
         super().__init__(
             name=f"routed_{model.name}", trainable=False, autocast=False
         )
         self.model = model
-        adaptation = model.geolora_adaptation
-        layers = {
-            path: layer
-            for adapter in adaptation.adapters.values()
-            for path, layer in adapter.layers.items()
-        }
-        base = fingerprint(model, layers)
-        keyed = keyed_variables(model)
-        contents = {
-            name: Content.of_model(adaptation, name, keyed, base)
-            for name in names
-        }
-        ranks = chosen_ranks(layers, contents, max_rank)
-        capacity = chosen_capacity(names, capacity)
-        companions = {
-            key: v for key, v in keyed.items() if adaptation.is_companion(v)
-        }
-        self.places = Places(
-            names=[BASE] + [FREE] * capacity,
-            layers={
-                path: [*layer.kernel_view.matrix_shape, ranks[path]]
-                for path, layer in layers.items()
-            },
-            weights={k: list(v.shape) for k, v in companions.items()},
-            base=base,
-        )
-        self._add_banks(layers, companions, ranks, 1 + capacity)
-        pretrained = {
-            key: [(0, adaptation.pretrained(variable))]
-            for key, variable in companions.items()
-        }
-        self._write(pretrained)
-        self._put(contents)
+        self.places = plan.places
         self.lock = Lock()
-        self.built = True
-
-    def _add_banks(self, layers, companions, ranks, places):
         self.banks, self.layer_banks = [], []
-        variables, biases = {}, []
-        owners = owners_of(self.model, companions)
-        for path, layer in layers.items():
-            own = owners.pop(layer, {})
-            check_routable(path, layer, own)
-            shape = None
-            if own:
-                shape = tuple(layer._shaped_bias().shape)
-            bank = AdapterBank(
-                layer.kernel_view,
-                places,
-                ranks[path],
-                shape,
-                dtype=layer.compute_dtype,
-                name=f"bank_{len(self.banks)}",
-            )
-            self.banks.append(bank)
-            variables[f"{path}.A"], variables[f"{path}.B"] = bank.A, bank.B
-            variables.update((key, bank.bias) for key in own)
-            biases += [(variable, bank) for variable in own.values()]
+        self.variables_by_key = Untracked({})
+        self.biases = Untracked([])
+        self.bank_of = Untracked({})
+        owners = dict(plan.owners)
+        for path, layer in plan.layers.items():
+            self._add_bank(path, layer, owners.pop(layer, {}))
         for layer, own in owners.items():
-            check_alone(layer)
-            bank = LayerBank(
-                layer, own, places, name=f"layer_bank_{len(self.layer_banks)}"
-            )
-            self.layer_banks.append(bank)
-            variables.update(bank.by_key)
-        self.variables_by_key = Untracked(variables)
-        self.biases = Untracked(biases)
-        self.bank_of = Untracked(
+            self._add_layer_bank(layer, own)
+        pretrained = model.geolora_adaptation.pretrained
+        self._write(
             {
-                id(layer): bank
-                for layer, bank in zip(layers.values(), self.banks, strict=True)
+                key: [(0, pretrained(variable))]
+                for own in plan.owners.values()
+                for key, variable in own.items()
             }
         )
+        self._put(plan.contents)
+        self.built = True
+
+    def _add_bank(self, path, layer, own):
+        """Adds the bank of an adapted layer, whose bias may be its `own`."""
+        bank = AdapterBank(
+            layer.kernel_view,
+            len(self.places.names),
+            self.places.layers[path][-1],
+            layer.added_bias_shape if own else None,
+            dtype=layer.compute_dtype,
+            name=f"bank_{len(self.banks)}",
+        )
+        self.banks.append(bank)
+        self.bank_of.value[id(layer)] = bank
+        variables = {f"{path}.A": bank.A, f"{path}.B": bank.B}
+        for key, variable in own.items():
+            variables[key] = bank.bias
+            self.biases.value.append((variable, bank))
+        self.variables_by_key.value.update(variables)
+
+    def _add_layer_bank(self, layer, own):
+        """Adds the bank of a layer that trains along with adapters."""
+        bank = LayerBank(
+            layer,
+            own,
+            len(self.places.names),
+            name=f"layer_bank_{len(self.layer_banks)}",
+        )
+        self.layer_banks.append(bank)
+        self.variables_by_key.value.update(bank.by_key)
 
     @property
     def adapters(self):
@@ -376,6 +396,19 @@ class Lock(Untracked):
 
     def __init__(self):
         super().__init__(threading.RLock())
+
+
+def chosen_adapters(model, adapters):
+    """Returns the names of existing adapters, `"all"` of them or a list."""
+    known = list(model.geolora_adaptation.adapters)
+    names = known if adapters == "all" else adapters
+    if isinstance(names, str) or not names or not set(names) <= set(known):
+        raise ValueError(
+            "`adapters` must be a list of names of adapters of this model, or "
+            f"'all'. Received: adapters={adapters!r}; the adapters of model "
+            f"'{model.name}' are {known}"
+        )
+    return list(names)
 
 
 def chosen_ranks(layers, contents, max_rank):
