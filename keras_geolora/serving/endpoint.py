@@ -63,10 +63,10 @@ class Endpoint:
         def serve(**tensors):
             chosen = {x.name: tensors.pop(x.name) for x in more_specs}
             if job["preprocess"]:
-                tokens = tokenized(model, tensors["text"])
+                tokens = self.tokens(model, tensors["text"])
                 tensors = signature.named_tensors(tokens)
             inputs = signature.pack(model, tensors)
-            return named_outputs(model, self.answer(model, inputs, **chosen))
+            return self.named(model, self.answer(model, inputs, **chosen))
 
         self.function = tf.function(serve, autograph=False)
         self.concrete = self.function.get_concrete_function(
@@ -75,11 +75,67 @@ class Endpoint:
 
     def answer(self, model, inputs):
         """Calls the model."""
-        mapping = [
-            (variable, tensor.value()) for variable, tensor in self.values
-        ]
-        with keras.StatelessScope(state_mapping=mapping):
+        with keras.StatelessScope(state_mapping=self.mapping()):
             return model(inputs, training=False)
+
+    def mapping(self):
+        """Returns pairs of variables and their values for this adapter."""
+        return [(variable, tensor.value()) for variable, tensor in self.values]
+
+    def tokens(self, model, text):
+        """Returns the inputs that a preprocessor makes of strings."""
+        return tokenized(model, text)
+
+    def named(self, model, outputs):
+        """Returns the outputs by name."""
+        return named_outputs(model, outputs)
+
+
+class GeneratingEndpoint(Endpoint):
+    """An `Endpoint` of a language model that goes on with its inputs.
+
+    Tokens are written to the places that `padding_mask` leaves free. Of strings
+    the preprocessor makes tokens of its `sequence_length`; then `text` comes
+    out as well.
+
+    Args:
+        model: `CausalLM` of KerasHub, without adapters.
+        job: Dict, the description of the job.
+    """
+
+    def __init__(self, model, job):
+        self.stop = job["generate"]["stop_token_ids"]
+        self.with_text = job["preprocess"]
+        sampler = job["generate"]["sampler"]
+        model.sampler = keras.saving.deserialize_keras_object(sampler)
+        self.about = {"sampler": type(model.sampler).__name__}
+        self.values, self.bank = [], []
+        # The states of random numbers, so that no call draws those of another.
+        states = [v.value for v in model.sampler.variables]
+        self.tracked = [*(v.value for v in model.variables), *states]
+        self._trace(model, job)
+
+    def answer(self, model, inputs):
+        """Generates tokens."""
+        return model.generate_step(inputs, self.stop)
+
+    def tokens(self, model, text):
+        return model.preprocessor.generate_preprocess(text)
+
+    def named(self, model, outputs):
+        tokens, mask = outputs["token_ids"], outputs["padding_mask"]
+        found = {
+            "token_ids": tf.cast(tokens, tf.int32),
+            "padding_mask": tf.cast(mask, tf.int32),
+        }
+        if self.with_text:
+            tokenizer = model.preprocessor.tokenizer
+            shown = tf.cast(mask, tf.bool)
+            for special in tokenizer.special_token_ids:
+                shown &= tf.not_equal(tokens, special)
+            ragged = tf.ragged.boolean_mask(tokens, shown)
+            found["text"] = tokenizer.detokenize(ragged)
+        return found
 
 
 class RoutedEndpoint(Endpoint):

@@ -25,6 +25,11 @@ from keras_geolora.model.switching import (
     geolora_adapters,
     geolora_disabled,
 )
+from keras_geolora.serving.generating import (
+    check_generate,
+    described_generation,
+    save_generated,
+)
 from keras_geolora.serving.routed_model import plan_route
 from keras_geolora.serving.signature import (
     ADAPTER,
@@ -59,6 +64,8 @@ def export(
     route=False,
     capacity=None,
     max_rank=None,
+    generate=False,
+    stop_token_ids="auto",
     preprocess=False,
     samples=None,
     input_signature=None,
@@ -96,6 +103,16 @@ def export(
             places, see `add_to_export`. Defaults to the number of `adapters`.
         max_rank: Int or `None`, with `route`: the largest rank of an adapter
             that may come later. Defaults to the largest in each layer.
+        generate: Bool, for a `CausalLM` of KerasHub: whether to add a
+            signature `"generate"`, which generates tokens by the sampler of
+            `model.compile(sampler=...)`. It takes the inputs of the model,
+            `token_ids` and `padding_mask`, filled up to the length that is
+            wanted, and returns both. With `preprocess=True` it takes `text`,
+            generates up to the `sequence_length` of the preprocessor, and
+            returns `text` as well. The adapter must be one that can be merged.
+            Defaults to `False`.
+        stop_token_ids: As in `CausalLM.generate`, with `generate`. Defaults to
+            `"auto"`, the end tokens of the model's preprocessor.
         preprocess: Bool, whether to include the preprocessor of a KerasHub
             task in the graph, which then takes strings, `text`. The server
             needs the operations of tensorflow-text. Defaults to `False`.
@@ -162,6 +179,7 @@ def export(
     signature = Signature.of(model, input_signature)
     check_strings(model, signature)
     check_route(model, signature, names, route, capacity, max_rank)
+    check_generate(model, names, generate, stop_token_ids)
     text = preprocess or needs_tokens(samples, signature)
     if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
@@ -188,6 +206,9 @@ def export(
         save_samples(
             model, folder, signature, samples, preprocess, names, route
         )
+        if generate:
+            generation = described_generation(model, stop_token_ids)
+            save_generated(model, folder, signature, generation)
         model.save(folder / "model.keras")
         job = {
             "adapters": names,
@@ -195,6 +216,7 @@ def export(
             if route
             else None,
             "baseline": bool(baseline and layers_with_adapters(model)),
+            "generate": generation if generate else None,
             "preprocess": preprocess,
             "signature": vars(signature),
             "tolerance": tolerance,
@@ -444,6 +466,14 @@ def finished_report(model, folder):
 def check_parity(report):
     """Refuses a SavedModel whose outputs are not those of the model."""
     for name, found in report["signatures"].items():
+        if found.get("different_tokens"):
+            raise ExportError(
+                "The SavedModel generates other tokens than the model, so it "
+                "was deleted. Received: "
+                f"{found['different_tokens']} different tokens for the samples"
+            )
+        if "max_difference" not in found:
+            continue
         far, allowed = found["max_difference"], found["allowed_difference"]
         if not far <= allowed:
             how = f"{far:.2g}" if math.isfinite(far) else "inf (not finite)"

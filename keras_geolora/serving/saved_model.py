@@ -26,10 +26,14 @@ from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
 from keras_geolora.model.switching import geolora_adapters
 from keras_geolora.serving.bundle import split_off_adapters
-from keras_geolora.serving.endpoint import Endpoint, RoutedEndpoint
+from keras_geolora.serving.endpoint import (
+    Endpoint,
+    GeneratingEndpoint,
+    RoutedEndpoint,
+)
 from keras_geolora.serving.places import PLACES
 from keras_geolora.serving.routed_model import route_geolora
-from keras_geolora.serving.signature import ADAPTER, BASE_ANSWERS
+from keras_geolora.serving.signature import ADAPTER, BASE_ANSWERS, GENERATE
 
 # Nodes that compute nothing.
 BOOKKEEPING = {
@@ -74,6 +78,9 @@ def write(folder, progress=print):
     with loaded(folder) as model:
         if job["route"] is None:
             report["form"], endpoints = endpoints_of(model, job, progress)
+            if job["generate"] is not None:
+                progress("Tracing the generation of tokens")
+                endpoints[GENERATE] = GeneratingEndpoint(model, job)
         else:
             report["form"], endpoints = routed_endpoint(model, job, progress)
         progress("Writing the SavedModel")
@@ -94,7 +101,7 @@ def write(folder, progress=print):
             "inputs": described(served[name].structured_input_signature[1]),
             "outputs": described(served[name].structured_outputs),
             "operations": operations(served[name]),
-            **samples.difference(served[name], pairs),
+            **samples.compare(served[name], name, pairs),
         }
     progress("Measuring latency")
     inputs = samples.inputs()[0]
@@ -294,6 +301,29 @@ class Samples:
                 }
                 pairs.append(({**inputs, ADAPTER: tf.constant(mix)}, outputs))
         return pairs
+
+    def compare(self, function, name, pairs):
+        """Returns what a report tells of the outputs of a signature."""
+        if name == GENERATE:
+            return self.different_tokens(function, pairs)
+        return self.difference(function, pairs)
+
+    def different_tokens(self, function, pairs):
+        """Returns how many generated tokens differ, if they are compared.
+
+        They are where the sampler draws no random numbers.
+        """
+        if not any(expected for _, expected in pairs):
+            return {}
+        different = 0
+        for inputs, expected in pairs:
+            outputs = function(**inputs)
+            mask = expected["padding_mask"]
+            for key in ("token_ids", "padding_mask"):
+                found = outputs[key].numpy()
+                far = (found != expected[key]) & (mask != 0)
+                different += int(np.count_nonzero(far))
+        return {"different_tokens": different}
 
     def difference(self, function, pairs):
         """Returns the largest difference of outputs, and the allowed one.
