@@ -23,6 +23,7 @@ from keras_geolora.keras_internals import (
     unlocked,
 )
 from keras_geolora.layers.adapter import LowRankAdapter, check_rank
+from keras_geolora.layers.adapter_bank import bank_of, is_routed
 from keras_geolora.layers.adapter_state import AdapterState, TrainableFlags
 from keras_geolora.layers.factor import check_values
 from keras_geolora.layers.in_place import (
@@ -453,6 +454,8 @@ class AdaptedLayer:
     def _acting_adapter(self):
         if self.adaptation is not None and self.adaptation.suspended:
             return None
+        if is_routed():  # every row has its own
+            return bank_of(self)
         return self.adapter
 
     def kernels(self):
@@ -484,6 +487,14 @@ class AdaptedLayer:
             or not in_layer_call()
         ):
             return kernel
+        if is_routed():
+            raise ValueError(
+                "Another layer reads the kernel of an adapted layer, and there "
+                "is no single kernel where every row of a batch has its own "
+                "adapter. Serve every adapter by itself: "
+                "`export(model, path, adapters='all')`. Received: layer "
+                f"'{self.name}'"
+            )
         with reading_itself(self):
             update = self._updates()[self.kernel_names.index(name)]
             return ops.cast(sum_of(kernel, update), self.compute_dtype)
@@ -544,7 +555,11 @@ class AdaptedProduct(AdaptedLayer):
     @property
     def _stays_apart(self):
         # In lower precision, adding the update to the kernel would round it.
-        return self.keeps_update_apart or self.compute_dtype != "float32"
+        return (
+            self.keeps_update_apart
+            or self.compute_dtype != "float32"
+            or is_routed()
+        )
 
     def _adapted_call(self, inputs, product):
         """Computes the layer with one of the products below."""
@@ -584,7 +599,12 @@ class AdaptedProduct(AdaptedLayer):
 
     def _product_apart(self, inputs):
         x = self._kernel_product(inputs, self.kernel)
-        return ops.add(x, self._update_product(inputs))
+        return self._with_update(x, inputs)
+
+    def _with_update(self, x, inputs):
+        x = ops.add(x, self._update_product(inputs))
+        bank = bank_of(self)
+        return x if bank is None else bank.with_bias(x)
 
     def _product_with_sum(self, inputs):
         # The same operations as in the Keras layer, so that compilers fuse them
@@ -600,7 +620,7 @@ class AdaptedProduct(AdaptedLayer):
             return super().quantized_call(inputs, training=training)
         with set_aside(self, "activation") as activation, reading_itself(self):
             x = super().quantized_call(inputs)
-        x = ops.add(x, self._update_product(inputs))
+        x = self._with_update(x, inputs)
         return x if activation is None else activation(x)
 
     def _kernel_product(self, inputs, kernel):
@@ -615,6 +635,11 @@ class AdaptedProduct(AdaptedLayer):
 
     def _shaped_bias(self):
         return self.bias
+
+    @property
+    def added_bias_shape(self):
+        """Tuple, the shape in which the bias is added to outputs."""
+        return tuple(self._shaped_bias().shape)
 
     def kernel_norm(self):
         if self.quantization_mode is None:

@@ -72,4 +72,4 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
 
     def _update_product(self, inputs):
         # The adapter would read integers as row numbers.
-        return self.adapter(ops.cast(inputs, self.compute_dtype))
+        return self._acting_adapter(ops.cast(inputs, self.compute_dtype))

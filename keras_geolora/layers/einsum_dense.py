@@ -75,7 +75,7 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         einsum, view = einsum_of(self.equation), self.kernel_view
         # The adapter would read integers as row numbers.
         x = ops.cast(inputs, self.compute_dtype)
-        y = self.adapter(einsum.inputs_to_rows(x, view))
+        y = self._acting_adapter(einsum.inputs_to_rows(x, view))
         return einsum.rows_to_outputs(y, view)
 
     def _rows_to_inputs(self, rows):

@@ -20,8 +20,20 @@ from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.tree import inside, layers_with_adapters
 from keras_geolora.model.checks import check_model, check_not_suspended
 from keras_geolora.model.parts import adaptations_of
-from keras_geolora.model.switching import activate_geolora, geolora_adapters
+from keras_geolora.model.switching import (
+    activate_geolora,
+    geolora_adapters,
+    geolora_disabled,
+)
+from keras_geolora.serving.generating import (
+    check_generate,
+    described_generation,
+    save_generated,
+)
+from keras_geolora.serving.routed_model import plan_route
 from keras_geolora.serving.signature import (
+    ADAPTER,
+    BASE_ANSWERS,
     SENTENCES,
     Signature,
     answers,
@@ -49,6 +61,11 @@ def export(
     version=None,
     *,
     adapters=None,
+    route=False,
+    capacity=None,
+    max_rank=None,
+    generate=False,
+    stop_token_ids="auto",
     preprocess=False,
     samples=None,
     input_signature=None,
@@ -78,6 +95,24 @@ def export(
             with its name; all share one copy of the pretrained weights. The
             active one is also the default signature. Defaults to `None`: the
             active adapter alone, merged.
+        route: Bool, whether the rows of a batch have an adapter each. There is
+            one signature then, with another input, `adapter`: strings of shape
+            `(batch,)`, one of `adapters` (by default all) or `""` for the
+            base. Another name is an error. Defaults to `False`.
+        capacity: Int or `None`, with `route`: for how many adapters there are
+            places, see `add_to_export`. Defaults to the number of `adapters`.
+        max_rank: Int or `None`, with `route`: the largest rank of an adapter
+            that may come later. Defaults to the largest in each layer.
+        generate: Bool, for a `CausalLM` of KerasHub: whether to add a
+            signature `"generate"`, which generates tokens by the sampler of
+            `model.compile(sampler=...)`. It takes the inputs of the model,
+            `token_ids` and `padding_mask`, filled up to the length that is
+            wanted, and returns both. With `preprocess=True` it takes `text`,
+            generates up to the `sequence_length` of the preprocessor, and
+            returns `text` as well. The adapter must be one that can be merged.
+            Defaults to `False`.
+        stop_token_ids: As in `CausalLM.generate`, with `generate`. Defaults to
+            `"auto"`, the end tokens of the model's preprocessor.
         preprocess: Bool, whether to include the preprocessor of a KerasHub
             task in the graph, which then takes strings, `text`. The server
             needs the operations of tensorflow-text. Defaults to `False`.
@@ -99,7 +134,8 @@ def export(
         The report, a dict; also in `path/VERSION/geolora_report.json`. It
         has the keys `path`, `version`, `model`, `backend`, `versions`,
         `form` (`"merged"`, `"beside the kernels"` for several adapters and for
-        quantized kernels, or `"none"` without adapters), `bytes`,
+        quantized kernels, `"by row"` with `route`, or `"none"` without
+        adapters), `bytes`,
         `signatures` (by name: `adapter`, `inputs`, `outputs`, `operations`,
         `milliseconds`, `max_difference`, `allowed_difference`), `base`
         (`operations`, `bytes`, `milliseconds`) and `same_operations`.
@@ -137,9 +173,13 @@ def export(
     check_layers(layers_with_adapters(model).values(), "Nothing was exported.")
     path = pathlib.Path(path)
     check_version(path, version)
-    names = chosen_adapters(model, adapters)
+    names = chosen_adapters(
+        model, "all" if route and not adapters else adapters
+    )
     signature = Signature.of(model, input_signature)
     check_strings(model, signature)
+    check_route(model, signature, names, route, capacity, max_rank)
+    check_generate(model, names, generate, stop_token_ids)
     text = preprocess or needs_tokens(samples, signature)
     if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
@@ -163,11 +203,20 @@ def export(
         folder = pathlib.Path(folder)
         progress = print if verbose else lambda line: None
         progress(f"Exporting '{model.name}' to {path}")
-        save_samples(model, folder, signature, samples, preprocess, names)
+        save_samples(
+            model, folder, signature, samples, preprocess, names, route
+        )
+        if generate:
+            generation = described_generation(model, stop_token_ids)
+            save_generated(model, folder, signature, generation)
         model.save(folder / "model.keras")
         job = {
             "adapters": names,
+            "route": {"capacity": capacity, "max_rank": max_rank}
+            if route
+            else None,
             "baseline": bool(baseline and layers_with_adapters(model)),
+            "generate": generation if generate else None,
             "preprocess": preprocess,
             "signature": vars(signature),
             "tolerance": tolerance,
@@ -223,7 +272,30 @@ def chosen_adapters(model, adapters):
     return list(names)
 
 
-def save_samples(model, folder, signature, samples, preprocess, names):
+def check_route(model, signature, names, route, capacity, max_rank):
+    """Refuses what does not fit rows with an adapter each."""
+    if not route:
+        if capacity is not None or max_rank is not None:
+            raise ValueError(
+                "`capacity` and `max_rank` make places for adapters that come "
+                "later, which only an export with `route=True` has. Received: "
+                f"route={route!r}, capacity={capacity!r}, "
+                f"max_rank={max_rank!r}"
+            )
+        return
+    if ADAPTER in [x["name"] for x in signature.specs]:
+        raise ValueError(
+            f"With `route=True` an input '{ADAPTER}' is added, so no input of "
+            f"the model may have this name. Received: model '{model.name}' "
+            f"with inputs {[x['name'] for x in signature.specs]}"
+        )
+    # Raises now what would be raised in the process that writes.
+    plan_route(model, names, capacity, max_rank)
+
+
+def save_samples(
+    model, folder, signature, samples, preprocess, names, route=False
+):
     """Writes samples and the model's outputs for them, with every adapter."""
     if samples is not None:
         batches = [samples]
@@ -255,6 +327,9 @@ def save_samples(model, folder, signature, samples, preprocess, names):
             for name in names:
                 activate_geolora(model, name)
                 ask(name)
+    if route:
+        with geolora_disabled(model):
+            ask(BASE_ANSWERS)
     np.savez(folder / "samples.npz", **arrays)
 
 
@@ -391,6 +466,14 @@ def finished_report(model, folder):
 def check_parity(report):
     """Refuses a SavedModel whose outputs are not those of the model."""
     for name, found in report["signatures"].items():
+        if found.get("different_tokens"):
+            raise ExportError(
+                "The SavedModel generates other tokens than the model, so it "
+                "was deleted. Received: "
+                f"{found['different_tokens']} different tokens for the samples"
+            )
+        if "max_difference" not in found:
+            continue
         far, allowed = found["max_difference"], found["allowed_difference"]
         if not far <= allowed:
             how = f"{far:.2g}" if math.isfinite(far) else "inf (not finite)"
