@@ -34,6 +34,7 @@ from keras_geolora.model.checks import (
 )
 from keras_geolora.model.compiled_functions import after_a_change, forget_traces
 from keras_geolora.model.compiled_state import drop_unfit, fits
+from keras_geolora.model.generation import generation_of
 from keras_geolora.model.parts import adapted_parts, backbone_of, plain_class_of
 from keras_geolora.optimizer.geolora import (
     find_geolora,
@@ -428,6 +429,7 @@ def adapted_model_class(plain_class):
     for refused in (save_to_preset, export_to_transformers):
         if hasattr(plain_class, refused.__name__):  # of KerasHub
             members[refused.__name__] = refused
+    members |= generation_of(plain_class)
     if hasattr(plain_class, "backbone_cls"):
         # KerasHub's `from_preset` finds subclasses by their backbone.
         members["backbone_cls"] = None
@@ -630,6 +632,7 @@ def make_plain(part, adaptation):
         become_plain(model)
         if hasattr(model, "geolora_owner"):
             del model.geolora_owner
+        vars(model).pop("geolora_at_rest", None)
     if hasattr(part, "geolora_adaptation"):
         del part.geolora_adaptation
     forget_traces(part)
