@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
+from keras_geolora.model.forgotten import restore_input_quantizers
 from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.switching import activate_geolora, geolora_adapters
 from keras_geolora.serving.signature import Signature, named_outputs, tokenized
@@ -38,6 +39,9 @@ BOOKKEEPING = {
     "StatefulPartitionedCall",
 }
 DEFAULT = "serving_default"
+# As far as that, times what rounding moves them by, outputs may differ: it is
+# the largest of a few.
+ROUNDING = 2.0
 # The most seconds that measuring one latency may take.
 PATIENCE = 2.0
 
@@ -120,6 +124,8 @@ def loaded(folder):
         model = keras.saving.load_model(
             folder / "model.keras", compile=False, safe_mode=False
         )
+    job = json.loads((folder / "job.json").read_text())
+    restore_input_quantizers(model, job["input_quantizers"])
     yield model
     gc.collect()
 
@@ -253,6 +259,7 @@ class Samples:
 
     def __init__(self, folder, job):
         self.tolerance = job["tolerance"]
+        self.rounding = job["rounding"]
         self.arrays = collections.defaultdict(dict)
         with np.load(folder / "samples.npz") as file:
             for key in file.files:
@@ -269,7 +276,8 @@ class Samples:
 
     def difference(self, function, signature):
         """Returns the largest difference of outputs, and the allowed one."""
-        largest, allowed = 0.0, 0.0
+        rounding = self.rounding.get(signature, 0.0)
+        largest, allowed = 0.0, ROUNDING * rounding
         for i, inputs in enumerate(self.inputs()):
             outputs = function(**inputs)
             for name, expected in self.arrays[signature, i].items():
@@ -285,7 +293,11 @@ class Samples:
                 size = float(np.abs(expected).max(initial=0.0))
                 largest = max(largest, far)
                 allowed = max(allowed, self.tolerance * max(size, 1.0))
-        return {"max_difference": largest, "allowed_difference": allowed}
+        return {
+            "max_difference": largest,
+            "allowed_difference": allowed,
+            "rounding": rounding,
+        }
 
 
 def latencies(functions, samples):
