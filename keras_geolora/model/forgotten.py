@@ -29,7 +29,8 @@ def forgotten_arguments(part):
         Dict from name to value.
     """
     config, found = part.get_config(), {}
-    for name, parameter in inspect.signature(type(part)).parameters.items():
+    parameters = inspect.signature(type(part).__init__).parameters
+    for name, parameter in parameters.items():
         default = parameter.default
         value = getattr(part, name, default)
         if name in config or default is inspect.Parameter.empty:
