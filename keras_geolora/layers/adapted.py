@@ -36,10 +36,12 @@ from keras_geolora.layers.in_place import (
     set_aside,
 )
 from keras_geolora.layers.options import AdapterOptions
+from keras_geolora.layers.prepared import prepared_product_of
 from keras_geolora.layers.products import (
     is_sparse,
     may_train,
     merging_pays,
+    one_product_pays,
 )
 
 # The name of an adapter unless the user chooses one.
@@ -509,6 +511,17 @@ class AdaptedLayer:
         """The `KernelView` of this layer."""
         return self.view_of(self)
 
+    def prepare(self, at_rest):
+        """Returns a function from inputs to product, for many calls.
+
+        It has the weights of now, and no training. `None` if nothing can be
+        prepared.
+
+        Args:
+            at_rest: Bool, whether `P` and `Q` are known to be zero.
+        """
+        return None
+
     def _updates(self):
         """Returns what merging adds to each of the kernels."""
         return [self.delta()]
@@ -565,8 +578,15 @@ class AdaptedProduct(AdaptedLayer):
         """Computes the layer with one of the products below."""
         if self._acting_adapter is None:
             return super().call(inputs)
+        prepared = prepared_product_of(self)
+        if prepared is not None:
+            return self._finished(prepared(inputs))
         with reading_itself(self):
             x = product(inputs)
+        return self._finished(x)
+
+    def _finished(self, x):
+        """Adds the bias to a product, and applies the activation."""
         if self.bias is not None:
             x = ops.add(x, self._shaped_bias())
         if self.activation is not None:
@@ -575,8 +595,8 @@ class AdaptedProduct(AdaptedLayer):
 
     def _choose_product(self, inputs, training):
         """Returns the fastest product of linear layers."""
-        if self._acting_adapter is None:
-            return None
+        if self._acting_adapter is None or prepared_product_of(self):
+            return None  # and the call knows what to do
         if self._stays_apart:
             return self._product_apart
         # When torch recomputes a call for the backward pass, it omits
@@ -615,6 +635,22 @@ class AdaptedProduct(AdaptedLayer):
     def _merged_product(self, inputs):
         raise NotImplementedError
 
+    def prepare(self, at_rest):
+        if self._acting_adapter is None or self.quantization_mode is not None:
+            return None
+        (kernel,) = self.kernels()
+        A, B = self.adapter.thin_factors(at_rest)
+        if one_product_pays() and not self._stays_apart:
+            total = self.kernel_view.to_kernel(A @ B)
+            total += kernel.value  # in place, where tensors can be changed
+            return lambda inputs: self._kernel_product(inputs, total)
+
+        def product(inputs):
+            x = self._kernel_product(inputs, kernel)
+            return ops.add(x, self._thin_product(inputs, A, B))
+
+        return product
+
     def quantized_call(self, inputs, training=None):
         if self._acting_adapter is None:
             return super().quantized_call(inputs, training=training)
@@ -627,6 +663,10 @@ class AdaptedProduct(AdaptedLayer):
         raise NotImplementedError
 
     def _update_product(self, inputs):
+        raise NotImplementedError
+
+    def _thin_product(self, inputs, A, B):
+        """Returns the product of inputs with the update `A @ B`."""
         raise NotImplementedError
 
     def _rows_to_inputs(self, rows):

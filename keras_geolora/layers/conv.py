@@ -47,6 +47,9 @@ class AdaptedConv(AdaptedProduct):
         product = self._product_apart if apart else self._product_with_sum
         return self._adapted_call(inputs, product)
 
+    def prepare(self, at_rest):
+        return None  # it multiplies many rows in every call
+
     def _kernel_product(self, inputs, kernel):
         return self.convolution_op(inputs, kernel)
 

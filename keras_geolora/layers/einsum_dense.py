@@ -71,6 +71,12 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         y = self.adapter.merged_call(rows, kernel)
         return einsum.rows_to_outputs(y, view)
 
+    def _thin_product(self, inputs, A, B):
+        einsum, view = einsum_of(self.equation), self.kernel_view
+        rows = einsum.inputs_to_rows(ops.cast(inputs, A.dtype), view)
+        y = ops.matmul(ops.matmul(rows, A), B)
+        return einsum.rows_to_outputs(y, view)
+
     def _update_product(self, inputs):
         einsum, view = einsum_of(self.equation), self.kernel_view
         # The adapter would read integers as row numbers.

@@ -15,10 +15,16 @@ import threading
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.tree import inside, layers_with_adapters
 from keras_geolora.model.checks import check_model, check_not_suspended
+from keras_geolora.model.forgotten import (
+    check_tokenizer,
+    complete_configs,
+    input_quantizers,
+)
 from keras_geolora.model.parts import adaptations_of
 from keras_geolora.model.switching import (
     activate_geolora,
@@ -47,6 +53,8 @@ REPORT = "geolora_report.json"
 # The allowed difference of outputs, relative to the largest of them.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
 LOW_PRECISION = 2e-2
+# Some roundings of float32, as two orders of the same operations differ by.
+SHAKE = 1e-6
 # Packages that are installed wherever this one is.
 AT_HOME = {"keras", "keras_hub", "keras_geolora", "builtins"}
 
@@ -122,7 +130,11 @@ def export(
             model without a graph. Defaults to `None`.
         tolerance: Float, the allowed difference of outputs, relative to the
             largest output (or to 1 if that is larger). Defaults to 1e-4, and
-            to 0.02 for models that compute in less than float32.
+            to 0.02 for models that compute in less than float32. Quantized
+            layers that round their inputs, as those of int8 do, turn the last
+            bit of a number into a step of the rounding, so by default outputs
+            may also differ by twice as much as they move if all weights change
+            by 1e-6.
         baseline: Bool, whether to export the model without adapters as well,
             to compare operations, size and latency. It is deleted afterwards.
             Defaults to `True`.
@@ -137,7 +149,8 @@ def export(
         quantized kernels, `"by row"` with `route`, or `"none"` without
         adapters), `bytes`,
         `signatures` (by name: `adapter`, `inputs`, `outputs`, `operations`,
-        `milliseconds`, `max_difference`, `allowed_difference`), `base`
+        `milliseconds`, `max_difference`, `allowed_difference`, and
+        `rounding`, how far outputs move as under `tolerance`, or 0), `base`
         (`operations`, `bytes`, `milliseconds`) and `same_operations`.
 
     Raises:
@@ -194,6 +207,7 @@ def export(
             "Run: `python -m pip install tensorflow`. Received: TensorFlow is "
             "not installed"
         )
+    rounds = tolerance is None and rounds_inputs(model)
     if tolerance is None:
         tolerance = TOLERANCES.get(model.compute_dtype, LOW_PRECISION)
     path.mkdir(parents=True, exist_ok=True)
@@ -203,13 +217,13 @@ def export(
         folder = pathlib.Path(folder)
         progress = print if verbose else lambda line: None
         progress(f"Exporting '{model.name}' to {path}")
-        save_samples(
-            model, folder, signature, samples, preprocess, names, route
+        rounding = save_samples(
+            model, folder, signature, samples, preprocess, names, route, rounds
         )
         if generate:
             generation = described_generation(model, stop_token_ids)
             save_generated(model, folder, signature, generation)
-        model.save(folder / "model.keras")
+        save_whole(model, folder / "model.keras")
         job = {
             "adapters": names,
             "route": {"capacity": capacity, "max_rank": max_rank}
@@ -220,9 +234,11 @@ def export(
             "preprocess": preprocess,
             "signature": vars(signature),
             "tolerance": tolerance,
+            "rounding": rounding,
             "floatx": keras.config.floatx(),
             "image_data_format": keras.config.image_data_format(),
             "modules": custom_modules(model),
+            "input_quantizers": input_quantizers(model),
         }
         (folder / "job.json").write_text(json.dumps(job))
         if keras.backend.backend() == "tensorflow":
@@ -294,9 +310,21 @@ def check_route(model, signature, names, route, capacity, max_rank):
 
 
 def save_samples(
-    model, folder, signature, samples, preprocess, names, route=False
+    model,
+    folder,
+    signature,
+    samples,
+    preprocess,
+    names,
+    route=False,
+    rounds=False,
 ):
-    """Writes samples and the model's outputs for them, with every adapter."""
+    """Writes samples and the model's outputs for them, with every adapter.
+
+    Returns:
+        Dict from the name of a signature to the distance by which the outputs
+        of a model that rounds move, if its weights hardly do; empty otherwise.
+    """
     if samples is not None:
         batches = [samples]
     elif preprocess:
@@ -304,7 +332,7 @@ def save_samples(
     else:
         backbone = getattr(model, "backbone", model)
         batches = signature.draw(getattr(backbone, "vocabulary_size", None))
-    arrays, asked = {}, []
+    arrays, asked, moved = {}, [], {}
     for i, batch in enumerate(batches):
         text = batch
         if preprocess or needs_tokens(batch, signature):
@@ -320,6 +348,9 @@ def save_samples(
         for i, batch in enumerate(asked):
             found = answers(model, signature, batch)
             arrays.update((f"{name}/{i}/{n}", x) for n, x in found.items())
+            if rounds:
+                far = distance_when_shaken(model, signature, batch, found)
+                moved[name] = max(moved.get(name, 0.0), far)
 
     ask("serving_default")
     if names:
@@ -331,6 +362,17 @@ def save_samples(
         with geolora_disabled(model):
             ask(BASE_ANSWERS)
     np.savez(folder / "samples.npz", **arrays)
+    return moved
+
+
+def save_whole(model, path):
+    """Saves a model, with what the configurations of KerasHub forget."""
+    if layers_with_adapters(model):
+        model.save(path)  # and knows what they forget
+        return
+    check_tokenizer(model)
+    with complete_configs(model):
+        model.save(path)
 
 
 def check_strings(model, signature):
@@ -343,6 +385,39 @@ def check_strings(model, signature):
             f"`KERAS_BACKEND=tensorflow`. Received: model '{model.name}', "
             f"which takes strings, on {keras.backend.backend()}"
         )
+
+
+def rounds_inputs(model):
+    """Returns whether a layer rounds its inputs, as quantized ones do."""
+    return any(getattr(x, "inputs_quantizer", None) for x in inside(model))
+
+
+def distance_when_shaken(model, signature, batch, outputs, times=4):
+    """Returns how far outputs move if all weights change by `SHAKE`.
+
+    Args:
+        model: `keras.Model`.
+        signature: Its `Signature`.
+        batch: Dict of inputs.
+        outputs: Dict of arrays, its outputs for them.
+        times: Int, how often to try. Defaults to 4.
+    """
+    rng, far = np.random.default_rng(0), 0.0
+    for _ in range(times):
+        values = [
+            (
+                v,
+                v.value
+                * ops.cast(1 + SHAKE * rng.normal(size=v.shape), v.dtype),
+            )
+            for v in model.variables
+            if keras.backend.is_float_dtype(v.dtype)
+        ]
+        with keras.StatelessScope(state_mapping=values):
+            found = answers(model, signature, batch)
+        for name, array in outputs.items():
+            far = max(far, float(np.abs(found[name] - array).max(initial=0)))
+    return far
 
 
 def needs_tokens(samples, signature):
@@ -539,4 +614,10 @@ def table(report):
             f"{name:{width}}  {far:>10}  {allowed:>8}  "
             f"{sum(row['operations'].values()):>10}  {products:>7}  "
             f"{row['milliseconds']:>6.1f} ms"
+        )
+    far = max(row["rounding"] for row in report["signatures"].values())
+    if far:
+        yield (
+            "Quantized layers round their inputs: weights that change by "
+            f"{SHAKE:.0e} move the outputs by {far:.1e}. Twice that is allowed."
         )

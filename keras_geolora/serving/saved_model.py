@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
+from keras_geolora.model.forgotten import restore_input_quantizers
 from keras_geolora.model.switching import geolora_adapters
 from keras_geolora.serving.bundle import split_off_adapters
 from keras_geolora.serving.endpoint import (
@@ -46,6 +47,9 @@ BOOKKEEPING = {
     "StatefulPartitionedCall",
 }
 DEFAULT = "serving_default"
+# As far as that, times what rounding moves them by, outputs may differ: it is
+# the largest of a few.
+ROUNDING = 2.0
 # The most seconds that measuring one latency may take.
 PATIENCE = 2.0
 
@@ -176,6 +180,8 @@ def loaded(folder):
         model = keras.saving.load_model(
             folder / "model.keras", compile=False, safe_mode=False
         )
+    job = json.loads((folder / "job.json").read_text())
+    restore_input_quantizers(model, job["input_quantizers"])
     yield model
     gc.collect()
 
@@ -255,6 +261,10 @@ class Samples:
 
     def __init__(self, folder, job):
         self.tolerance = job["tolerance"]
+        self.rounding = job["rounding"]
+        if job["route"]:  # a row may have any adapter
+            far = max(self.rounding.values(), default=0.0)
+            self.rounding = {DEFAULT: far}
         self.arrays = collections.defaultdict(dict)
         with np.load(folder / "samples.npz") as file:
             for key in file.files:
@@ -306,7 +316,7 @@ class Samples:
         """Returns what a report tells of the outputs of a signature."""
         if name == GENERATE:
             return self.different_tokens(function, pairs)
-        return self.difference(function, pairs)
+        return self.difference(function, pairs, self.rounding.get(name, 0.0))
 
     def different_tokens(self, function, pairs):
         """Returns how many generated tokens differ, if they are compared.
@@ -325,14 +335,15 @@ class Samples:
                 different += int(np.count_nonzero(far))
         return {"different_tokens": different}
 
-    def difference(self, function, pairs):
+    def difference(self, function, pairs, rounding):
         """Returns the largest difference of outputs, and the allowed one.
 
         Args:
             function: A signature of a SavedModel.
             pairs: List of pairs of inputs and expected outputs.
+            rounding: Float, how far outputs move by rounding.
         """
-        largest, allowed = 0.0, 0.0
+        largest, allowed = 0.0, ROUNDING * rounding
         for inputs, outputs_of_model in pairs:
             outputs = function(**inputs)
             for name, expected in outputs_of_model.items():
@@ -348,7 +359,11 @@ class Samples:
                 size = float(np.abs(expected).max(initial=0.0))
                 largest = max(largest, far)
                 allowed = max(allowed, self.tolerance * max(size, 1.0))
-        return {"max_difference": largest, "allowed_difference": allowed}
+        return {
+            "max_difference": largest,
+            "allowed_difference": allowed,
+            "rounding": rounding,
+        }
 
 
 def latencies(questions):
