@@ -4,8 +4,8 @@ import keras
 
 from keras_geolora.files.adapter_format import some
 from keras_geolora.files.base_weights import HEAD, fingerprint, keyed_variables
+from keras_geolora.layers.raw_weights import with_raw_weights
 from keras_geolora.layers.registry import kernel_shape
-from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.parts import backbone_of
 
 
@@ -26,7 +26,7 @@ class Fit:
         self.plan = description["adapter"]
         self.tensors = tensors
         self.differences = []
-        self.paths = stable_paths(backbone_of(model))
+        self.paths = with_raw_weights(backbone_of(model))
         self.existing = None
         adaptation = getattr(model, "geolora_adaptation", None)
         if adaptation is not None:

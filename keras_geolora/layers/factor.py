@@ -1,6 +1,8 @@
 """The variables of an adapter: how they are known, and whether they fit."""
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_geolora.geometry.integrator import Block
 from keras_geolora.geometry.manifold import (
@@ -68,12 +70,47 @@ def factors_of(layers, name=None):
         layers: Iterable of adapted layers.
         name: String, the one adapter to look at. Defaults to all.
     """
+    found = {}
+    for layer in layers:
+        for key, adapter in layer.adapters_by_name().items():
+            if name in (None, key):
+                found.update(by_matrix(name_of(adapter.U), adapter.factors))
+    return found
+
+
+def matrices(factors, count):
+    """Returns the factors of each matrix, as a list of `Block`s.
+
+    Args:
+        factors: List of arrays, those of a bank or of one matrix.
+        count: Int, the number of matrices, or `None` for an ordinary adapter.
+    """
+    if count is None:
+        return [Block(*factors)]
+    return [Block(*(x[i] for x in factors)) for i in range(count)]
+
+
+def by_matrix(name, factors):
+    """Returns a dict from name to factors, with an entry for each matrix.
+
+    Args:
+        name: String, the name of an adapter.
+        factors: List of its factors, variables or arrays.
+    """
+    if len(factors[0].shape) == 2:
+        return {name: factors}
+    arrays = [ops.convert_to_numpy(x) for x in factors]
     return {
-        name_of(adapter.U): adapter.factors
-        for layer in layers
-        for key, adapter in layer.adapters_by_name().items()
-        if name in (None, key)
+        f"{name}[{i}]": [x[i] for x in arrays] for i in range(len(arrays[0]))
     }
+
+
+def fit_together(*factors):
+    """Returns whether arrays have the shapes of factors."""
+    if np.ndim(factors[0]) != 3:
+        return have_shapes(*factors)
+    counts = {len(x) if np.ndim(x) == 3 else None for x in factors}
+    return len(counts) == 1 and have_shapes(*(x[0] for x in factors))
 
 
 def check_layers(layers, not_done, name=None):
@@ -99,9 +136,8 @@ def check_values(variables, values):
         factor = factor_of(variable)
         if factor is not None:
             factors.setdefault(name_of(variable), {})[factor.role] = value
-    whole = {
-        name: tuple(x[role] for role in ROLES)
-        for name, x in factors.items()
-        if set(x) == set(ROLES) and have_shapes(*(x[role] for role in ROLES))
-    }
+    whole = {}
+    for name, x in factors.items():
+        if set(x) == set(ROLES) and fit_together(*(x[r] for r in ROLES)):
+            whole.update(by_matrix(name, [x[role] for role in ROLES]))
     check_factors(whole, f"Nothing was changed. {AVERAGE}")

@@ -178,7 +178,7 @@ class Adaptation:
                 "then `model.enable_geolora()`. Received: model "
                 f"'{self.model_name}' with new layers {names}"
             )
-        left = {id(layer) for layer in inside(self.scope)}
+        left = {id(layer) for layer in stable_paths(self.scope).values()}
         layers = self.adapters[self.active].layers.values()
         if not any(id(layer) in left for layer in layers):
             raise ValueError(

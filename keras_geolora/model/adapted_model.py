@@ -19,10 +19,12 @@ from keras_geolora.keras_internals import (
 from keras_geolora.layers.factor import check_layers, check_values, factor_of
 from keras_geolora.layers.in_place import become_adapted, become_plain
 from keras_geolora.layers.options import AdapterOptions
+from keras_geolora.layers.raw_weights import with_raw_weights
 from keras_geolora.layers.registry import adapted_class
 from keras_geolora.layers.tree import (
     inside,
     layers_with_adapters,
+    owners_of_weights,
     stable_paths,
 )
 from keras_geolora.model.adaptation import Adaptation
@@ -550,9 +552,10 @@ def adapt_by_plan(model, plan):
             f"layers their input shapes. Received: model '{model.name}', "
             "which is not built"
         )
-    paths = {"": backbone_of(model), **stable_paths(backbone_of(model))}
-    for path, layer in paths.items():
+    scope = backbone_of(model)
+    for path, layer in {"": scope, **stable_paths(scope)}.items():
         layer.trainable = path not in plan["frozen"]
+    paths = with_raw_weights(scope)
     for adapter in plan["adapters"]:
         options = adapter["layers"]
         named = [*options, *adapter["modules_to_save"]]
@@ -602,7 +605,11 @@ def as_plain(model):
     """Gives a model and its layers their former classes for a block."""
     scope = model.geolora_adaptation.scope
     parts = [model] if scope is model else [model, scope]
-    adapted = [*layers_with_adapters(model).values(), *parts]
+    adapted = [
+        *layers_with_adapters(model).values(),
+        *owners_of_weights(model),
+        *parts,
+    ]
     classes = [type(layer) for layer in adapted]
     for layer in adapted:
         become_plain(layer)
