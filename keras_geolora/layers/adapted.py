@@ -349,9 +349,7 @@ class AdaptedLayer:
         with name_scopes_of(self):
             new = self._new_adapter(name, dataclasses.asdict(options))
         U, S, V = old.trimmed()
-        new.assign_factors(
-            U[..., :rank], S[..., :rank, :rank], V[..., :rank]
-        )
+        new.assign_factors(U[..., :rank], S[..., :rank, :rank], V[..., :rank])
         random_states = zip(
             new.dropout.variables, old.dropout.variables, strict=True
         )

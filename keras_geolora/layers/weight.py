@@ -145,10 +145,11 @@ class AdaptedWeight(AdaptedLayer, keras.layers.Layer):
         It is rounded only once, to the dtype of the weight.
         """
         with reading_itself(self):
-            kernel = ops.convert_to_tensor(self.variable)
-        wide = keras.backend.result_type(kernel.dtype, "float32")
+            kernel = self.variable.value
+        dtype = keras.backend.standardize_dtype(kernel.dtype)
+        wide = "float64" if dtype == "float64" else "float32"
         update = ops.cast(self.delta(), wide)
-        return ops.cast(ops.add(ops.cast(kernel, wide), update), kernel.dtype)
+        return ops.cast(ops.add(ops.cast(kernel, wide), update), dtype)
 
     def shown(self):
         """Returns what the owner, or another layer, reads in a call.

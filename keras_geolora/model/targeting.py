@@ -57,7 +57,9 @@ def matches(pattern, path, layer):
     if isinstance(pattern, type) and issubclass(pattern, keras.layers.Layer):
         return isinstance(layer, pattern)
     if callable(pattern):
-        return bool(pattern(path, layer.variable if is_weight(layer) else layer))
+        return bool(
+            pattern(path, layer.variable if is_weight(layer) else layer)
+        )
     raise TypeError(
         "A layer pattern must be a layer's name, its path, a regular "
         "expression for the path, a layer class, a callable `(path, layer) -> "
