@@ -423,7 +423,7 @@ class LowRankAdapter(keras.layers.Layer):
 
     @property
     def ranks(self):
-        """Array `(count,)`, the rank of every matrix; `(1,)` if there is one."""
+        """Array `(count,)`, the rank of every matrix; of one matrix `(1,)`."""
         basis = np.array(ops.convert_to_numpy(self.U))
         basis = basis.reshape(-1, self.input_dim, self.max_rank)
         return (basis != 0).any(axis=1).sum(axis=1)

@@ -71,8 +71,9 @@ def models_of(model):
 def stable_paths(layer):
     """Returns a dict from path to layer of all layers inside a layer.
 
-    Adapted weights are among them. The paths are those of `walk`, but the same for every instance of a model:
-    automatic names, such as `dense_7`, are numbered anew inside each layer.
+    Adapted weights are among them. The paths are those of `walk`, but the same
+    for every instance of a model: automatic names, such as `dense_7`, are
+    numbered anew inside each layer.
     """
     return dict(places(layer, name_of=stable_name))
 

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import types
 
 import keras
 from keras import ops
@@ -39,7 +40,9 @@ from keras_geolora.layers.kernel_view import KernelView
 
 # Sums of weights and updates in the running calls of this thread, by the ids of
 # variables.
-SUMS = contextvars.ContextVar("keras_geolora_sums", default={})
+SUMS = contextvars.ContextVar(
+    "keras_geolora_sums", default=types.MappingProxyType({})
+)
 
 
 @dataclasses.dataclass(frozen=True)
