@@ -107,6 +107,15 @@ def on_all_replicas(flags):
     return ops.equal(total, number)
 
 
+def on_any_replica(flags):
+    """Returns whether flags hold on some replica.
+
+    Args:
+        flags: Bool array.
+    """
+    return ops.logical_not(on_all_replicas(ops.logical_not(flags)))
+
+
 def decides_alone():
     """Returns whether a replica may sum over all inside its own condition."""
     if not on_tensorflow():

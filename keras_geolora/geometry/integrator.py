@@ -140,8 +140,8 @@ def advance(block, change, moving, max_change=None, longest=None):
 
     Args:
         block: `Block` before the step.
-        change: `Unknowns`, the change by the inner step, zero in columns that
-            are not in use.
+        change: `Unknowns`, the change by the inner step. Columns that are not
+            in use stay zero.
         moving: Bool array `(...)`, false where nothing shall move.
         max_change: Array `(...)` or `None`, the bound on the Frobenius norm of
             a step. If the longest step so far, this one included, exceeds it
@@ -157,28 +157,41 @@ def advance(block, change, moving, max_change=None, longest=None):
         nothing shall move, the block and `longest` are as before.
     """
     U, S, V, P, Q = block
-    step = outside(U, change.K), change.S, outside(V, change.L)
+    active = active_columns(U)
+    in_use = ops.cast(active, S.dtype)
+    inside_K, inside_L = (
+        ops.matmul(T(basis), x) for basis, x in ((U, change.K), (V, change.L))
+    )
+    scale = in_use
     if max_change is None:
-        finite = all_finite(step)
+        finite = all_finite(change)
+        moving = ops.logical_and(moving, finite)
     else:
-        squares = sum(ops.sum(ops.square(x), axis=(-2, -1)) for x in step)
+        squares = [column_squares(x) for x in (change.K, change.L)]
+        squares += [-column_squares(x) for x in (inside_K, inside_L)]
+        squares += [column_squares(in_use[..., None] * change.S)]
+        squares = ops.sum(in_use * sum(squares), axis=-1)
         finite = ops.isfinite(squares)
-    moving = ops.logical_and(moving, finite)
-    if max_change is not None:
-        rank = count(active_columns(U))[..., 0]
-        root = ops.sqrt(ops.cast(rank, S.dtype))
+        moving = ops.logical_and(moving, finite)
+        # Rounding may make the norm of a step within the bases negative.
+        squares = ops.maximum(squares, 0.0)
+        root = ops.sqrt(ops.sum(in_use, axis=-1))
         length = divide(ops.sqrt(squares), root)
         longest = ops.where(moving, ops.maximum(longest, length), longest)
-        scale = step_scale(max_change, longest, root)[..., None, None]
-        step = [scale * x for x in step]
-    after = [x + y for x, y in zip((P, S, Q), step, strict=True)]
+        scale = step_scale(max_change, longest, root)[..., None] * in_use
+    scale = scale[..., None, :]
+    after = [
+        P + scale * change.K - ops.matmul(U, scale * inside_K),
+        S + scale * (in_use[..., None] * change.S),
+        Q + scale * change.L - ops.matmul(V, scale * inside_L),
+    ]
     P, S, Q = choose(moving, after, (P, S, Q))
     return Block(U, S, V, P, Q), longest, finite
 
 
-def outside(basis, X):
-    """Returns the part of `X` that is orthogonal to a basis."""
-    return X - ops.matmul(basis, ops.matmul(T(basis), X))
+def column_squares(X):
+    """Returns the sums of squares of columns, `(..., r)`."""
+    return ops.sum(ops.square(X), axis=-2)
 
 
 def all_finite(arrays):

@@ -130,6 +130,8 @@ class LowRankAdapter(keras.layers.Layer):
         Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
     """
 
+    # The number of matrices that the factors hold, if there are several.
+    count = None
     # The error about the factors of the last file, if any.
     _refused = None
 

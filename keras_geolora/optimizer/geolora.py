@@ -257,9 +257,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         group.discarded = self._add_numbers(group, f"{name}_discarded_share")
 
     def _add_numbers(self, group, name):
-        """Adds a variable with a zero for each adapter of a group."""
+        """Adds a variable with a zero for each matrix of a group."""
         return self.add_variable(
-            shape=(len(group.adapters),), dtype="float32", name=name
+            shape=(group.size,), dtype="float32", name=name
         )
 
     def _add_max_change(self, group, name):
@@ -275,12 +275,16 @@ class GeoLoRA(keras.optimizers.Optimizer):
 
         def bounds(shape, dtype=None):
             # The bound is on `scale * U S V.T`, but the step moves `U S V.T`.
-            norms = [a.kernel_norm() / abs(a.scale) for a in group.adapters]
+            norms = [
+                ops.convert_to_numpy(a.kernel_norm()) / abs(a.scale)
+                for a in group.adapters
+            ]
+            norms = np.concatenate([np.atleast_1d(norm) for norm in norms])
             norms = ops.convert_to_tensor(norms, dtype)
             return ops.where(norms > 0, ratio * norms, float("inf"))
 
         return self.add_variable(
-            shape=(len(group.adapters),),
+            shape=(group.size,),
             initializer=bounds,
             dtype="float32",
             name=name,
@@ -413,7 +417,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         gradients = {id(v): g for g, v in zip(grads, moved, strict=True)}
         steps = [GroupStep(g, gradients) for g in self._groups.content]
-        moving = [step for step in steps if step.moving.any()]
+        moving = [step for step in steps if step.takes_part.any()]
         pairs = [(gradients[id(v)], v) for v in plain_variables(moved)]
         for step in moving:
             pairs += step.lift(self.inner_optimizer)
@@ -448,7 +452,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         tolerance = ops.where(cutting, value_at(self.tolerance, updates), 0.0)
         earlier = None
         for number, turn in enumerate(turns):
-            if not any(step.moving.any() for step in turn):
+            if not any(step.takes_part.any() for step in turn):
                 continue
             due = updated
             if self.retraction_interval != 1:
@@ -543,10 +547,14 @@ class GeoLoRA(keras.optimizers.Optimizer):
 
         Returns:
             Float in [0, 1), the share of the Frobenius norm of the update,
-            or `None` if this optimizer does not train the adapter (yet).
+            or `None` if this optimizer does not train the adapter (yet). The
+            largest one of a bank.
         """
-        group, row = self._place_of(adapter)
-        return group and float(ops.convert_to_numpy(group.discarded)[row])
+        group = self._group_of(adapter)
+        if group is None:
+            return None
+        shares = ops.convert_to_numpy(group.discarded)[group.rows(adapter)]
+        return float(shares.max())
 
     def step_scale(self, adapter):
         """Returns the factor by which `max_update_ratio` scales steps.
@@ -556,21 +564,28 @@ class GeoLoRA(keras.optimizers.Optimizer):
 
         Returns:
             Float in (0, 1], 1 where the bound does not act, or `None` if this
-            optimizer does not train the adapter (yet).
+            optimizer does not train the adapter (yet). The smallest one of a
+            bank.
         """
-        group, row = self._place_of(adapter)
+        group = self._group_of(adapter)
         if group is None or group.max_change is None:
             return group and 1.0
-        bound, longest = group.max_change[row], group.longest[row]
-        scale = integrator.step_scale(bound, longest, adapter.rank**0.5)
-        return float(ops.convert_to_numpy(scale))
+        rows = group.rows(adapter)
+        basis = adapter.U.value if adapter.count else adapter.U.value[None]
+        rank = integrator.count(integrator.active_columns(basis))[..., 0]
+        scales = integrator.step_scale(
+            group.max_change.value[rows],
+            group.longest.value[rows],
+            ops.sqrt(ops.cast(rank, "float32")),
+        )
+        return float(ops.convert_to_numpy(ops.min(scales)))
 
-    def _place_of(self, adapter):
-        """Returns the group of an adapter and its row, or two `None`s."""
+    def _group_of(self, adapter):
+        """Returns the group of an adapter, or `None`."""
         for group in self._groups.content if self.built else ():
             if adapter in group.adapters:
-                return group, group.adapters.index(adapter)
-        return None, None
+                return group
+        return None
 
     def get_config(self):
         """Returns the configuration, including that of the inner optimizer.
@@ -827,9 +842,14 @@ def smallest(adapters, unit):
         adapters: List of adapters.
         unit: `"ranks"` or `"parameters"`.
     """
-    if unit == "ranks":
-        return sum(adapter.min_rank for adapter in adapters)
-    return sum(a.min_rank * a.parameters_per_rank for a in adapters)
+    per_rank = [
+        1 if unit == "ranks" else adapter.parameters_per_rank
+        for adapter in adapters
+    ]
+    return sum(
+        (adapter.count or 1) * adapter.min_rank * cost
+        for adapter, cost in zip(adapters, per_rank, strict=True)
+    )
 
 
 def check_update_ratio(ratio):

@@ -5,6 +5,10 @@ a group are the unknowns `K`, `S` and `L`: scratch, written before its step and
 read after it. If the optimizer treats every number independently, one variable
 holds the unknowns of all adapters, and its slots are stacked the same way, so
 that the number of operations does not grow with the number of layers.
+
+An adapter of a weight that holds many matrices, such as the kernels of experts,
+is a bank: its factors have one more axis, in front. A stack holds the matrices
+of all its adapters, one after the other, and each has a rank of its own.
 """
 
 import keras
@@ -15,7 +19,12 @@ from keras_geolora.distribution import tf_replicas
 from keras_geolora.distribution.layouts import layout_of, stacked_layout
 from keras_geolora.geometry import integrator
 from keras_geolora.geometry.budget import RankRequest
-from keras_geolora.geometry.integrator import Block, Unknowns, choose
+from keras_geolora.geometry.integrator import (
+    Block,
+    Unknowns,
+    choose,
+    holds_everywhere,
+)
 from keras_geolora.geometry.transport import transport
 from keras_geolora.keras_internals import decays, gradient_accumulators
 from keras_geolora.layers.factor import TRAINED_ROLES, factor_of
@@ -32,28 +41,42 @@ class Store:
 
     Args:
         variables: `Block` or `Unknowns` of lists of variables: one variable
-            for each adapter, or a single one with an axis over the adapters.
-        stacked: Bool, whether it is a single one.
+            for each adapter, or a single one with an axis over the matrices.
+        counts: Tuple with the number of matrices of each adapter, `None` for
+            one that is no bank, or `None` in place of the tuple for a single
+            variable.
     """
 
-    def __init__(self, variables, stacked=False):
+    def __init__(self, variables, counts):
         self.variables = variables
-        self.stacked = stacked
+        self.counts = counts
 
     @classmethod
     def joined(cls, stores):
         """Joins stores that have a variable for each adapter."""
         kind = type(stores[0].variables)
         by_role = zip(*(store.variables for store in stores), strict=True)
-        return cls(kind(*(sum(lists, []) for lists in by_role)))
+        variables = kind(*(sum(lists, []) for lists in by_role))
+        return cls(variables, sum((store.counts for store in stores), ()))
 
-    def read(self):
-        """Returns a `Block` or `Unknowns` of stacked arrays."""
+    @property
+    def stacked(self):
+        """Bool, whether a single variable holds all matrices."""
+        return self.counts is None
+
+    def read(self, to_overwrite=False):
+        """Returns a `Block` or `Unknowns` of stacked arrays.
+
+        Args:
+            to_overwrite: Bool, whether the variables are assigned to while the
+                arrays are still in use.
+        """
 
         def stack(variables):
-            if self.stacked:  # a copy: torch writes in place
-                return ops.copy(variables[0].value)
-            return ops.stack([v.value for v in variables])
+            if not self.stacked:
+                return stacked([v.value for v in variables], self.counts)
+            value = variables[0].value
+            return ops.copy(value) if to_overwrite else value  # torch: in place
 
         arrays = map(ops.stop_gradient, map(stack, self.variables))
         return type(self.variables)(*arrays)
@@ -72,9 +95,39 @@ class Store:
         for variables, array in zip(self.variables, arrays, strict=True):
             if array is None:
                 continue
-            values = [array] if self.stacked else ops.unstack(array)
+            values = [array]
+            if not self.stacked:
+                values = unstacked(array, self.counts)
             pairs += zip(values, variables, strict=True)
         return pairs
+
+
+def stacked(arrays, counts):
+    """Stacks the arrays of adapters, matrix by matrix.
+
+    Args:
+        arrays: List of arrays, with a leading axis where `counts` has a number.
+        counts: Tuple of ints and `None`s.
+    """
+    if not any(counts):
+        return ops.stack(arrays)
+    return ops.concatenate(
+        [
+            array[None] if count is None else array
+            for array, count in zip(arrays, counts, strict=True)
+        ]
+    )
+
+
+def unstacked(array, counts):
+    """Undoes `stacked`."""
+    if not any(counts):
+        return ops.unstack(array)
+    ends = np.cumsum([count or 1 for count in counts]).tolist()
+    return [
+        array[end - 1] if count is None else array[end - count : end]
+        for end, count in zip(ends, counts, strict=True)
+    ]
 
 
 class AdapterGroup:
@@ -83,27 +136,44 @@ class AdapterGroup:
     Attributes:
         adapters: Tuple of the adapters.
         places: Tuple of their positions among all adapters of the optimizer.
+        counts: Tuple with the number of matrices of each, `None` if no bank.
+        size: Int, the number of all their matrices.
         factors: `Store` of their `U`, `S`, `V`, `P` and `Q`.
         unknowns: `Store` of the variables of the inner optimizer.
         slots: List of pairs of a slot's kind and its `Store`.
         accumulators: List of at most one `Store`, the accumulated gradients.
-        max_change: Variable `(adapters,)`, the bounds on the steps, or `None`.
-        longest: Variable `(adapters,)`, the lengths of the longest steps that
+        max_change: Variable `(matrices,)`, the bounds on the steps, or `None`.
+        longest: Variable `(matrices,)`, the lengths of the longest steps that
             the inner optimizer has proposed so far, or `None` without bounds.
-        discarded: Variable `(adapters,)`, the shares of the norms that the
+        discarded: Variable `(matrices,)`, the shares of the norms that the
             last truncation discarded.
     """
 
     def __init__(self, adapters, places, factors, unknowns):
         self.adapters = adapters
         self.places = places
+        self.counts = tuple(adapter.count for adapter in adapters)
+        self.size = len(self.for_each(adapters))
         self.factors = factors
         self.unknowns = unknowns
         self.slots, self.accumulators = [], []
         self.max_change = self.longest = self.discarded = None
         # Arrays, because Keras is slow to search lists for variables.
-        self.min_rank = np.array([[a.min_rank] for a in adapters], "int32")
-        self.scale = np.array([[abs(a.scale)] for a in adapters], "float32")
+        min_rank = self.for_each([[a.min_rank] for a in adapters])
+        scale = self.for_each([[abs(a.scale)] for a in adapters])
+        self.min_rank = np.array(min_rank, "int32")
+        self.scale = np.array(scale, "float32")
+
+    def for_each(self, values):
+        """Repeats a value of each adapter for each of its matrices."""
+        return np.repeat(values, [count or 1 for count in self.counts], axis=0)
+
+    def rows(self, adapter):
+        """Returns the slice of stacked arrays that belongs to an adapter."""
+        place = self.adapters.index(adapter)
+        sizes = [count or 1 for count in self.counts]
+        start = sum(sizes[:place])
+        return slice(start, start + sizes[place])
 
     @classmethod
     def collect(cls, variables, inner_optimizer):
@@ -127,9 +197,12 @@ class AdapterGroup:
         groups = []
         for found in members.values():
             adapters, places, factors = zip(*found, strict=True)
-            factors = Block(*map(list, zip(*factors, strict=True)))
+            counts = tuple(adapter.count for adapter in adapters)
+            factors = Store(
+                Block(*map(list, zip(*factors, strict=True))), counts
+            )
             unknowns = create_unknowns(factors, stacked, len(groups))
-            groups.append(cls(adapters, places, Store(factors), unknowns))
+            groups.append(cls(adapters, places, factors, unknowns))
         return groups
 
     def find_slots(self, found, sums, rules, place):
@@ -148,7 +221,7 @@ class AdapterGroup:
                 [source[place[id(v)]] for v in unknowns]
                 for unknowns in self.unknowns.variables
             )
-            return Store(Unknowns(*variables), self.unknowns.stacked)
+            return Store(Unknowns(*variables), self.unknowns.counts)
 
         first = place[id(self.unknowns.variables.K[0])]
         self.slots = [
@@ -175,7 +248,7 @@ class AdapterGroup:
         return [v for variables in lists for v in variables] + [self.discarded]
 
     def numbers(self):
-        """Returns the variables `(adapters,)` that training changes."""
+        """Returns the variables `(matrices,)` that training changes."""
         found = [self.longest, self.discarded]
         return [variable for variable in found if variable is not None]
 
@@ -239,7 +312,7 @@ def create_unknowns(factors, stacked, number):
     """Creates the variables that the inner optimizer updates.
 
     Args:
-        factors: `Block` of lists of variables.
+        factors: `Store` of the factors.
         stacked: Bool, whether one variable holds all adapters.
         number: Int, distinguishes groups of one shape.
 
@@ -247,17 +320,18 @@ def create_unknowns(factors, stacked, number):
         `Store`. Variables that are not stacked have the paths of the factors,
         which some optimizers look at.
     """
-    factors = factors[:3]  # of the same shapes as the unknowns
+    like = factors.variables[:3]  # of the same shapes as the unknowns
     if not stacked:
-        return Store(Unknowns(*([alike(v) for v in vs] for vs in factors)))
+        variables = Unknowns(*([alike(v) for v in vs] for vs in like))
+        return Store(variables, factors.counts)
     with keras.name_scope(f"adapters_{number}"):
         variables = Unknowns(
             *(
-                [alike_stacked(vs, name)]
-                for name, vs in zip(Unknowns._fields, factors, strict=True)
+                [alike_stacked(vs, factors.counts, name)]
+                for name, vs in zip(Unknowns._fields, like, strict=True)
             )
         )
-    return Store(variables, stacked=True)
+    return Store(variables, counts=None)
 
 
 def alike(variable):
@@ -268,9 +342,10 @@ def alike(variable):
         return empty(variable.shape, variable.dtype, name, layout)
 
 
-def alike_stacked(variables, name):
+def alike_stacked(variables, counts, name):
     """Creates one variable for several of one shape, stacked."""
-    shape = len(variables), *variables[0].shape
+    size = sum(count or 1 for count in counts)
+    shape = size, *variables[0].shape[-2:]
     layout = stacked_layout([layout_of(v) for v in variables])
     return empty(shape, variables[0].dtype, name, layout)
 
@@ -297,10 +372,29 @@ class GroupStep:
 
     def __init__(self, group, gradients=None):
         self.group = group
-        self.moving = np.ones(len(group.adapters), bool)
+        self.takes_part = np.ones(group.size, bool)
+        self.moving = self.takes_part
         if gradients is not None:
-            self.moving = find_moving(group, gradients)
+            self.takes_part = group.for_each(find_moving(group, gradients))
             self.gradients = stack_gradients(group, gradients)
+            self.moving = self._find_moving()
+
+    def _find_moving(self):
+        """Says which matrices move: not those of experts without tokens."""
+        if not any(self.group.counts):
+            return self.takes_part
+        sums = [store.read() for store in self.group.accumulators]
+        visited = [
+            ops.any(ops.not_equal(x, 0), axis=(-2, -1))
+            for arrays in (self.gradients, *sums)
+            for x in arrays
+        ]
+        visited = tf_replicas.on_any_replica(ops.any(ops.stack(visited), 0))
+        in_bank = self.group.for_each(
+            [c is not None for c in self.group.counts]
+        )
+        visited = ops.logical_or(visited, np.logical_not(in_bank))
+        return ops.logical_and(visited, self.takes_part)
 
     def lift(self, inner_optimizer):
         """Writes the unknowns, for the inner optimizer to update.
@@ -322,8 +416,9 @@ class GroupStep:
         gradients = choose(self.finite, self.gradients, zeros)
         if has_factored_moments(inner_optimizer):
             gradients = self._fill_padding(gradients)
-        if not self.moving.all():
-            self.slots = [store.read() for _, store in group.slots]
+        self.slots = []
+        if not holds_everywhere(self.moving):
+            self.slots = [store.read(True) for _, store in group.slots]
         return group.unknowns.pair(gradients)
 
     def _fill_padding(self, gradients):
@@ -345,16 +440,6 @@ class GroupStep:
             ops.matmul(L, columns),
         )
 
-    def _in_use(self, change):
-        """Discards the change of columns that are not in use.
-
-        Slots may have others: factors can be replaced by those of a smaller
-        rank.
-        """
-        active = integrator.active_columns(self.block.U)
-        K, S, L = (ops.where(active[..., None, :], x, 0.0) for x in change)
-        return Unknowns(K, ops.where(active[..., None], S, 0.0), L)
-
     def clear_gradients(self):
         """Clears the gradients that torch stores on the factors.
 
@@ -372,7 +457,7 @@ class GroupStep:
         An adapter whose step is not finite does not move.
 
         Returns:
-            Bool array `(adapters,)`, false where a step was not finite.
+            Bool array `(matrices,)`, false where a step was not finite.
         """
         group = self.group
         change = Unknowns(
@@ -383,7 +468,6 @@ class GroupStep:
                 )
             )
         )
-        change = self._in_use(change)
         moving = ops.logical_and(self.finite, self.moving)
         bounds = ()
         if group.max_change is not None:
@@ -394,11 +478,10 @@ class GroupStep:
         if group.longest is not None:
             group.longest.assign(longest)
         group.factors.write(block._replace(U=None, V=None))
-        if not self.moving.all():
-            for (_, store), old in zip(group.slots, self.slots, strict=True):
-                store.write(choose(self.moving, store.read(), old))
+        for (_, store), old in zip(group.slots, self.slots, strict=False):
+            store.write(choose(self.moving, store.read(), old))
         finite = ops.logical_and(finite, self.finite)
-        return ops.logical_or(finite, np.logical_not(self.moving))
+        return ops.logical_or(finite, ops.logical_not(self.moving))
 
     def augment(self, earlier=None):
         """Computes a retraction, before its rank is chosen.
@@ -409,14 +492,23 @@ class GroupStep:
         block = self.group.factors.read()
         if earlier is not None:
             block = block._replace(P=integrator.in_turn(block.P, earlier))
-        augmented = integrator.augment(block)
-        size = ops.where(self.moving[:, None, None], augmented.size, 0.0)
-        self.augmented = augmented._replace(size=size)
+        self.augmented = integrator.augment(block)
+        self.returning = self.moving
+        if not holds_everywhere(self.moving):
+            # Those that rest now may have moved since the last retraction.
+            away = ops.logical_not(integrator.at_rest(block))
+            self.returning = ops.logical_and(
+                self.takes_part, ops.logical_or(self.moving, away)
+            )
+            size = ops.where(
+                self.returning[:, None, None], self.augmented.size, 0.0
+            )
+            self.augmented = self.augmented._replace(size=size)
 
     def rank_request(self, tolerance, unit):
         """Returns the `RankRequest` of the group on a budget.
 
-        Adapters without gradients keep their ranks.
+        Matrices at rest, without gradients, keep their ranks.
 
         Args:
             tolerance: Scalar, share of the norm that may be cut.
@@ -425,9 +517,9 @@ class GroupStep:
         min_rank = ops.convert_to_tensor(self.group.min_rank)
         sigma = integrator.singular_values(self.augmented)
         wanted = integrator.wanted_rank(self.augmented, tolerance, min_rank)
-        if not self.moving.all():
+        if not holds_everywhere(self.returning):
             rank = integrator.count(self.augmented.active)
-            moving = self.moving[:, None]
+            moving = self.returning[:, None]
             wanted = ops.where(moving, wanted, rank)
             min_rank = ops.where(moving, min_rank, rank)
         sigma = sigma * ops.convert_to_tensor(self.group.scale)
@@ -439,19 +531,19 @@ class GroupStep:
         Adapters that rest keep their factors and slots.
 
         Args:
-            rank: Int array `(adapters, 1)`.
+            rank: Int array `(matrices, 1)`.
         """
         group, block = self.group, self.augmented.block
         move = integrator.truncate(self.augmented, rank)
         new = Block(*move.new, *map(ops.zeros_like, block[3:]))
-        group.factors.write(choose(self.moving, new, block))
+        group.factors.write(choose(self.returning, new, block))
         share = integrator.discarded_share(self.augmented, rank)
-        share = ops.where(self.moving, share, group.discarded.value)
+        share = ops.where(self.returning, share, group.discarded.value)
         group.discarded.assign(share)
         for kind, store in group.slots:
             slots = store.read()
             moved = transport(kind, slots, move)
-            store.write(choose(self.moving, moved, slots))
+            store.write(choose(self.returning, moved, slots))
         # Gradients accumulated for an update that is not complete yet.
         for store in group.accumulators:
             store.write(transport("linear", store.read(), move))
@@ -479,9 +571,13 @@ def stack_gradients(group, gradients):
     """Stacks the gradients of a group, zeros where there are none."""
 
     def stack(variables):
-        zeros = ops.zeros(variables[0].shape, variables[0].dtype)
-        found = [gradients.get(id(v), zeros) for v in variables]
-        return ops.cast(ops.stack(found), zeros.dtype)
+        found = [
+            gradients[id(v)]
+            if id(v) in gradients
+            else ops.zeros(v.shape, v.dtype)
+            for v in variables
+        ]
+        return ops.cast(stacked(found, group.counts), variables[0].dtype)
 
     return Unknowns(*map(stack, group.factors.variables[:3]))
 
@@ -539,21 +635,22 @@ def carry_groups(old, new):
     for group in old:
         arrays = [to_numpy(store.read()) for store in group.state()]
         numbers = [ops.convert_to_numpy(v) for v in group.numbers()]
-        for row, place in enumerate(group.places):
-            own = [[x[row] for x in xs] for xs in arrays]
-            states[place] = own, [n[row] for n in numbers]
+        for adapter, place in zip(group.adapters, group.places, strict=True):
+            rows = group.rows(adapter)
+            own = [[x[rows] for x in xs] for xs in arrays]
+            states[place] = own, [n[rows] for n in numbers]
     for group in new:
         found = [states[place] for place in group.places]
-        numbers = np.transpose([numbers for _, numbers in found])
+        numbers = zip(*(numbers for _, numbers in found), strict=True)
         for variable, values in zip(group.numbers(), numbers, strict=True):
-            variable.assign(values)
+            variable.assign(np.concatenate(values))
         for i, store in enumerate(group.state()):
             by_role = zip(*(own[i] for own, _ in found), strict=True)
             arrays = [
-                ops.stack([fitted(x, like.shape[1:]) for x in xs])
+                fitted(np.concatenate(xs), like.shape)
                 for xs, like in zip(by_role, store.read(), strict=True)
             ]
-            store.write(Unknowns(*arrays))
+            store.write(Unknowns(*map(ops.convert_to_tensor, arrays)))
 
 
 def to_numpy(arrays):
