@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.geometry import low_rank_sum, manifold
+from keras_geolora.geometry import manifold
 from keras_geolora.geometry.integrator import Block
 from keras_geolora.keras_internals import unlocked
 from keras_geolora.layers.factor import (
@@ -17,8 +17,8 @@ from keras_geolora.layers.factor import (
     Factor,
     by_matrix,
     check_values,
+    each_trimmed,
     fit_together,
-    matrices,
     name_of,
 )
 from keras_geolora.layers.products import (
@@ -130,8 +130,6 @@ class LowRankAdapter(keras.layers.Layer):
         Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
     """
 
-    # The number of matrices that the factors hold, if there are several.
-    count = None
     # The error about the factors of the last file, if any.
     _refused = None
 
@@ -321,12 +319,9 @@ class LowRankAdapter(keras.layers.Layer):
         the columns of its largest rank; those of other matrices are padded
         with zeros.
         """
-        blocks = matrices(self.factors_as_arrays(), self.count)
-        factors = [
-            low_rank_sum.trimmed(block, self.max_rank, self.min_rank)
-            for block in blocks
-        ]
-        return factors[0] if self.count is None else stacked(factors)
+        return each_trimmed(
+            self.factors_as_arrays(), self.max_rank, self.min_rank
+        )
 
     def factors_as_arrays(self):
         """Returns the `Block` of the values of the factors, as arrays."""
@@ -443,24 +438,6 @@ class LowRankAdapter(keras.layers.Layer):
             "seed": self.seed,
             **({} if self.count is None else {"count": self.count}),
         }
-
-
-def stacked(factors):
-    """Stacks factors of different ranks, padded with zeros.
-
-    Args:
-        factors: List of tuples of arrays `U`, `S` and `V`.
-    """
-    rank = max(len(S) for _, S, _ in factors)
-    padded = [
-        (
-            np.pad(U, ((0, 0), (0, rank - len(S)))),
-            np.pad(S, (0, rank - len(S))),
-            np.pad(V, ((0, 0), (0, rank - len(S)))),
-        )
-        for U, S, V in factors
-    ]
-    return tuple(map(np.stack, zip(*padded, strict=True)))
 
 
 def check_columns(name, value):

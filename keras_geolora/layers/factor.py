@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_geolora.geometry.integrator import Block
+from keras_geolora.geometry.low_rank_sum import trimmed
 from keras_geolora.geometry.manifold import (
     AVERAGE,
     MEND,
@@ -79,15 +80,49 @@ def factors_of(layers, name=None):
 
 
 def matrices(factors, count):
-    """Returns the factors of each matrix, as a list of `Block`s.
+    """Returns the factors of each matrix, as a list of tuples.
 
     Args:
-        factors: List of arrays, those of a bank or of one matrix.
+        factors: List of arrays `U, S, V` or `U, S, V, P, Q`, those of a bank
+            or of one matrix.
         count: Int, the number of matrices, or `None` for an ordinary adapter.
     """
     if count is None:
-        return [Block(*factors)]
-    return [Block(*(x[i] for x in factors)) for i in range(count)]
+        return [tuple(factors)]
+    return list(zip(*factors, strict=True))
+
+
+def stacked(factors):
+    """Stacks factors of different ranks, padded with zeros.
+
+    Args:
+        factors: List of tuples of arrays `U`, `S` and `V`.
+    """
+    rank = max(len(S) for _, S, _ in factors)
+    padded = [
+        (
+            np.pad(U, ((0, 0), (0, rank - len(S)))),
+            np.pad(S, (0, rank - len(S))),
+            np.pad(V, ((0, 0), (0, rank - len(S)))),
+        )
+        for U, S, V in factors
+    ]
+    return tuple(map(np.stack, zip(*padded, strict=True)))
+
+
+def each_trimmed(factors, max_rank=None, min_rank=1):
+    """Returns `U`, `S` and `V` without unused columns, as arrays.
+
+    Args:
+        factors: List of five arrays, those of a bank or of one matrix.
+        max_rank: Int, the largest rank. Defaults to that of the update.
+        min_rank: Int, the smallest rank. Defaults to 1.
+    """
+    count = len(factors[0]) if np.ndim(factors[0]) == 3 else None
+    found = [
+        trimmed(block, max_rank, min_rank) for block in matrices(factors, count)
+    ]
+    return found[0] if count is None else stacked(found)
 
 
 def by_matrix(name, factors):

@@ -290,11 +290,11 @@ class AdaptedModel(PausesAsAWhole):
             resize_buffers(
                 self,
                 {
-                    id(factor.adapter): len(value)
+                    id(factor.adapter): np.shape(value)[-1]
                     for variable, value in pairs
                     if (factor := factor_of(variable))
                     and factor.role == "S"
-                    and np.ndim(value) == 2
+                    and np.ndim(value) == len(variable.shape)
                 },
             )
         super().set_weights(weights)

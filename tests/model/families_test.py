@@ -100,7 +100,7 @@ def examine(name, targets="all", **changes):
         "moved": sum(bool(core.any()) for core in cores),
         "left out": ", ".join(sorted(left_out)),
         "parameters": sum(
-            layer.rank * sum(layer.kernel_view.matrix_shape)
+            int(layer.adapter.ranks.sum()) * sum(layer.kernel_view.matrix_shape)
             for layer in layers.values()
         ),
         "of": sum(w.size for w in values),
