@@ -90,7 +90,7 @@ def check_are_layers(layers, path):
             "Only adapters of layers can be written in the formats of other "
             "libraries, not those of experts and other weights that belong to "
             "no layer of their own. Write `model.save_geolora(path)`, or merge "
-            "the model and convert it as a whole. To export the rest, leave "
-            f"them out: `enable_geolora(exclude='experts')`. '{path}' was not "
+            "the model and convert it as a whole. Or leave them out when you "
+            f"adapt: `enable_geolora(exclude={weights[:2]})`. '{path}' was not "
             f"written. Received: {len(weights)} such weights: {some(weights)}"
         )

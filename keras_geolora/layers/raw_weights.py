@@ -1,7 +1,15 @@
 """Finds the weights of layers that are matrices without a layer of their own.
 
-Of a layer without an adapted class, these are the weights of two axes, and of
-three in a layer of experts: one matrix for each expert.
+Of a layer without an adapted class, these are
+
+- weights with two axes longer than one,
+- those with three in a layer of experts, one matrix for each expert,
+- the kernel of an `EinsumDense` with a matrix for each part of its inputs,
+- tables of positions,
+- kernels of transposed convolutions.
+
+The weights of recurrent cells belong to the layer that runs the cells, so that
+sums are formed once, not in every time step.
 """
 
 import re
@@ -13,12 +21,18 @@ from keras_geolora.keras_internals import (
     own_variables,
     trainable_from_birth,
 )
+from keras_geolora.layers.einsum_dense import batched_axes
 from keras_geolora.layers.kernel_view import KernelView
 from keras_geolora.layers.registry import adapted_class
 from keras_geolora.layers.tree import inside, stable_paths, walk
 from keras_geolora.layers.weight import AdaptedWeight, Source, weights_in
 
-# What the names of layers with experts contain.
+TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+# What the names contain of weights with a matrix for each expert.
 EXPERTS = ("expert", "moe")
 
 
@@ -51,11 +65,21 @@ def add_raw_weights(paths, model):
 def raw_weights(model):
     """Returns the list of weights inside a model that may be adapted."""
     shared = shared_variables(model)
-    found = []
+    found, cells = [], set()
     for path, layer in walk(model):
-        if adapted_class(layer) is None and not isinstance(layer, keras.Model):
+        if may_own(layer) and id(layer) not in cells:
             found += weights_of(layer, path, shared)
+        if isinstance(layer, keras.layers.RNN):
+            cells |= {id(cell) for cell in inside(layer)}
     return found
+
+
+def may_own(layer):
+    """Returns whether a layer may own weights that are found here."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        lora = getattr(layer, "lora_enabled", False)
+        return batched_axes(layer.equation) is not None and not lora
+    return adapted_class(layer) is None and not isinstance(layer, keras.Model)
 
 
 def weights_of(layer, path, shared):
@@ -68,44 +92,72 @@ def weights_of(layer, path, shared):
     """
     adapted = {id(x.variable): x for x in weights_in(layer)}
     found, layers = {}, {x.name for x in direct_layers(layer)}
-    for variable in trainable_from_birth(layer):
-        name = stable_name_of(variable, layer)
-        if name in layers and id(variable) not in adapted:
-            name = f"{name}_weight"
+    for name, variable in variables_of(layer):
         if id(variable) in adapted:
             weight = adapted[id(variable)]
             found[weight.name] = weight
             continue
-        view = default_view(variable, f"{path}/{type(layer).__name__}")
+        if name in layers:
+            name = f"{name}_weight"
+        view = default_view(variable, layer, path)
         if view is None or id(variable) in shared or name in found:
             continue
         found[name] = AdaptedWeight(Source(layer, variable, view), name)
     return list(found.values())
 
 
-def default_view(variable, owner):
+def variables_of(layer):
+    """Yields the name and the variable of what a layer computes with itself."""
+    for variable in trainable_from_birth(layer):
+        yield stable_name_of(variable, layer), variable
+    if isinstance(layer, keras.layers.RNN):
+        cells = [cell for cell in inside(layer) if trainable_from_birth(cell)]
+        for number, cell in enumerate(cells):
+            for variable in trainable_from_birth(cell):
+                name = stable_name_of(variable, cell)
+                if len(cells) > 1:
+                    name = f"cell_{number}_{name}"
+                yield name, variable
+
+
+def default_view(variable, owner, path):
     """Returns how to see a variable as matrices, or `None`.
 
     Args:
         variable: `keras.Variable`.
-        owner: String that describes its owner, the path and the class.
+        owner: The layer that computes with it.
+        path: String, the path of the owner.
     """
     shape = tuple(variable.shape)
     if not keras.backend.is_float_dtype(variable.dtype):
         return None
-    if len(shape) == 2 and min(shape) > 1:
-        return KernelView(variable.name, shape, rows=(0,), columns=(1,))
-    words = f"{owner}/{variable.name}".lower()
-    is_bank = len(shape) == 3 and any(word in words for word in EXPERTS)
-    if is_bank and min(shape[1:]) > 1:
-        return KernelView(
-            variable.name, shape, batch=(0,), rows=(1,), columns=(2,)
-        )
-    return None
+    batch, rows = (), None
+    long = [axis for axis, size in enumerate(shape) if size > 1]
+    words = f"{path}/{type(owner).__name__}/{variable.name}".lower()
+    if "depthwise" in variable.name or "Depthwise" in type(owner).__name__:
+        return None  # a filter for each channel
+    if variable.name.endswith("bias"):
+        return None  # though it may have a row for each expert, or each gate
+    if isinstance(owner, keras.layers.EinsumDense):
+        batch, rows, _ = batched_axes(owner.equation)
+    elif isinstance(owner, TRANSPOSED):
+        rows = (len(shape) - 1,)  # the input channels come last
+    elif len(long) == 2:
+        rows = tuple(range(long[0] + 1))
+    elif len(long) == 3 == len(shape) and any(w in words for w in EXPERTS):
+        batch, rows = (0,), (1,)
+    elif long and variable.name.startswith("pos"):  # a table of positions
+        rows = tuple(range(len(shape) - 1))
+    if rows is None:
+        return None
+    axes = range(len(shape))
+    columns = tuple(axis for axis in axes if axis not in (*batch, *rows))
+    view = KernelView(variable.name, shape, rows, columns, batch)
+    return view if min(view.matrix_shape) > 1 else None
 
 
 def is_bank(layer):
-    """Returns whether a layer or weight is a batch of matrices."""
+    """Returns whether a weight holds a matrix for each expert."""
     return isinstance(layer, AdaptedWeight) and bool(layer.kernel_view.batch)
 
 

@@ -50,7 +50,7 @@ class Source:
     """Where a weight is; Keras does not look for layers and variables here.
 
     Attributes:
-        owner: The layer that holds the variable.
+        owner: The layer that holds the variable, or runs the cell that does.
         variable: The variable.
         view: The `KernelView` of the variable.
     """

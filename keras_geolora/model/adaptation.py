@@ -102,6 +102,7 @@ class Adaptation:
         self.active = None
         self._pretrained = {}
         self.suspended = 0
+        self.said_what_is_left = False
         self._paused = None
         # Last, so that an interrupt before it changes nothing.
         self.frozen = Freeze(scope)

@@ -43,12 +43,15 @@ from keras_geolora.optimizer.geolora import (
     take_attributes,
 )
 from keras_geolora.optimizer.of_model import trains_as_keras
+from keras_geolora.viewing.reach import Reach
 
 # Keys in files of weights, beside the numbers that Keras uses as keys.
 PREFIX = "geolora_"
 SIGNATURE = "geolora_signature"
 BUFFERS = "geolora_buffers"
 RANDOM = "geolora_random_"
+# The share of the parameters without an adapter of which `fit` tells.
+MUCH = 0.01
 # Keras prints this when it cannot find the class in a file.
 TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
 BELONGS = "The adapters of this backbone belong to the task that was adapted."
@@ -302,6 +305,16 @@ class AdaptedModel(PausesAsAWhole):
     def _refuse_weights(self, message):
         raise self.geolora_refusal(message)
 
+    def _tell_what_is_left(self):
+        """Says once what the adapters do not reach, if that is much."""
+        adaptation = self.geolora_adaptation
+        if adaptation.said_what_is_left:
+            return
+        adaptation.said_what_is_left = True
+        reach = Reach.of(self)
+        if reach.share >= MUCH:
+            print(reach.sentence())
+
     def _build_optimizer(self):
         # Keras does not load into an optimizer that is not built.
         optimizer = getattr(self, "optimizer", None)
@@ -332,7 +345,11 @@ class AdaptedModel(PausesAsAWhole):
         )
 
     def fit(self, *args, **kwargs):
-        """Like `keras.Model.fit`; cuts at epoch ends and shows the ranks."""
+        """Like `keras.Model.fit`; cuts at epoch ends and shows the ranks.
+
+        The first time it also says which share of the parameters no adapter
+        reaches, if that is more than one percent and `verbose` is not 0.
+        """
         check_not_suspended([self.geolora_adaptation])
         self.geolora_adaptation.take_in_changes()
         if self.compiled and trains_as_keras(self):
@@ -346,6 +363,8 @@ class AdaptedModel(PausesAsAWhole):
         # KerasHub tasks have other positional arguments.
         names = list(parameters)
         by_position = dict(zip(names, args, strict=False))
+        if {**by_position, **kwargs}.get("verbose", "auto"):
+            self._tell_what_is_left()
         if "callbacks" in by_position:
             at = names.index("callbacks")
             args = (*args[:at], own_callbacks(args[at]), *args[at + 1 :])

@@ -58,7 +58,9 @@ def enable_geolora(
     `/`), a regular expression for the whole path, a layer class, a callable
     `(path, layer) -> bool`, or a list of these. A pattern that matches a layer
     with layers inside includes all of them; one that matches nothing is
-    refused.
+    refused. Weights that belong to no layer of their own, such as experts, are
+    chosen like layers, by the path of their layer and their name; a callable
+    gets the variable.
 
     Args:
         model: Built `keras.Model`.
@@ -70,9 +72,10 @@ def enable_geolora(
             Defaults to `2 * rank`.
         min_rank: Int, the smallest rank. Defaults to 1.
         targets: Patterns, or one of the words `"all-linear"` (the default:
-            every `Dense` and `EinsumDense`), `"attention"` (those inside a
-            layer with "attention" in its class name) and `"all"` (embeddings
-            and convolutions as well). Layers that cannot carry an adapter are
+            every `Dense`, `EinsumDense` and expert), `"attention"` (those
+            inside a layer with "attention" in its class name), `"experts"` and
+            `"all"` (embeddings, convolutions and all else that can carry an
+            adapter). Layers that cannot carry an adapter are
             skipped, and refused if nothing else matches.
         exclude: Patterns of layers not to adapt; they stay frozen. Defaults
             to `None`.

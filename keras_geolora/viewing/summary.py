@@ -15,6 +15,7 @@ from keras_geolora.optimizer.geolora import UNLIMITED, find_geolora
 from keras_geolora.viewing.abbreviation import abbreviated
 from keras_geolora.viewing.heat_map import check_can_draw, heat_map
 from keras_geolora.viewing.rank_table import read_ranks
+from keras_geolora.viewing.reach import Reach
 from keras_geolora.whole_files import write_whole
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -44,7 +45,8 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
     Below are totals, the largest orthonormality error of a basis, which should
     stay below 1e-5, and the parameters of LoRA on the same layers: with the
     mean rank (rounded), and with the largest rank found, which LoRA would need
-    to give every layer at least its rank here. Notes follow if there are any:
+    to give every layer at least its rank here; and which share of the model's
+    parameters neither trains nor has an adapter. Notes follow if there are any:
     ranks that `enable_geolora` clipped to the smaller side of a kernel, and
     factors that are off the manifold, as after averaging or training with
     another optimizer.
@@ -122,6 +124,7 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
         write = as_text if style == "text" else as_markdown
         sentences = [
             *totals(rows, budget, unit),
+            Reach.of(model).sentence(),
             *notes_on_ranks(rows),
             *warnings_of(layers_with_adapters(model).values()),
         ]

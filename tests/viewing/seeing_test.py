@@ -605,7 +605,9 @@ def test_the_table_fits_a_terminal():
         {
             "path": path,
             "kernel_shape": (768, 3072),
+            "experts": None,
             "rank": 16,
+            "ranks": [16],
             "max_rank": 16,
             "parameters": 61456,
             "singular_values": [0.1] * 16,
@@ -618,6 +620,35 @@ def test_the_table_fits_a_terminal():
     ]
     lines = list(as_text(rows, "model", totals(rows, None, "parameters")))
     assert max(map(len, lines)) <= 120
+
+
+def half_adapted():
+    model = keras.Sequential([keras.Input((8,))])
+    model.add(keras.layers.Dense(8, use_bias=False, name="left"))
+    model.add(keras.layers.Dense(8, use_bias=False, name="adapted"))
+    return model.enable_geolora(rank=1, targets="adapted")
+
+
+def test_the_summary_names_what_no_adapter_reaches():
+    lines = []
+    half_adapted().geolora_summary(print_fn=lines.append)
+    (line,) = (line for line in lines if line.startswith("No adapter reaches"))
+    assert "50.0% of the 128 parameters" in line
+    assert line.endswith("The largest: left/kernel (64).")
+    whole = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(8, use_bias=False)]
+    ).enable_geolora(rank=1)
+    whole.geolora_summary(print_fn=lines.append)
+    assert lines[-1] == "Every parameter trains or has an adapter."
+
+
+def test_the_first_fit_says_once_what_no_adapter_reaches(capsys):
+    model = half_adapted()
+    model.compile(GeoLoRA("sgd"), loss="mse")
+    x = np.ones((4, 8), "float32")
+    for verbose, times in ((0, 0), (2, 1), (2, 0)):
+        model.fit(x, x, verbose=verbose)
+        assert capsys.readouterr().out.count("No adapter reaches") == times
 
 
 def test_singular_values_are_positive_whatever_the_scale():
