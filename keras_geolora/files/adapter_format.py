@@ -125,6 +125,8 @@ def check_contents(description, tensors):
     # Files of version 0.1.0 do not name the family.
     require(isinstance(description.get("family"), (str, type(None))), "family")
     require(set(description["classes"]) == set(plan["layers"]), "classes")
+    axes = plan.get("weight_axes", {})  # early files have none
+    require(all(isinstance(x, str) for p in axes.items() for x in p), "axes")
     for path, options in plan["layers"].items():
         U, S, V = (tensors[f"{path}.{role}"] for role in "USV")
         rank = options["rank"]

@@ -26,7 +26,8 @@ class Fit:
         self.plan = description["adapter"]
         self.tensors = tensors
         self.differences = []
-        self.paths = with_raw_weights(backbone_of(model))
+        axes = self.plan.get("weight_axes", {})  # early files have none
+        self.paths = with_raw_weights(backbone_of(model), axes)
         self.existing = None
         adaptation = getattr(model, "geolora_adaptation", None)
         if adaptation is not None:

@@ -24,7 +24,7 @@ from keras_geolora.keras_internals import (
 from keras_geolora.layers.einsum_dense import batched_axes
 from keras_geolora.layers.kernel_view import KernelView
 from keras_geolora.layers.registry import adapted_class
-from keras_geolora.layers.tree import inside, stable_paths, walk
+from keras_geolora.layers.tree import inside, stable_paths
 from keras_geolora.layers.weight import AdaptedWeight, Source, weights_in
 
 TRANSPOSED = (
@@ -36,39 +36,35 @@ TRANSPOSED = (
 EXPERTS = ("expert", "moe")
 
 
-def with_raw_weights(model):
+def with_raw_weights(model, axes=None):
     """Returns `stable_paths(model)` and the weights that may be adapted.
 
     Args:
         model: `keras.Model`, adapted or not.
+        axes: Dict from path to the axes of a weight, as in `view_by_axes`,
+            for those where they were given.
 
     Returns:
         Dict from path to layer or `AdaptedWeight`, as it is or as it would be.
     """
-    return add_raw_weights(stable_paths(model), model)
+    return add_raw_weights(stable_paths(model), model, (axes or {}).get)
 
 
-def add_raw_weights(paths, model):
+def add_raw_weights(paths, model, axes_of=lambda path: None):
     """Returns paths of layers, with those of the weights that they own.
 
     Args:
         paths: Dict from path to layer.
         model: The model that contains the layers.
+        axes_of: Function of a path that returns the axes of a weight, as in
+            `view_by_axes`, or `None` for the usual ones.
     """
-    path_of = {id(layer): path for path, layer in paths.items()}
-    for weight in raw_weights(model):
-        owner = path_of[id(weight.source.owner)]
-        paths.setdefault(f"{owner}/{weight.name}", weight)
-    return paths
-
-
-def raw_weights(model):
-    """Returns the list of weights inside a model that may be adapted."""
     shared = shared_variables(model)
-    found, cells = [], set()
-    for path, layer in walk(model):
+    found, cells = dict(paths), set()
+    for path, layer in paths.items():
         if may_own(layer) and id(layer) not in cells:
-            found += weights_of(layer, path, shared)
+            for weight in weights_of(layer, path, shared, axes_of):
+                found.setdefault(f"{path}/{weight.name}", weight)
         if isinstance(layer, keras.layers.RNN):
             cells |= {id(cell) for cell in inside(layer)}
     return found
@@ -82,13 +78,14 @@ def may_own(layer):
     return adapted_class(layer) is None and not isinstance(layer, keras.Model)
 
 
-def weights_of(layer, path, shared):
+def weights_of(layer, path, shared, axes_of):
     """Returns the weights of one layer that may be adapted.
 
     Args:
         layer: Layer without an adapted class.
         path: String, its path.
         shared: Set of the ids of variables that several layers hold.
+        axes_of: As in `add_raw_weights`.
     """
     adapted = {id(x.variable): x for x in weights_in(layer)}
     found, layers = {}, {x.name for x in direct_layers(layer)}
@@ -99,10 +96,15 @@ def weights_of(layer, path, shared):
             continue
         if name in layers:
             name = f"{name}_weight"
-        view = default_view(variable, layer, path)
+        axes = axes_of(f"{path}/{name}")
+        if axes is None:
+            view = default_view(variable, layer, path)
+        else:
+            view = view_by_axes(variable, axes)
         if view is None or id(variable) in shared or name in found:
             continue
-        found[name] = AdaptedWeight(Source(layer, variable, view), name)
+        source = Source(layer, variable, view, axes)
+        found[name] = AdaptedWeight(source, name)
     return list(found.values())
 
 
@@ -154,6 +156,29 @@ def default_view(variable, owner, path):
     columns = tuple(axis for axis in axes if axis not in (*batch, *rows))
     view = KernelView(variable.name, shape, rows, columns, batch)
     return view if min(view.matrix_shape) > 1 else None
+
+
+def view_by_axes(variable, axes):
+    """Returns how to see a variable as matrices, as a user says.
+
+    Args:
+        variable: `keras.Variable`.
+        axes: String with a letter for each axis: `"r"` for rows, `"c"` for
+            columns, `"b"` for those along which there are several matrices.
+    """
+    shape = tuple(variable.shape)
+    if len(axes) != len(shape) or not {"r", "c"} <= set(axes) <= set("rcb"):
+        raise ValueError(
+            "The axes of a weight are said by a letter for each: 'r' for those "
+            "that become rows of a matrix, 'c' for columns and 'b' for several "
+            "matrices, for example 'brc'. Rows and columns are needed. "
+            f"Received: {axes!r} for '{variable.path}' of shape {shape}"
+        )
+    rows, columns, batch = (
+        tuple(i for i, letter in enumerate(axes) if letter == wanted)
+        for wanted in "rcb"
+    )
+    return KernelView(variable.name, shape, rows, columns, batch)
 
 
 def is_bank(layer):

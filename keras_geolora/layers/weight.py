@@ -53,11 +53,13 @@ class Source:
         owner: The layer that holds the variable, or runs the cell that does.
         variable: The variable.
         view: The `KernelView` of the variable.
+        axes: String that the user gave for the view, or `None`.
     """
 
     owner: keras.layers.Layer
     variable: keras.Variable
     view: KernelView
+    axes: str | None = None
 
 
 class AdaptedWeight(AdaptedLayer, keras.layers.Layer):

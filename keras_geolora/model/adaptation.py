@@ -64,6 +64,15 @@ class NamedAdapter:
         }
         self.saved_layers = [x for x in self.saved_layers if id(x) in paths]
 
+    def weight_axes(self):
+        """Returns a dict from path to the axes that the user gave."""
+        sources = {
+            path: vars(layer)["source"]
+            for path, layer in self.layers.items()
+            if "source" in vars(layer)
+        }
+        return {p: x.axes for p, x in sources.items() if x.axes is not None}
+
     def find_manual_flags(self, name):
         """Returns the current `manual_flags` of the active adapter."""
         flags = {
@@ -271,6 +280,7 @@ class Adaptation:
                     ],
                     "train_bias": adapter.train_bias,
                     "clipped": adapter.clipped,
+                    "weight_axes": adapter.weight_axes(),
                 }
                 for name, adapter in self.adapters.items()
             ],

@@ -574,7 +574,10 @@ def adapt_by_plan(model, plan):
     scope = backbone_of(model)
     for path, layer in {"": scope, **stable_paths(scope)}.items():
         layer.trainable = path not in plan["frozen"]
-    paths = with_raw_weights(scope)
+    axes = {}
+    for adapter in plan["adapters"]:
+        axes.update(adapter.get("weight_axes", {}))  # early files have none
+    paths = with_raw_weights(scope, axes)
     for adapter in plan["adapters"]:
         options = adapter["layers"]
         named = [*options, *adapter["modules_to_save"]]

@@ -36,6 +36,7 @@ def enable_geolora(
     targets="all-linear",
     exclude=None,
     rank_pattern=None,
+    weight_axes=None,
     modules_to_save=None,
     scale=1.0,
     dropout=0.0,
@@ -81,6 +82,11 @@ def enable_geolora(
             to `None`.
         rank_pattern: Dict from pattern to rank, where it differs from `rank`;
             the first matching pattern counts. Defaults to `None`.
+        weight_axes: Dict from pattern to the axes of a weight that belongs to
+            no layer of its own, where they are not obvious: a letter for each,
+            `"r"` for those that become the rows of a matrix, `"c"` for columns
+            and `"b"` for those along which there are several matrices, such as
+            `{".*/kernels": "brc"}`. Defaults to `None`.
         modules_to_save: Patterns of layers that train in full, such as heads
             and norms, and belong to the adapter. Defaults to `None`.
         scale: Float, constant strength of the updates. Defaults to 1.
@@ -127,7 +133,7 @@ def enable_geolora(
     check_model(model)
     check_name(name)
     check_can_adapt(model, name)
-    layers = Layers(backbone_of(model), model)
+    layers = Layers(backbone_of(model), model, weight_axes)
     saved = {}
     if modules_to_save is not None:
         saved = layers.named(modules_to_save, "modules_to_save")

@@ -44,16 +44,7 @@ def is_meant(layer, owners, inside):
 def matches(pattern, path, layer):
     """Returns whether one pattern matches a layer, or a weight, itself."""
     if isinstance(pattern, str):
-        if pattern in (layer.name, path):
-            return True
-        try:
-            return re.fullmatch(pattern, path) is not None
-        except re.error as error:
-            raise ValueError(
-                "A string must be a layer's name, its path or a regular "
-                f"expression for the path. Received: {pattern!r}, which is "
-                f"not a valid regular expression: {error}"
-            ) from error
+        return pattern == layer.name or matches_path(pattern, path)
     if isinstance(pattern, type) and issubclass(pattern, keras.layers.Layer):
         return isinstance(layer, pattern)
     if callable(pattern):
@@ -69,6 +60,60 @@ def matches(pattern, path, layer):
     )
 
 
+def matches_path(pattern, path):
+    """Returns whether a string is a path or a regular expression for it."""
+    if pattern == path:
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(
+            "A string must be a layer's name, its path or a regular "
+            f"expression for the path. Received: {pattern!r}, which is "
+            f"not a valid regular expression: {error}"
+        ) from error
+
+
+class WeightAxes:
+    """The axes that a user gave for weights, by pattern.
+
+    Args:
+        axes: Dict from a regular expression for the whole path of a weight, or
+            the path itself, to a string as in `view_by_axes`; or `None`.
+    """
+
+    def __init__(self, axes):
+        if axes is not None and not (
+            isinstance(axes, dict)
+            and all(isinstance(x, str) for pair in axes.items() for x in pair)
+        ):
+            raise TypeError(
+                "`weight_axes` must be a dict from a pattern for the paths of "
+                "weights to a string with a letter for each axis, for example "
+                f"`{{'.*/kernels': 'brc'}}`. Received: weight_axes={axes!r}"
+            )
+        self.axes = axes or {}
+        self.unused = set(self.axes)
+
+    def __call__(self, path):
+        """Returns the axes of the weight at a path, or `None`."""
+        for pattern, axes in self.axes.items():
+            if matches_path(pattern, path):
+                self.unused.discard(pattern)
+                return axes
+        return None
+
+    def check_used(self, name):
+        """Refuses a pattern that matched nothing."""
+        if self.unused:
+            raise ValueError(
+                "Every pattern in `weight_axes` must match the path of a "
+                "weight that has no adapter yet and belongs to no layer that "
+                f"can be adapted. Received: {sorted(self.unused)}, which match "
+                f"none in model '{name}'"
+            )
+
+
 class Layers:
     """The layers inside a model, and weights that belong to none of their own.
 
@@ -76,11 +121,14 @@ class Layers:
         model: `keras.Model` or layer.
         whole: The model that contains it, whose other layers may share kernels.
             Defaults to `model`.
+        weight_axes: Dict from pattern to the axes of weights, or `None`.
     """
 
-    def __init__(self, model, whole=None):
+    def __init__(self, model, whole=None, weight_axes=None):
         self.name = model.name
-        self.paths = add_raw_weights(dict(walk(model)), model)
+        given = WeightAxes(weight_axes)
+        self.paths = add_raw_weights(dict(walk(model)), model, given)
+        given.check_used(model.name)
         whole = model if whole is None else whole
         self.holders = held_kernels([whole, *inside(whole)])
         self.candidates = {

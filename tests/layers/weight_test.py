@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_geolora.keras_internals import unlocked
-from keras_geolora.layers.raw_weights import raw_weights
+from keras_geolora.layers.raw_weights import with_raw_weights
 from keras_geolora.layers.tree import places
 from keras_geolora.layers.weight import AdaptedWeight
 
@@ -327,5 +327,50 @@ def test_weights_that_two_layers_hold_are_left_alone():
     with unlocked(reader):
         reader.mine = reader.owner.maps[0]
     model = keras.Sequential([keras.Input((INPUTS,)), reader])
-    found = [weight.variable for weight in raw_weights(model)]
+    paths = with_raw_weights(model).values()
+    found = [x.variable for x in paths if isinstance(x, AdaptedWeight)]
     assert len(found) == 1 and found[0] is reader.owner.maps[1]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Grouped(keras.layers.Layer):
+    """A weight whose axes nobody could guess."""
+
+    def build(self, shape):
+        self.w = self.add_weight(name="w", shape=(2, INPUTS, 2, HIDDEN))
+
+    def call(self, x):
+        return ops.einsum("ti,aibo->tabo", x, self.w)
+
+
+def test_a_user_says_what_the_axes_of_a_weight_are(tmp_path):
+    model = model_of(Grouped)
+    axes = {".*/w": "brcc"}
+    model.enable_geolora(2, targets=".*/w", weight_axes=axes, scale=0.5)
+    weight = weights(model)["w"]
+    assert weight.adapter.U.shape == (2, INPUTS, 4)
+    assert weight.adapter.V.shape == (2, 2 * HIDDEN, 4)
+    compare_gradients(model)
+    model.unmerge_geolora()
+    expected = ops.convert_to_numpy(model(rows(model)))
+    model.save(tmp_path / "model.keras")
+    model.save_geolora(tmp_path / "adapter.safetensors")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    fresh = model_of(Grouped).load_geolora(tmp_path / "adapter.safetensors")
+    for other in (loaded, fresh):
+        found = ops.convert_to_numpy(other(rows(other)))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "axes, error, message",
+    [
+        ({".*/w": "brc"}, ValueError, "Received: 'brc' for 'net/moe/w'|brc"),
+        ({".*/w": "bbrr"}, ValueError, "Received: 'bbrr'"),
+        ({"x": "rc"}, ValueError, r"Received: \['x'\], which match none"),
+        ("rc", TypeError, "Received: weight_axes='rc'"),
+    ],
+)
+def test_axes_that_make_no_sense_are_refused(axes, error, message):
+    with pytest.raises(error, match=message):
+        model_of(Grouped).enable_geolora(targets="all", weight_axes=axes)
