@@ -421,9 +421,11 @@ class LowRankAdapter(keras.layers.Layer):
     @property
     def ranks(self):
         """Array `(count,)`, the rank of every matrix; of one matrix `(1,)`."""
-        basis = np.array(ops.convert_to_numpy(self.U))
-        basis = basis.reshape(-1, self.input_dim, self.max_rank)
-        return (basis != 0).any(axis=1).sum(axis=1)
+        if self.count is None:
+            basis = ops.convert_to_numpy(self.U)
+            return (basis != 0).any(axis=0).sum(keepdims=True)
+        used = ops.any(ops.not_equal(self.U, 0), axis=-2)  # many to fetch
+        return np.array(ops.convert_to_numpy(used)).sum(axis=-1)
 
     def get_config(self):
         return {

@@ -14,6 +14,7 @@ from keras_geolora.layers.tree import (
     inside,
     stable_paths,
 )
+from keras_geolora.layers.weight import AdaptedWeight
 from keras_geolora.model.freezing import Freeze
 from keras_geolora.model.substitution import exchanged_values, value_of
 
@@ -66,12 +67,12 @@ class NamedAdapter:
 
     def weight_axes(self):
         """Returns a dict from path to the axes that the user gave."""
-        sources = {
-            path: vars(layer)["source"]
+        weights = {
+            path: layer.source
             for path, layer in self.layers.items()
-            if "source" in vars(layer)
+            if isinstance(layer, AdaptedWeight)
         }
-        return {p: x.axes for p, x in sources.items() if x.axes is not None}
+        return {p: x.axes for p, x in weights.items() if x.axes is not None}
 
     def find_manual_flags(self, name):
         """Returns the current `manual_flags` of the active adapter."""
