@@ -70,15 +70,35 @@ def all_layers(model):
     return list(model._flatten_layers(include_self=False))
 
 
+def percent(share):
+    """Formats a share; `None` for a family without a result."""
+    return "-" if share is None else f"{share:.1%}".replace("0.0%", "0")
+
+
+def matrices(row):
+    """Describes what no adapter reaches and is no vector."""
+    left = row.get("matrices out of reach")
+    if left is None:
+        return "-"
+    names = dict.fromkeys(path.rpartition("/")[0] for path in left)
+    last = dict.fromkeys(
+        re.sub(r"_?\d+$", "", name.rpartition("/")[2]) for name in names
+    )
+    listed = ", ".join(f"`{name}`" for name in list(last)[:3])
+    return percent(sum(left.values())) + (f": {listed}" if left else "")
+
+
 def table():
     """Prints a row for every family."""
     rows = measuring.rows(RESULT)
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     print(
         "| family | layers adapted | by `enable_lora` | kernels left out "
-        "| parameters | ranks | " + " | ".join(backends) + " |"
+        "| out of reach | without vectors | parameters | ranks | "
+        + " | ".join(backends)
+        + " |"
     )
-    print("|---" * (6 + len(backends)) + "|")
+    print("|---" * (8 + len(backends)) + "|")
     for family in sorted({row["family"] for row in rows}):
         found = {r["backend"]: r for r in rows if r["family"] == family}
         whole = [r for r in found.values() if "layers" in r] or [{}]
@@ -92,7 +112,8 @@ def table():
         print(
             f"| {family} | {row.get('layers', '-')} "
             f"| {next(iter(found.values()))['enable_lora']} "
-            f"| {row.get('left out', '')} | {row.get('parameters', '-')} "
+            f"| {row.get('left out', '')} | {percent(row.get('out of reach'))} "
+            f"| {matrices(row)} | {row.get('parameters', '-')} "
             f"of {row.get('of', '-')} | {row.get('ranks', '-')} "
             f"| {' | '.join(times)} |"
         )

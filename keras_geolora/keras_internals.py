@@ -6,6 +6,7 @@ reports those that are missing.
 """
 
 import contextlib
+import functools
 
 import keras
 
@@ -32,6 +33,7 @@ PRIVATE = {
     "variable": {
         "_value": "on torch, to exchange a value without writing into it",
         "_layout": "the layout of a variable that is created in a trace",
+        "_maybe_autocast": "the last step of reading a variable",
     },
     "model": {
         "_unpickle_model": "pickles, through a function that keeps its place",
@@ -168,6 +170,48 @@ def value_inside(variable):
 def set_value_inside(variable, tensor):
     """Makes a variable hold another tensor; the old one is unchanged."""
     variable._value = tensor
+
+
+@functools.cache
+def shown_class(cls):
+    """Returns a class of variables that are read as an adapted weight says."""
+
+    def _maybe_autocast(self, value):
+        if self.geolora_weight.is_read_by_itself:
+            return value
+        shown = self.geolora_weight.shown()
+        return cls._maybe_autocast(self, value if shown is None else shown)
+
+    members = {"_maybe_autocast": _maybe_autocast, "__module__": __name__}
+    return type(cls.__name__, (cls,), {**members, "geolora_class": cls})
+
+
+def become_shown(variable, weight):
+    """Makes reading a variable give what an adapted weight shows.
+
+    Args:
+        variable: `keras.Variable`.
+        weight: Has `shown()`, a tensor or `None` for the variable itself, and
+            `is_read_by_itself`, whether to read it unrounded, too.
+    """
+    variable.geolora_weight = weight
+    if not hasattr(variable, "geolora_class"):
+        variable.__class__ = shown_class(type(variable))
+
+
+def become_plain_variable(variable):
+    """Undoes `become_shown`."""
+    if hasattr(variable, "geolora_class"):
+        variable.__class__ = variable.geolora_class
+        del variable.geolora_weight
+
+
+def trainable_from_birth(layer):
+    """Returns the variables that a layer holds directly and created to train.
+
+    Variables that have been frozen since are among them.
+    """
+    return list(layer._trainable_variables)
 
 
 def set_layout(variable, layout):

@@ -30,7 +30,7 @@ from keras import ops
 import keras_geolora  # noqa: F401
 from keras_geolora import GeoLoRA
 from keras_geolora.geometry.manifold import distance
-from keras_geolora.layers.factor import factor_of
+from keras_geolora.layers.factor import by_matrix, factor_of
 from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.compiled_state import fits
 
@@ -72,7 +72,30 @@ def conv():
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
 
 
-KINDS = {f.__name__: f for f in (dense, einsum, attention, conv)}
+@keras.saving.register_keras_serializable("lives")
+class Mixture(keras.layers.Layer):
+    """Weights of its own: experts, a bias for each, and a matrix."""
+
+    def build(self, shape):
+        self.maps = self.add_weight(name="expert_maps", shape=(3, 6, 8))
+        self.bias = self.add_weight(name="bias", shape=(3, 8))
+        self.mix = self.add_weight(name="mix", shape=(8, 8))
+
+    def call(self, x):
+        chosen = ops.one_hot(ops.argmax(x, axis=-1) % 3, 3)
+        y = ops.einsum("be,bi,eio->bo", chosen, x, self.maps)
+        y = ops.tanh(y + ops.matmul(chosen, self.bias))
+        return y + ops.matmul(y, self.mix)
+
+
+def mixture():
+    x = inputs = keras.Input((6,))
+    x = Mixture(name="one")(x)
+    x = keras.layers.LayerNormalization(name="norm")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+KINDS = {f.__name__: f for f in (dense, einsum, attention, conv, mixture)}
 
 
 def pretrained(kind):
@@ -423,8 +446,11 @@ def sum_of(layer, weights):
 
 
 def check_manifold(adapter):
-    assert distance(*adapter.factors_as_arrays()) < 1e-5
-    assert adapter.min_rank <= adapter.rank <= adapter.max_rank
+    arrays = adapter.factors_as_arrays()
+    for factors in by_matrix("adapter", arrays).values():
+        assert distance(*factors) < 1e-5
+    assert adapter.min_rank <= adapter.ranks.min()
+    assert adapter.ranks.max() <= adapter.max_rank
 
 
 # When what may happen: each step and when it makes sense.

@@ -17,7 +17,7 @@ class RankLogger(IntervalCallback):
     After every epoch, the logs contain three more entries, which `History`,
     the progress bar and later callbacks see:
 
-    - `mean_rank`: the mean over all adapted layers,
+    - `mean_rank`: the mean over all adapted layers and experts,
     - `skipped_steps`: the number of steps so far in which at least one adapter
       kept its factors, because its step was not finite,
     - `step_scale`: the mean factor, at most 1, by which `max_update_ratio`
@@ -56,7 +56,11 @@ class RankLogger(IntervalCallback):
 
     def read(self, step):
         """Reads the mean rank."""
-        ranks = [layer.rank for layer in adapted_layers(self.model).values()]
+        ranks = [
+            rank
+            for layer in adapted_layers(self.model).values()
+            for rank in layer.adapter.ranks.tolist()
+        ]
         self._mean_rank = sum(ranks) / len(ranks) if ranks else 0.0
 
     def on_train_batch_end(self, batch, logs=None):

@@ -80,21 +80,23 @@ class RankTensorBoard(IntervalCallback):
         """Writes the ranks."""
         writer = self._writer_at(step)
         layers = adapted_layers(self.model)
-        ranks = {path: layer.rank for path, layer in layers.items()}
+        # Of experts there are several in a layer.
+        ranks = {path: layer.adapter.ranks for path, layer in layers.items()}
         parameters = sum(
-            ranks[path] * layer.adapter.parameters_per_rank
+            int(ranks[path].sum()) * layer.adapter.parameters_per_rank
             for path, layer in layers.items()
         )
-        total = sum(ranks.values())
-        writer.add_scalar("geolora/mean_rank", total / max(len(ranks), 1), step)
+        total = sum(int(x.sum()) for x in ranks.values())
+        count = sum(map(len, ranks.values()))
+        writer.add_scalar("geolora/mean_rank", total / max(count, 1), step)
         writer.add_scalar("geolora/total_rank", total, step)
         writer.add_scalar("geolora/parameters", parameters, step)
         optimizer = find_geolora(self.model.optimizer)
         if optimizer is not None and optimizer.built:
             skipped = keras.ops.convert_to_numpy(optimizer.skipped_steps)
             writer.add_scalar("geolora/skipped_steps", int(skipped), step)
-        for path, rank in ranks.items():
-            writer.add_scalar(f"rank/{path}", rank, step)
+        for path, found in ranks.items():
+            writer.add_scalar(f"rank/{path}", float(found.mean()), step)
 
     def on_epoch_end(self, epoch, logs=None):
         """Writes the ranks, and the values that are slower to read."""

@@ -139,8 +139,9 @@ class SilentFailureGuard(keras.callbacks.Callback):
 
 
 def core_of(layer):
-    """Returns the singular values of an adapted layer."""
-    return np.diag(layer.adapter.trimmed()[1]).copy()
+    """Returns the singular values of an adapted layer, or of each expert."""
+    core = layer.adapter.trimmed()[1]
+    return np.diagonal(core, axis1=-2, axis2=-1).copy()
 
 
 def is_same(core, other):
@@ -148,6 +149,9 @@ def is_same(core, other):
 
     Their widths may differ, if the buffers were resized.
     """
-    width = max(len(core), len(other))
-    core, other = (np.pad(x, (0, width - len(x))) for x in (core, other))
+    width = max(core.shape[-1], other.shape[-1])
+    core, other = (
+        np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+        for x in (core, other)
+    )
     return np.linalg.norm(other - core) <= 1e-6 * np.linalg.norm(core)

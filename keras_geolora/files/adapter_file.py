@@ -92,7 +92,7 @@ def save_geolora(model, path, name=None):
     tensors = {}
     for layer_path, options in plan["layers"].items():
         factors = paths[layer_path].adapters_by_name()[name].trimmed()
-        rank = options["rank"] = len(factors[1])
+        rank = options["rank"] = factors[1].shape[-1]
         # `load_geolora` may have set a rank below that of the options.
         options["min_rank"] = min(options["min_rank"], rank)
         tensors.update(

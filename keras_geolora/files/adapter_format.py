@@ -8,6 +8,7 @@ import numpy as np
 import safetensors
 
 from keras_geolora.geometry.manifold import AVERAGE, check_factors
+from keras_geolora.layers.factor import by_matrix, fit_together
 from keras_geolora.layers.options import AdapterOptions
 
 FORMAT = 1
@@ -96,15 +97,20 @@ def read_adapter(path):
         ) from error
     try:
         check_factors(
-            {
-                layer_path: [tensors[f"{layer_path}.{role}"] for role in "USV"]
-                for layer_path in description["adapter"]["layers"]
-            },
+            factors_in(tensors, description["adapter"]["layers"]),
             f"'{path}' was not loaded. {AVERAGE}",
         )
     except ValueError as error:
         raise AdapterFileError(str(error)) from None
     return description, tensors
+
+
+def factors_in(tensors, paths):
+    """Returns the factors of layers in a file, those of each matrix by name."""
+    found = {}
+    for path in paths:
+        found.update(by_matrix(path, [tensors[f"{path}.{r}"] for r in "USV"]))
+    return found
 
 
 def check_contents(description, tensors):
@@ -119,11 +125,12 @@ def check_contents(description, tensors):
     # Files of version 0.1.0 do not name the family.
     require(isinstance(description.get("family"), (str, type(None))), "family")
     require(set(description["classes"]) == set(plan["layers"]), "classes")
+    axes = plan.get("weight_axes", {})  # early files have none
+    require(all(isinstance(x, str) for p in axes.items() for x in p), "axes")
     for path, options in plan["layers"].items():
         U, S, V = (tensors[f"{path}.{role}"] for role in "USV")
         rank = options["rank"]
-        shapes = (len(U), rank), (rank, rank), (len(V), rank)
-        require((U.shape, S.shape, V.shape) == shapes, path)
+        require(S.shape[-1] == rank and fit_together(U, S, V), path)
         require(all(x.dtype == "float32" for x in (U, S, V)), path)
         require(set(options) == set(AdapterOptions.TYPES), path)
         require(

@@ -9,11 +9,17 @@ from keras_geolora.files.adapter_file import adaptation_to_save
 from keras_geolora.files.adapter_format import AdapterFileError, read_adapter
 from keras_geolora.files.fit import Fit
 from keras_geolora.geometry import manifold
-from keras_geolora.geometry.low_rank_sum import svd_of_sum, trimmed
+from keras_geolora.geometry.low_rank_sum import svd_of_sum
 from keras_geolora.layers.adapter import check_rank
-from keras_geolora.layers.factor import factor_of
+from keras_geolora.layers.factor import (
+    by_matrix,
+    each_trimmed,
+    factor_of,
+    fit_together,
+    stacked,
+)
 from keras_geolora.layers.tree import (
-    has_adapters,
+    carries_adapters,
     inside,
     is_leaf,
 )
@@ -120,14 +126,17 @@ class Client:
     def __init__(self, factors, values, name):
         self.values = values
         for arrays in factors.values():
-            if not manifold.have_shapes(*arrays):
+            if not fit_together(*arrays):
                 raise ValueError(
                     "The shapes of a client's factors must fit together. "
                     f"{name}"
                 )
-        manifold.check_factors(factors, f"{name} Nothing was averaged.")
+        for path, arrays in factors.items():
+            manifold.check_factors(
+                by_matrix(path, arrays), f"{name} Nothing was averaged."
+            )
         self.factors = {
-            path: arrays if len(arrays) == 3 else trimmed(arrays)
+            path: arrays if len(arrays) == 3 else each_trimmed(arrays)
             for path, arrays in factors.items()
         }
 
@@ -211,7 +220,7 @@ def what_learns(model):
     }
     for layer in inside(model):
         # Statistics of a layer that the user made trainable.
-        if is_leaf(layer) and layer.trainable and not has_adapters(layer):
+        if is_leaf(layer) and layer.trainable and not carries_adapters(layer):
             learned |= {id(v) for v in layer.weights}
     return learned
 
@@ -225,24 +234,36 @@ def mean_factors(adapter, factors, shares, rank):
         shares: List of floats whose sum is 1.
         rank: Int or `None`.
     """
-    shape = adapter.input_dim, adapter.output_dim
+    shape = (*adapter.U.shape[:-1], adapter.output_dim)
     for U, _, V in factors:
-        if (len(U), len(V)) != shape:
+        found = (*U.shape[:-1], V.shape[-2])
+        if found != shape:
             raise ValueError(
                 "The updates of a client must have the same shapes as those "
-                f"of the model. Received: {(len(U), len(V))} for "
-                f"'{adapter.U.path}', where the model has {shape}"
+                f"of the model. Received: {found} for '{adapter.U.path}', "
+                f"where the model has {shape}"
             )
     largest = adapter.max_rank if rank is None else min(rank, adapter.max_rank)
-    U, sigma, V = svd_of_sum(
+
+    def mean(factors):
+        U, sigma, V = svd_of_sum(
+            [
+                (U, share * np.asarray(S, "float64"), V)
+                for share, (U, S, V) in zip(shares, factors, strict=True)
+            ],
+            largest,
+            adapter.min_rank,
+        )
+        return U, np.diag(sigma), V
+
+    if adapter.count is None:
+        return mean(factors)
+    return stacked(
         [
-            (U, share * np.asarray(S, "float64"), V)
-            for share, (U, S, V) in zip(shares, factors, strict=True)
-        ],
-        largest,
-        adapter.min_rank,
+            mean([[x[i] for x in arrays] for arrays in factors])
+            for i in range(adapter.count)
+        ]
     )
-    return U, np.diag(sigma), V
 
 
 def mean_values(clients, shares):

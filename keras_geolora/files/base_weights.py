@@ -28,7 +28,9 @@ def fingerprint(model, layers):
             value = adaptation.pretrained(variable)
         else:
             value = value_of(variable)
-        total = sums.get(key.rpartition("/")[0], sums[""])
+        # The key of an adapted weight is its path.
+        place = key if key in sums else key.rpartition("/")[0]
+        total = sums.get(place, sums[""])
         total.update(f"\n{key} {value.dtype} {value.shape}\n".encode())
         total.update(value.tobytes())
     return {path: total.hexdigest()[:32] for path, total in sums.items()}

@@ -7,11 +7,13 @@ from keras_geolora.files.adapter_file import (
     chosen_adapter,
     plain_class_name,
 )
+from keras_geolora.files.adapter_format import some
 from keras_geolora.files.base_weights import keyed_variables
 from keras_geolora.files.peft_names import family_of
 from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.registry import kernel_shape
 from keras_geolora.layers.tree import stable_paths
+from keras_geolora.layers.weight import AdaptedWeight
 
 
 @dataclasses.dataclass
@@ -56,6 +58,7 @@ def exported(model, path, name=None):
         if name in getattr(layer, "adapter_names", ())
     }
     check_layers(layers.values(), f"'{path}' was not written.", name)
+    check_are_layers(layers, path)
     updates = {}
     for place, layer in layers.items():
         adapter = layer.adapters_by_name()[name]
@@ -72,3 +75,22 @@ def exported(model, path, name=None):
         model_class=plain_class_name(model),
         shapes={p: shape for p, shape in shapes.items() if shape is not None},
     )
+
+
+def check_are_layers(layers, path):
+    """Refuses adapters of weights that belong to no layer of their own.
+
+    Args:
+        layers: Dict from path to layer or `AdaptedWeight`.
+        path: String or path of the file, for messages.
+    """
+    weights = [p for p, x in layers.items() if isinstance(x, AdaptedWeight)]
+    if weights:
+        raise ValueError(
+            "Only adapters of layers can be written in the formats of other "
+            "libraries, not those of experts and other weights that belong to "
+            "no layer of their own. Write `model.save_geolora(path)`, or merge "
+            "the model and convert it as a whole. Or leave them out when you "
+            f"adapt: `enable_geolora(exclude={weights[:2]})`. '{path}' was not "
+            f"written. Received: {len(weights)} such weights: {some(weights)}"
+        )

@@ -4,8 +4,8 @@ import keras
 
 from keras_geolora.files.adapter_format import some
 from keras_geolora.files.base_weights import HEAD, fingerprint, keyed_variables
-from keras_geolora.layers.registry import kernel_shape
-from keras_geolora.layers.tree import stable_paths
+from keras_geolora.layers.raw_weights import with_raw_weights
+from keras_geolora.layers.registry import kernel_shape, kernel_view
 from keras_geolora.model.parts import backbone_of
 
 
@@ -26,7 +26,8 @@ class Fit:
         self.plan = description["adapter"]
         self.tensors = tensors
         self.differences = []
-        self.paths = stable_paths(backbone_of(model))
+        axes = self.plan.get("weight_axes", {})  # early files have none
+        self.paths = with_raw_weights(backbone_of(model), axes)
         self.existing = None
         adaptation = getattr(model, "geolora_adaptation", None)
         if adaptation is not None:
@@ -59,12 +60,14 @@ class Fit:
                         f"{adapter.scale} in the model"
                     )
                     continue
-            if (len(U), len(V)) != shape:
+            shape = (*batch_of(layer), *shape)
+            found = (*U.shape[:-1], V.shape[-2])
+            if found != shape:
                 self._note(
-                    f"shape of '{path}': {(len(U), len(V))} in the file, "
-                    f"{shape} in the model"
+                    f"shape of '{path}': {found} in the file, {shape} in the "
+                    "model"
                 )
-            elif not options["rank"] <= room <= min(shape):
+            elif not options["rank"] <= room <= min(shape[-2:]):
                 self._note(
                     f"rank of '{path}': {options['rank']} in the file, room "
                     f"for {room} in the model"
@@ -164,6 +167,12 @@ class Fit:
 
     def _note(self, sentence):
         self.differences.append(sentence)
+
+
+def batch_of(layer):
+    """Returns `(count,)` for a layer with several matrices, or else `()`."""
+    count = kernel_view(layer).count
+    return () if count is None else (count,)
 
 
 def is_float(dtype):

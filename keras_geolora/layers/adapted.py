@@ -51,6 +51,8 @@ DEFAULT = "default"
 class KernelNorm:
     """The Frobenius norm of a layer's kernel, as a float where possible.
 
+    Of several matrices it is an array, with one number for each.
+
     Inside a compiled function variables cannot be read; this then returns the
     norm from when the adapter was added.
     """
@@ -62,7 +64,8 @@ class KernelNorm:
 
     def __call__(self):
         try:
-            return float(ops.convert_to_numpy(self.layer.kernel_norm()))
+            norm = np.array(ops.convert_to_numpy(self.layer.kernel_norm()))
+            return norm if norm.ndim else float(norm)
         except (NotImplementedError, TypeError):
             return self.known
 
@@ -236,6 +239,7 @@ class AdaptedLayer:
                 input_dim,
                 output_dim,
                 **options,
+                count=self.kernel_view.count,
                 # Adapters must not get the policy of a quantized layer.
                 dtype=self.compute_dtype,
                 name=adapter_name(name),
@@ -255,11 +259,15 @@ class AdaptedLayer:
     def _add_adapter(self, name, options):
         adapter = self._new_adapter(name, options)
         if not self._adapters:
-            before = TrainableFlags(self.variables)
+            before = TrainableFlags(self._plain_variables())
             self.adapter_state.trainable_before = before
             self._freeze()
         self._hold_adapters({**self._adapters, name: adapter})
         self.activate_adapter(name)
+
+    def _plain_variables(self):
+        """Returns the variables of the Keras layer, without adapters."""
+        return self.variables
 
     def _freeze(self):
         """Freezes the Keras layer, except the bias if `train_bias` is set."""
@@ -344,7 +352,7 @@ class AdaptedLayer:
         with name_scopes_of(self):
             new = self._new_adapter(name, dataclasses.asdict(options))
         U, S, V = old.trimmed()
-        new.assign_factors(U[:, :rank], S[:rank, :rank], V[:, :rank])
+        new.assign_factors(U[..., :rank], S[..., :rank, :rank], V[..., :rank])
         random_states = zip(
             new.dropout.variables, old.dropout.variables, strict=True
         )
@@ -429,7 +437,7 @@ class AdaptedLayer:
 
     @property
     def rank(self):
-        """Int, the rank of the active update."""
+        """Int, the rank of the active update; of a bank, the largest."""
         self._check_is_adapted()
         return self.adapter.rank
 
@@ -527,7 +535,10 @@ class AdaptedLayer:
         return [self.delta()]
 
     def kernel_norm(self):
-        """Returns the Frobenius norm of the kernel, a scalar tensor."""
+        """Returns the Frobenius norm of the kernel, a scalar tensor.
+
+        Of several matrices it has one number for each.
+        """
         kernel = ops.cast(self.kernels()[0], "float32")
         return ops.sqrt(ops.sum(ops.square(kernel)))
 

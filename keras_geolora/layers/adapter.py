@@ -9,13 +9,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_geolora.geometry import low_rank_sum, manifold
+from keras_geolora.geometry import manifold
 from keras_geolora.geometry.integrator import Block
 from keras_geolora.keras_internals import unlocked
 from keras_geolora.layers.factor import (
     TRAINED_ROLES,
     Factor,
+    by_matrix,
     check_values,
+    each_trimmed,
+    fit_together,
     name_of,
 )
 from keras_geolora.layers.products import (
@@ -38,12 +41,16 @@ class Orthonormal(keras.initializers.Initializer):
     def __init__(self, rank, seed=None):
         self.rank = rank
         self.orthogonal = keras.initializers.Orthogonal(seed=seed)
+        self.normal = keras.initializers.RandomNormal(seed=seed)
 
     def __call__(self, shape, dtype=None):
-        dim, max_rank = shape
-        basis = self.orthogonal((dim, self.rank), dtype)
-        padding = ops.zeros((dim, max_rank - self.rank), dtype)
-        return ops.concatenate([basis, padding], axis=1)
+        *count, dim, max_rank = shape
+        if count:  # `Orthogonal` would make all bases orthogonal to each other
+            basis, _ = ops.qr(self.normal((*count, dim, self.rank), dtype))
+        else:
+            basis = self.orthogonal((dim, self.rank), dtype)
+        padding = ops.zeros((*count, dim, max_rank - self.rank), dtype)
+        return ops.concatenate([basis, padding], axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -75,6 +82,11 @@ class LowRankAdapter(keras.layers.Layer):
     the cost of the full gradient of the kernel.) Train the factors with
     `keras_geolora.GeoLoRA`; other optimizers are refused.
 
+    **A bank** is an adapter of `count` matrices of one shape, as of the experts
+    of a layer. Its factors have one more axis, the first, and every matrix has
+    a rank of its own; all else holds for each matrix. It cannot be called: the
+    layer that has it computes with the sum of kernels and `delta()`.
+
     Args:
         input_dim: Int, rows of the kernel.
         output_dim: Int, columns of the kernel.
@@ -89,6 +101,8 @@ class LowRankAdapter(keras.layers.Layer):
         dropout: Float in [0, 1), share of the update's inputs to drop in
             training. Defaults to 0.
         seed: Int or `None`, for the bases and the dropout.
+        count: Int, the number of matrices of a bank. Defaults to `None`, an
+            ordinary adapter of one matrix.
 
     Input shape:
         `(..., input_dim)`, or integers `(...)`, which stand for one-hot
@@ -117,8 +131,6 @@ class LowRankAdapter(keras.layers.Layer):
         Schotthöfer et al. 2024, GeoLoRA, arXiv 2410.18720.
     """
 
-    # The number of matrices that the factors hold, if there are several.
-    count = None
     # The error about the factors of the last file, if any.
     _refused = None
 
@@ -132,6 +144,7 @@ class LowRankAdapter(keras.layers.Layer):
         scale=1.0,
         dropout=0.0,
         seed=None,
+        count=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -161,6 +174,7 @@ class LowRankAdapter(keras.layers.Layer):
         # Files are JSON, which cannot hold NumPy numbers.
         self.input_dim = input_dim
         self.output_dim = output_dim
+        self.count = None if count is None else operator.index(count)
         self.initial_rank = operator.index(rank)
         self.max_rank = operator.index(max_rank)
         self.min_rank = operator.index(min_rank)
@@ -186,10 +200,15 @@ class LowRankAdapter(keras.layers.Layer):
         self.Q = self._add_factor("Q", self.output_dim, "zeros")
         self.built = True
 
+    @property
+    def _axes(self):
+        """Tuple, the sizes of the axes before those of a matrix."""
+        return () if self.count is None else (self.count,)
+
     def _add_factor(self, role, dim, initializer):
         return self.add_weight(
             name=role,
-            shape=(dim, self.max_rank),
+            shape=(*self._axes, dim, self.max_rank),
             initializer=initializer,
             dtype="float32",
             autocast=False,
@@ -198,6 +217,13 @@ class LowRankAdapter(keras.layers.Layer):
         )
 
     def call(self, inputs, transpose=False, training=None):
+        if self.count is not None:
+            raise ValueError(
+                "An adapter of several matrices cannot be called, because it "
+                "does not know which of them acts on an input. Add its "
+                "`delta()` to the kernels. Received: adapter "
+                f"'{self.path}' of {self.count} matrices"
+            )
         factors = self._factors()
         if transpose:
             factors = transposed(*factors)
@@ -256,7 +282,10 @@ class LowRankAdapter(keras.layers.Layer):
         return (*input_shape[:-1], dim)
 
     def delta(self):
-        """Returns the update, float32, `(input_dim, output_dim)`."""
+        """Returns the update, float32, `(input_dim, output_dim)`.
+
+        That of a bank is `(count, input_dim, output_dim)`.
+        """
         return low_rank_matrix(self._factors(), self.scale)
 
     def thin_factors(self, at_rest):
@@ -311,9 +340,11 @@ class LowRankAdapter(keras.layers.Layer):
         """Returns `U`, `S` and `V` as arrays, without unused columns.
 
         Between two retractions these are the factors that a retraction gives:
-        the update without what exceeds `max_rank`.
+        the update without what exceeds `max_rank`. The factors of a bank have
+        the columns of its largest rank; those of other matrices are padded
+        with zeros.
         """
-        return low_rank_sum.trimmed(
+        return each_trimmed(
             self.factors_as_arrays(), self.max_rank, self.min_rank
         )
 
@@ -328,6 +359,8 @@ class LowRankAdapter(keras.layers.Layer):
             U: Array of shape `(input_dim, rank)`, columns orthonormal.
             S: Array of shape `(rank, rank)`, diagonal and nonnegative.
             V: Array of shape `(output_dim, rank)`, columns orthonormal.
+
+        Those of a bank have one more axis in front, as `trimmed` gives them.
         """
         values = {"U": U, "S": S, "V": V}
         for role, variable in zip(Block._fields, self.factors, strict=True):
@@ -340,7 +373,7 @@ class LowRankAdapter(keras.layers.Layer):
     def save_own_variables(self, store):
         """Like the Keras method; refuses factors that left the manifold."""
         manifold.check_factors(
-            {name_of(self.U): self.factors},
+            by_matrix(name_of(self.U), self.factors_as_arrays()),
             f"They were not saved. {manifold.MEND} {manifold.AVERAGE}",
         )
         moving = any(factor.any() for factor in self.factors_as_arrays()[3:])
@@ -359,9 +392,9 @@ class LowRankAdapter(keras.layers.Layer):
             raise ValueError(self._refused)
         self._refused = None
         try:
-            if len(given) in (3, 5) and manifold.have_shapes(*given):
+            if len(given) in (3, 5) and fit_together(*given):
                 manifold.check_factors(
-                    {name_of(self.U): given},
+                    by_matrix(name_of(self.U), given),
                     "This adapter was left unchanged; other weights of the "
                     f"file may already have been loaded. {manifold.AVERAGE}",
                 )
@@ -380,12 +413,15 @@ class LowRankAdapter(keras.layers.Layer):
 
     @property
     def parameters_per_rank(self):
-        """Int, parameters per rank: a column per basis, a singular value."""
+        """Int, parameters per rank of a matrix: two columns and a value."""
         return self.input_dim + self.output_dim + 1
 
     def kernel_norm(self):
-        """Returns the norm of the updated kernel; zero if there is none."""
-        return 0.0
+        """Returns the norm of the updated kernel; zero if there is none.
+
+        That of a bank is an array `(count,)`.
+        """
+        return 0.0 if self.count is None else np.zeros(self.count, "float32")
 
     @property
     def is_active(self):
@@ -401,12 +437,20 @@ class LowRankAdapter(keras.layers.Layer):
 
     @property
     def rank(self):
-        """Int, the number of columns in use.
+        """Int, the number of columns in use; of a bank, the largest rank.
 
         Between two retractions the update has at most twice this rank.
         """
-        basis = ops.convert_to_numpy(self.U)
-        return int((basis != 0).any(axis=0).sum())
+        return int(self.ranks.max())
+
+    @property
+    def ranks(self):
+        """Array `(count,)`, the rank of every matrix; of one matrix `(1,)`."""
+        if self.count is None:
+            basis = ops.convert_to_numpy(self.U)
+            return (basis != 0).any(axis=0).sum(keepdims=True)
+        used = ops.any(ops.not_equal(self.U, 0), axis=-2)  # many to fetch
+        return np.array(ops.convert_to_numpy(used)).sum(axis=-1)
 
     def get_config(self):
         return {
@@ -419,6 +463,7 @@ class LowRankAdapter(keras.layers.Layer):
             "scale": self.scale,
             "dropout": self.dropout.rate,
             "seed": self.seed,
+            **({} if self.count is None else {"count": self.count}),
         }
 
 

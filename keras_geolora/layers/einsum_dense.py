@@ -159,6 +159,33 @@ class Einsum:
         return permute(x, self.batch + self.kept, self.outputs, len(x.shape))
 
 
+def batched_axes(equation):
+    """Returns the batch, rows and columns of a kernel of several matrices.
+
+    Args:
+        equation: String, as in `keras.layers.EinsumDense`.
+
+    Returns:
+        Tuple of three tuples of axes of the kernel, or `None` if the equation
+        is not a product of several matrices with several inputs.
+    """
+    inputs, outputs = equation.replace("...", "0").split("->")
+    inputs, kernel = inputs.split(",")
+    both = set(kernel) & set(inputs) & set(outputs)
+    if not both or (set(inputs) - set(kernel) - set(outputs)):
+        return None
+    of = {
+        axis: (label in inputs, label in outputs)
+        for axis, label in enumerate(kernel)
+    }
+    batch, rows, columns = (
+        tuple(axis for axis, places in of.items() if places == wanted)
+        for wanted in ((True, True), (True, False), (False, True))
+    )
+    complete = len(batch + rows + columns) == len(kernel)
+    return (batch, rows, columns) if complete else None
+
+
 def permute(x, source, target, rank=None):
     """Transposes `x` from the axis order `source` to `target`.
 

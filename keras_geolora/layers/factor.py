@@ -1,8 +1,11 @@
 """The variables of an adapter: how they are known, and whether they fit."""
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_geolora.geometry.integrator import Block
+from keras_geolora.geometry.low_rank_sum import trimmed
 from keras_geolora.geometry.manifold import (
     AVERAGE,
     MEND,
@@ -68,12 +71,81 @@ def factors_of(layers, name=None):
         layers: Iterable of adapted layers.
         name: String, the one adapter to look at. Defaults to all.
     """
+    found = {}
+    for layer in layers:
+        for key, adapter in layer.adapters_by_name().items():
+            if name in (None, key):
+                found.update(by_matrix(name_of(adapter.U), adapter.factors))
+    return found
+
+
+def matrices(factors, count):
+    """Returns the factors of each matrix, as a list of tuples.
+
+    Args:
+        factors: List of arrays `U, S, V` or `U, S, V, P, Q`, those of a bank
+            or of one matrix.
+        count: Int, the number of matrices, or `None` for an ordinary adapter.
+    """
+    if count is None:
+        return [tuple(factors)]
+    return list(zip(*factors, strict=True))
+
+
+def stacked(factors):
+    """Stacks factors of different ranks, padded with zeros.
+
+    Args:
+        factors: List of tuples of arrays `U`, `S` and `V`.
+    """
+    rank = max(len(S) for _, S, _ in factors)
+    padded = [
+        (
+            np.pad(U, ((0, 0), (0, rank - len(S)))),
+            np.pad(S, (0, rank - len(S))),
+            np.pad(V, ((0, 0), (0, rank - len(S)))),
+        )
+        for U, S, V in factors
+    ]
+    return tuple(map(np.stack, zip(*padded, strict=True)))
+
+
+def each_trimmed(factors, max_rank=None, min_rank=1):
+    """Returns `U`, `S` and `V` without unused columns, as arrays.
+
+    Args:
+        factors: List of five arrays, those of a bank or of one matrix.
+        max_rank: Int, the largest rank. Defaults to that of the update.
+        min_rank: Int, the smallest rank. Defaults to 1.
+    """
+    count = len(factors[0]) if np.ndim(factors[0]) == 3 else None
+    found = [
+        trimmed(block, max_rank, min_rank) for block in matrices(factors, count)
+    ]
+    return found[0] if count is None else stacked(found)
+
+
+def by_matrix(name, factors):
+    """Returns a dict from name to factors, with an entry for each matrix.
+
+    Args:
+        name: String, the name of an adapter.
+        factors: List of its factors, variables or arrays.
+    """
+    if len(factors[0].shape) == 2:
+        return {name: factors}
+    arrays = [ops.convert_to_numpy(x) for x in factors]
     return {
-        name_of(adapter.U): adapter.factors
-        for layer in layers
-        for key, adapter in layer.adapters_by_name().items()
-        if name in (None, key)
+        f"{name}[{i}]": [x[i] for x in arrays] for i in range(len(arrays[0]))
     }
+
+
+def fit_together(*factors):
+    """Returns whether arrays have the shapes of factors."""
+    if np.ndim(factors[0]) != 3:
+        return have_shapes(*factors)
+    counts = {len(x) if np.ndim(x) == 3 else None for x in factors}
+    return len(counts) == 1 and have_shapes(*(x[0] for x in factors))
 
 
 def check_layers(layers, not_done, name=None):
@@ -99,9 +171,8 @@ def check_values(variables, values):
         factor = factor_of(variable)
         if factor is not None:
             factors.setdefault(name_of(variable), {})[factor.role] = value
-    whole = {
-        name: tuple(x[role] for role in ROLES)
-        for name, x in factors.items()
-        if set(x) == set(ROLES) and have_shapes(*(x[role] for role in ROLES))
-    }
+    whole = {}
+    for name, x in factors.items():
+        if set(x) == set(ROLES) and fit_together(*(x[r] for r in ROLES)):
+            whole.update(by_matrix(name, [x[role] for role in ROLES]))
     check_factors(whole, f"Nothing was changed. {AVERAGE}")

@@ -33,7 +33,7 @@ def forget_attributes(layer, names):
 def name_scopes_of(layer):
     """Gives new variables the paths they would get in the layer's `build`."""
     with contextlib.ExitStack() as scopes:
-        for part in layer.path.split("/"):
+        for part in (layer.path or layer.name).split("/"):
             scopes.enter_context(keras.name_scope(part))
         yield
 

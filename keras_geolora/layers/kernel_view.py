@@ -51,6 +51,11 @@ class KernelView:
         return self._size(self.columns)
 
     @property
+    def count(self):
+        """Int, the number of matrices, or `None` for a single one."""
+        return self._size(self.batch) if self.batch else None
+
+    @property
     def matrix_shape(self):
         """Tuple `(input_dim, output_dim)`."""
         return self.input_dim, self.output_dim

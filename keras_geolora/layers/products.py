@@ -15,10 +15,15 @@ are zero except between two retractions; an adapter that trains no more has
 only `U`, `S` and `V`. The gradients are those of the geometric step: for `U`,
 `S` and `V` those for `K = U S + P`, `S` and `L = V S.T + Q`, which are those of
 `P` and `Q`, too.
+
+The factors of several matrices have one more axis, the first. They have a
+`low_rank_matrix`, and no product with inputs.
 """
 
 import keras
 from keras import ops
+
+from keras_geolora.geometry.integrator import T
 
 # The highest order of derivatives of a product on JAX.
 ORDERS = 6
@@ -101,8 +106,8 @@ def wide_factors(U, S, V, *beyond):
     if not beyond:
         return A, V
     P, Q = beyond
-    A = ops.concatenate([ops.add(A, P), U], axis=1)
-    return A, ops.concatenate([V, Q], axis=1)
+    A = ops.concatenate([ops.add(A, P), U], axis=-1)
+    return A, ops.concatenate([V, Q], axis=-1)
 
 
 def low_rank_product(x, factors, scale, xU=None):
@@ -196,7 +201,7 @@ def factor_gradients(x, g, factors, scale, xU=None, gV=None):
 def geometric(grad_K, grad_L, factors):
     """Returns the gradients of all factors, given those of `K` and `L`."""
     U, _, _, *beyond = factors
-    basis = ops.transpose(ops.stop_gradient(U))
+    basis = T(ops.stop_gradient(U))
     gradients = grad_K, ops.matmul(basis, grad_K), grad_L
     if not beyond:
         return gradients
@@ -353,7 +358,8 @@ def low_rank_matrix(factors, scale):
         scale: Float.
 
     Returns:
-        Tensor of shape `(input_dim, output_dim)`.
+        Tensor of shape `(input_dim, output_dim)`, or `(count, input_dim,
+        output_dim)` for the factors of several matrices.
     """
 
     def forward(*factors):
@@ -362,7 +368,7 @@ def low_rank_matrix(factors, scale):
     def backward(G, _, *factors):
         U, _, V, *_ = factors
         grad_K = times_basis(G, V) * scale
-        grad_L = times_basis(ops.transpose(G), U) * scale
+        grad_L = times_basis(T(G), U) * scale
         return geometric(grad_K, grad_L, factors)
 
     return with_gradients(forward, backward, factors=factors)
@@ -371,4 +377,4 @@ def low_rank_matrix(factors, scale):
 def product_of_factors(factors, scale):
     """Computes the matrix of an update, without custom gradients."""
     A, B = wide_factors(*factors)
-    return ops.matmul(A * scale, ops.transpose(B))
+    return ops.matmul(A * scale, T(B))

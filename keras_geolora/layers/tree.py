@@ -7,6 +7,10 @@ import keras
 
 from keras_geolora.keras_internals import direct_layers
 from keras_geolora.layers.adapter import LowRankAdapter
+from keras_geolora.layers.weight import AdaptedWeight, weights_in
+
+# Layers that this package adds to a model.
+OURS = (LowRankAdapter, AdaptedWeight)
 
 
 def walk(layer, path="", name_of=operator.attrgetter("name")):
@@ -14,13 +18,14 @@ def walk(layer, path="", name_of=operator.attrgetter("name")):
 
     Paths join layer names with `/`, from the outside in. A shared layer has the
     path at which it comes first; of layers with equal names, the later ones get
-    a number. Adapters and what is inside them are left out.
+    a number. Adapters and what is inside them are left out, and so are
+    `AdaptedWeight`s, which are no layers of the model.
     """
     seen, taken = set(), set()
 
     def visit(layer, path):
         for child in direct_layers(layer):
-            if id(child) in seen or isinstance(child, LowRankAdapter):
+            if id(child) in seen or isinstance(child, OURS):
                 continue
             seen.add(id(child))
             first = f"{path}/{name_of(child)}" if path else name_of(child)
@@ -33,6 +38,14 @@ def walk(layer, path="", name_of=operator.attrgetter("name")):
             yield from visit(child, child_path)
 
     yield from visit(layer, path)
+
+
+def places(layer, name_of=operator.attrgetter("name")):
+    """Yields what `walk` does, and the adapted weights after their owners."""
+    for path, child in walk(layer, name_of=name_of):
+        yield path, child
+        for weight in weights_in(child):
+            yield f"{path}/{weight.name}", weight
 
 
 def is_leaf(layer):
@@ -58,10 +71,11 @@ def models_of(model):
 def stable_paths(layer):
     """Returns a dict from path to layer of all layers inside a layer.
 
-    The paths are those of `walk`, but the same for every instance of a model:
-    automatic names, such as `dense_7`, are numbered anew inside each layer.
+    Adapted weights are among them. The paths are those of `walk`, but the same
+    for every instance of a model: automatic names, such as `dense_7`, are
+    numbered anew inside each layer.
     """
-    return dict(walk(layer, name_of=stable_name))
+    return dict(places(layer, name_of=stable_name))
 
 
 def stable_name(layer):
@@ -73,10 +87,13 @@ def stable_name(layer):
 
 
 def adapted_layers(model):
-    """Returns a dict from path to layer, of layers with an active adapter."""
+    """Returns a dict from path to layer, of layers with an active adapter.
+
+    Adapted weights count as layers, here and below.
+    """
     return {
         path: layer
-        for path, layer in walk(model)
+        for path, layer in places(model)
         if getattr(layer, "is_adapted", False)
     }
 
@@ -86,9 +103,19 @@ def layers_with_adapters(model):
 
     Including those whose adapters are not active.
     """
-    return {path: layer for path, layer in walk(model) if has_adapters(layer)}
+    return {path: layer for path, layer in places(model) if has_adapters(layer)}
 
 
 def has_adapters(layer):
     """Returns whether a layer has any adapter, active or not."""
     return bool(getattr(layer, "adapter_names", []))
+
+
+def carries_adapters(layer):
+    """Returns whether a layer, or a weight that it owns, has any adapter."""
+    return has_adapters(layer) or any(map(has_adapters, weights_in(layer)))
+
+
+def owners_of_weights(model):
+    """Returns the layers inside a model that own adapted weights."""
+    return [layer for layer in inside(model) if weights_in(layer)]

@@ -14,6 +14,7 @@ from keras_geolora.layers.tree import (
     inside,
     stable_paths,
 )
+from keras_geolora.layers.weight import AdaptedWeight
 from keras_geolora.model.freezing import Freeze
 from keras_geolora.model.substitution import exchanged_values, value_of
 
@@ -64,6 +65,15 @@ class NamedAdapter:
         }
         self.saved_layers = [x for x in self.saved_layers if id(x) in paths]
 
+    def weight_axes(self):
+        """Returns a dict from path to the axes that the user gave."""
+        weights = {
+            path: layer.source
+            for path, layer in self.layers.items()
+            if isinstance(layer, AdaptedWeight)
+        }
+        return {p: x.axes for p, x in weights.items() if x.axes is not None}
+
     def find_manual_flags(self, name):
         """Returns the current `manual_flags` of the active adapter."""
         flags = {
@@ -102,6 +112,7 @@ class Adaptation:
         self.active = None
         self._pretrained = {}
         self.suspended = 0
+        self.said_what_is_left = False
         self._paused = None
         # Last, so that an interrupt before it changes nothing.
         self.frozen = Freeze(scope)
@@ -178,7 +189,7 @@ class Adaptation:
                 "then `model.enable_geolora()`. Received: model "
                 f"'{self.model_name}' with new layers {names}"
             )
-        left = {id(layer) for layer in inside(self.scope)}
+        left = {id(layer) for layer in stable_paths(self.scope).values()}
         layers = self.adapters[self.active].layers.values()
         if not any(id(layer) in left for layer in layers):
             raise ValueError(
@@ -270,6 +281,7 @@ class Adaptation:
                     ],
                     "train_bias": adapter.train_bias,
                     "clipped": adapter.clipped,
+                    "weight_axes": adapter.weight_axes(),
                 }
                 for name, adapter in self.adapters.items()
             ],

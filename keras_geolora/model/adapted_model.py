@@ -19,10 +19,12 @@ from keras_geolora.keras_internals import (
 from keras_geolora.layers.factor import check_layers, check_values, factor_of
 from keras_geolora.layers.in_place import become_adapted, become_plain
 from keras_geolora.layers.options import AdapterOptions
+from keras_geolora.layers.raw_weights import with_raw_weights
 from keras_geolora.layers.registry import adapted_class
 from keras_geolora.layers.tree import (
     inside,
     layers_with_adapters,
+    owners_of_weights,
     stable_paths,
 )
 from keras_geolora.model.adaptation import Adaptation
@@ -48,12 +50,15 @@ from keras_geolora.optimizer.geolora import (
     take_attributes,
 )
 from keras_geolora.optimizer.of_model import trains_as_keras
+from keras_geolora.viewing.reach import Reach
 
 # Keys in files of weights, beside the numbers that Keras uses as keys.
 PREFIX = "geolora_"
 SIGNATURE = "geolora_signature"
 BUFFERS = "geolora_buffers"
 RANDOM = "geolora_random_"
+# The share of the parameters without an adapter of which `fit` tells.
+MUCH = 0.01
 # Keras prints this when it cannot find the class in a file.
 TO_LOAD = "This model has adapters: `import keras_geolora` before loading it."
 BELONGS = "The adapters of this backbone belong to the task that was adapted."
@@ -299,17 +304,27 @@ class AdaptedModel(PausesAsAWhole):
             resize_buffers(
                 self,
                 {
-                    id(factor.adapter): len(value)
+                    id(factor.adapter): np.shape(value)[-1]
                     for variable, value in pairs
                     if (factor := factor_of(variable))
                     and factor.role == "S"
-                    and np.ndim(value) == 2
+                    and np.ndim(value) == len(variable.shape)
                 },
             )
         super().set_weights(weights)
 
     def _refuse_weights(self, message):
         raise self.geolora_refusal(message)
+
+    def _tell_what_is_left(self):
+        """Says once what the adapters do not reach, if that is much."""
+        adaptation = self.geolora_adaptation
+        if adaptation.said_what_is_left:
+            return
+        adaptation.said_what_is_left = True
+        reach = Reach.of(self)
+        if reach.share >= MUCH:
+            print(reach.sentence())
 
     def _build_optimizer(self):
         # Keras does not load into an optimizer that is not built.
@@ -341,7 +356,11 @@ class AdaptedModel(PausesAsAWhole):
         )
 
     def fit(self, *args, **kwargs):
-        """Like `keras.Model.fit`; cuts at epoch ends and shows the ranks."""
+        """Like `keras.Model.fit`; cuts at epoch ends and shows the ranks.
+
+        The first time it also says which share of the parameters no adapter
+        reaches, if that is more than one percent and `verbose` is not 0.
+        """
         check_not_suspended([self.geolora_adaptation])
         self.geolora_adaptation.take_in_changes()
         if self.compiled and trains_as_keras(self):
@@ -355,6 +374,8 @@ class AdaptedModel(PausesAsAWhole):
         # KerasHub tasks have other positional arguments.
         names = list(parameters)
         by_position = dict(zip(names, args, strict=False))
+        if {**by_position, **kwargs}.get("verbose", "auto"):
+            self._tell_what_is_left()
         if "callbacks" in by_position:
             at = names.index("callbacks")
             args = (*args[:at], own_callbacks(args[at]), *args[at + 1 :])
@@ -562,9 +583,13 @@ def adapt_by_plan(model, plan):
             f"layers their input shapes. Received: model '{model.name}', "
             "which is not built"
         )
-    paths = {"": backbone_of(model), **stable_paths(backbone_of(model))}
-    for path, layer in paths.items():
+    scope = backbone_of(model)
+    for path, layer in {"": scope, **stable_paths(scope)}.items():
         layer.trainable = path not in plan["frozen"]
+    axes = {}
+    for adapter in plan["adapters"]:
+        axes.update(adapter.get("weight_axes", {}))  # early files have none
+    paths = with_raw_weights(scope, axes)
     for adapter in plan["adapters"]:
         options = adapter["layers"]
         named = [*options, *adapter["modules_to_save"]]
@@ -614,7 +639,11 @@ def as_plain(model):
     """Gives a model and its layers their former classes for a block."""
     scope = model.geolora_adaptation.scope
     parts = [model] if scope is model else [model, scope]
-    adapted = [*layers_with_adapters(model).values(), *parts]
+    adapted = [
+        *layers_with_adapters(model).values(),
+        *owners_of_weights(model),
+        *parts,
+    ]
     classes = [type(layer) for layer in adapted]
     for layer in adapted:
         become_plain(layer)

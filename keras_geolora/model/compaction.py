@@ -88,10 +88,11 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
 
 def compact_width(adapter, multiple):
     """Returns the rank, rounded up to a multiple that the buffers hold."""
-    columns = max(len(adapter.trimmed()[1]), 1)
+    columns = max(adapter.trimmed()[1].shape[-1], 1)
     return min(-(-columns // multiple) * multiple, adapter.max_rank)
 
 
 def buffer_size(adapter, width):
     """Returns the number of entries of the factors for a buffer width."""
-    return width * (adapter.input_dim + adapter.output_dim + width)
+    size = width * (adapter.input_dim + adapter.output_dim + width)
+    return (adapter.count or 1) * size

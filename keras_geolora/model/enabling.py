@@ -36,6 +36,7 @@ def enable_geolora(
     targets="all-linear",
     exclude=None,
     rank_pattern=None,
+    weight_axes=None,
     modules_to_save=None,
     scale=1.0,
     dropout=0.0,
@@ -58,7 +59,9 @@ def enable_geolora(
     `/`), a regular expression for the whole path, a layer class, a callable
     `(path, layer) -> bool`, or a list of these. A pattern that matches a layer
     with layers inside includes all of them; one that matches nothing is
-    refused.
+    refused. Weights that belong to no layer of their own, such as experts, are
+    chosen like layers, by the path of their layer and their name; a callable
+    gets the variable.
 
     Args:
         model: Built `keras.Model`.
@@ -70,14 +73,20 @@ def enable_geolora(
             Defaults to `2 * rank`.
         min_rank: Int, the smallest rank. Defaults to 1.
         targets: Patterns, or one of the words `"all-linear"` (the default:
-            every `Dense` and `EinsumDense`), `"attention"` (those inside a
-            layer with "attention" in its class name) and `"all"` (embeddings
-            and convolutions as well). Layers that cannot carry an adapter are
+            every `Dense`, `EinsumDense` and expert), `"attention"` (those
+            inside a layer with "attention" in its class name), `"experts"` and
+            `"all"` (embeddings, convolutions and all else that can carry an
+            adapter). Layers that cannot carry an adapter are
             skipped, and refused if nothing else matches.
         exclude: Patterns of layers not to adapt; they stay frozen. Defaults
             to `None`.
         rank_pattern: Dict from pattern to rank, where it differs from `rank`;
             the first matching pattern counts. Defaults to `None`.
+        weight_axes: Dict from pattern to the axes of a weight that belongs to
+            no layer of its own, where they are not obvious: a letter for each,
+            `"r"` for those that become the rows of a matrix, `"c"` for columns
+            and `"b"` for those along which there are several matrices, such as
+            `{".*/kernels": "brc"}`. Defaults to `None`.
         modules_to_save: Patterns of layers that train in full, such as heads
             and norms, and belong to the adapter. Defaults to `None`.
         scale: Float, constant strength of the updates. Defaults to 1.
@@ -124,7 +133,7 @@ def enable_geolora(
     check_model(model)
     check_name(name)
     check_can_adapt(model, name)
-    layers = Layers(backbone_of(model), model)
+    layers = Layers(backbone_of(model), model, weight_axes)
     saved = {}
     if modules_to_save is not None:
         saved = layers.named(modules_to_save, "modules_to_save")

@@ -1,7 +1,12 @@
 """Which variables of an adapted model train."""
 
 from keras_geolora.layers.factor import factor_of
-from keras_geolora.layers.tree import has_adapters, inside, is_leaf, with_inside
+from keras_geolora.layers.tree import (
+    carries_adapters,
+    inside,
+    is_leaf,
+    with_inside,
+)
 
 
 class Freeze:
@@ -45,7 +50,7 @@ class Freeze:
         """Yields the layers and whether they should train."""
         layers = with_inside(layers)
         for layer in self.layers:
-            yield layer, id(layer) in layers or has_adapters(layer)
+            yield layer, id(layer) in layers or carries_adapters(layer)
 
     def _variable_flags(self, variables):
         """Yields the variables and whether they should train."""

@@ -7,6 +7,7 @@ import numpy as np
 from keras_geolora.distribution import tf_replicas
 from keras_geolora.geometry import low_rank_sum
 from keras_geolora.layers.adapter import check_rank
+from keras_geolora.layers.factor import each_trimmed, stacked
 from keras_geolora.layers.tree import layers_with_adapters
 from keras_geolora.model.adapted_model import warn_of_what_stays
 from keras_geolora.model.checks import (
@@ -326,11 +327,9 @@ def combine(adaptation, name, weights, rank):
     layers_of_sum, saved_layers = list(layers.values()), list(saved.values())
     with adaptation.keeping_manual_changes(but=[*layers_of_sum, *saved_layers]):
         for path, layer in layers.items():
-            U, sigma, V = sums[path]
-            type(layer).adapt(
-                layer, name, rank=len(sigma), max_rank=len(sigma), min_rank=1
-            )
-            layer.adapter.assign_factors(U, np.diag(sigma), V)
+            rank = sums[path][1].shape[-1]
+            type(layer).adapt(layer, name, rank=rank, max_rank=rank, min_rank=1)
+            layer.adapter.assign_factors(*sums[path])
         adaptation.add(name, layers_of_sum, saved_layers, train_bias)
     for key, variable in co_trained.items():
         variable.assign(values[key])
@@ -358,7 +357,7 @@ def combined_value(adaptation, variable, known, weights):
 
 
 def weighted_sum(layer, weights, rank):
-    """Returns bases and singular values of a weighted sum of updates."""
+    """Returns the factors of a weighted sum of updates, as arrays."""
     adapters = [
         (weight, layer.adapters_by_name()[other])
         for other, weight in weights.items()
@@ -366,14 +365,27 @@ def weighted_sum(layer, weights, rank):
     ]
     products = []
     for weight, adapter in adapters:
-        U, S, V = low_rank_sum.trimmed(adapter.factors_as_arrays())
+        U, S, V = each_trimmed(adapter.factors_as_arrays())
         products.append((U, weight * adapter.scale * S.astype("float64"), V))
     if not all(np.isfinite(x).all() for product in products for x in product):
         raise ValueError(
             "Only finite updates can be combined. Received: a non-finite "
             f"update of layer '{layer.path}'. Nothing was combined."
         )
-    return low_rank_sum.svd_of_sum(products, rank)
+
+    def factors_of_sum(products):
+        U, sigma, V = low_rank_sum.svd_of_sum(products, rank)
+        return U, np.diag(sigma), V
+
+    count = adapters[0][1].count
+    if count is None:
+        return factors_of_sum(products)
+    return stacked(
+        [
+            factors_of_sum([[x[i] for x in product] for product in products])
+            for i in range(count)
+        ]
+    )
 
 
 def check_weights(weights):

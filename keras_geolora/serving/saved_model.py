@@ -201,7 +201,7 @@ def keep_beside(model):
     for layer in layers_with_adapters(model).values():
         layer.keeps_update_apart = True
         for name, adapter in layer.adapters_by_name().items():
-            layer.resize_adapter(name, len(adapter.trimmed()[1]))
+            layer.resize_adapter(name, adapter.trimmed()[1].shape[-1])
             layer.adapters_by_name()[name].stop_training()
 
 

@@ -10,7 +10,7 @@ NUMBER = re.compile(r"(\d+)")
 def fold(rows, known=()):
     r"""Makes one row of all that differ only in numbers in their paths.
 
-    Rows of kernels of different shapes stay apart.
+    Rows of kernels of different shapes, or numbers of experts, stay apart.
 
     Args:
         rows: List of dicts, as `geolora_summary` returns them.
@@ -20,10 +20,10 @@ def fold(rows, known=()):
     Returns:
         List of dicts with the keys `path` (the pattern that matches the paths
         of all its rows and no other path, as a regular expression), `number`
-        (of its rows), `kernel_shape`, `ranks` (the smallest and the largest),
-        `mean_rank`, `max_rank` (the largest), `singular_values` (the means, a
-        missing one counts as 0), `largest` (the largest of all singular
-        values), `discarded_share` (the mean, or `None`), and the sums
+        (of its rows), `kernel_shape`, `experts`, `ranks` (the smallest and the
+        largest), `mean_rank`, `max_rank` (the largest), `singular_values` (the
+        means, a missing one counts as 0), `largest` (the largest of all
+        singular values), `discarded_share` (the mean, or `None`), and the sums
         `parameters`, `parameter_share` and `budget_share` (or `None`).
 
     Example:
@@ -40,7 +40,8 @@ def fold(rows, known=()):
     known = {*known, *(row["path"] for row in rows)}
     kinds = {}
     for row in rows:
-        kind = NUMBER.sub("0", row["path"]), tuple(row["kernel_shape"])
+        shape = row["experts"], *row["kernel_shape"]
+        kind = NUMBER.sub("0", row["path"]), shape
         kinds.setdefault(kind, []).append(row)
     folded = []
     for alike in kinds.values():
@@ -55,14 +56,15 @@ def fold(rows, known=()):
 
 def folded_row(pattern, rows):
     """Returns the row that stands for several."""
-    ranks = [row["rank"] for row in rows]
-    spectra = np.zeros((len(rows), max(ranks)))
+    ranks = [rank for row in rows for rank in row["ranks"]]
+    spectra = np.zeros((len(rows), max(row["rank"] for row in rows)))
     for spectrum, row in zip(spectra, rows, strict=True):
         spectrum[: row["rank"]] = row["singular_values"]
     return {
         "path": pattern,
         "number": len(rows),
         "kernel_shape": rows[0]["kernel_shape"],
+        "experts": rows[0]["experts"],
         "ranks": (min(ranks), max(ranks)),
         "mean_rank": sum(ranks) / len(ranks),
         "max_rank": max(row["max_rank"] for row in rows),

@@ -9,7 +9,8 @@ from keras import ops
 
 from keras_geolora.geometry import manifold
 from keras_geolora.layers.clipping import asked_of
-from keras_geolora.layers.factor import factors_of
+from keras_geolora.layers.factor import factors_of, matrices
+from keras_geolora.layers.raw_weights import add_raw_weights
 from keras_geolora.layers.tree import (
     adapted_layers,
     layers_with_adapters,
@@ -20,6 +21,7 @@ from keras_geolora.viewing.abbreviation import abbreviated
 from keras_geolora.viewing.folding import fold
 from keras_geolora.viewing.heat_map import check_can_draw, heat_map
 from keras_geolora.viewing.rank_table import read_ranks
+from keras_geolora.viewing.reach import Reach
 from keras_geolora.whole_files import write_whole
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -43,7 +45,8 @@ def geolora_summary(
     - the path of the layer, and the shape of its kernel as a matrix,
     - the current rank and the largest possible one, with a bar for each
       singular value, relative to the largest of the layer, and a dot for each
-      free rank,
+      free rank; of experts, the range of their ranks and the mean, with the
+      largest of their singular values,
     - the largest and the smallest singular value, `scale` included,
     - `dropped`: the share of the Frobenius norm of the update that its last
       truncation discarded,
@@ -62,7 +65,8 @@ def geolora_summary(
     Below are totals, the largest orthonormality error of a basis, which should
     stay below 1e-5, and the parameters of LoRA on the same layers: with the
     mean rank (rounded), and with the largest rank found, which LoRA would need
-    to give every layer at least its rank here. Notes follow if there are any:
+    to give every layer at least its rank here; and which share of the model's
+    parameters neither trains nor has an adapter. Notes follow if there are any:
     ranks that `enable_geolora` clipped to the smaller side of a kernel, and
     factors that are off the manifold, as after averaging or training with
     another optimizer.
@@ -79,7 +83,9 @@ def geolora_summary(
 
     Returns:
         List of dicts, one for each adapted layer, also if the table is folded,
-        with the keys `path`, `kernel_shape`, `rank`, `max_rank`, `parameters`,
+        with the keys `path`, `kernel_shape`, `experts` (their number, or
+        `None`), `rank` (of experts the largest), `ranks` (a list with the rank
+        of each expert, or of the layer), `max_rank`, `parameters`,
         `singular_values` (a list of floats, descending, `scale` included),
         `orthogonality_error`, `discarded_share` (`None` if no `GeoLoRA`
         trains the layer), `parameter_share` (of the parameters of all
@@ -133,16 +139,18 @@ def geolora_summary(
         budget = budget if budget < UNLIMITED else None  # not yet
     total = sum(row["parameters"] for row in rows) or 1
     for row in rows:
-        used = row["rank"] if unit == "ranks" else row["parameters"]
+        used = sum(row["ranks"]) if unit == "ranks" else row["parameters"]
         row["parameter_share"] = row["parameters"] / total
         row["budget_share"] = used / budget if budget else None
     if print_fn is not None:
         write = as_text if style == "text" else as_markdown
         shown = rows
         if len(rows) > FEW_ROWS and not expand:
-            shown = folded_if_shorter(rows, [path for path, _ in walk(model)])
+            known = add_raw_weights(dict(walk(model)), model)
+            shown = folded_if_shorter(rows, known)
         sentences = [
             *totals(rows, budget, unit),
+            Reach.of(model).sentence(),
             *notes_on_ranks(rows),
             *warnings_of(layers_with_adapters(model).values()),
         ]
@@ -160,16 +168,22 @@ def folded_if_shorter(rows, known):
 def describe(path, adapter, optimizer=None):
     """Returns the row of one adapter, without its shares of the total."""
     U, S, V = adapter.trimmed()
-    rank = len(S)
+    blocks = matrices([U, S, V], adapter.count)
+    ranks = [used_columns(U) for U, _, _ in blocks]
+    sigma = np.array([S.diagonal() for _, S, _ in blocks])
     return {
         "path": path,
         "kernel_shape": (adapter.input_dim, adapter.output_dim),
-        "rank": rank,
+        "experts": adapter.count,
+        "rank": S.shape[-1],
+        "ranks": ranks,
         "max_rank": adapter.max_rank,
-        "parameters": rank * adapter.parameters_per_rank,
-        "singular_values": (abs(adapter.scale) * S.diagonal()).tolist(),
+        "parameters": sum(ranks) * adapter.parameters_per_rank,
+        "singular_values": (abs(adapter.scale) * sigma.max(axis=0)).tolist(),
         "orthogonality_error": max(
-            manifold.basis_error(basis, rank) for basis in (U, V)
+            manifold.basis_error(basis, rank)
+            for (U, _, V), rank in zip(blocks, ranks, strict=True)
+            for basis in (U, V)
         ),
         "discarded_share": (
             None if optimizer is None else optimizer.discarded_share(adapter)
@@ -177,11 +191,23 @@ def describe(path, adapter, optimizer=None):
     }
 
 
+def used_columns(basis):
+    """Returns the number of columns that are not zero."""
+    return int((basis != 0).any(axis=0).sum())
+
+
+def matrices_in(row):
+    """Returns the number of matrices that an adapter updates."""
+    return row["experts"] or 1
+
+
 def totals(rows, budget, unit):
     """Returns the totals below the table, as sentences."""
-    ranks = [row["rank"] for row in rows]
+    ranks = [rank for row in rows for rank in row["ranks"]]
     total = sum(row["parameters"] for row in rows)
-    kernels = sum(np.prod(row["kernel_shape"]) for row in rows)
+    kernels = sum(
+        matrices_in(row) * math.prod(row["kernel_shape"]) for row in rows
+    )
     mean, largest = sum(ranks) / len(ranks), max(ranks)
     worst = max(rows, key=lambda row: row["orthogonality_error"])
     sentences = [
@@ -236,7 +262,9 @@ def warnings_of(layers):
 def lora_parameters(rows, rank):
     """Returns the parameters of LoRA with the same rank on all layers."""
     return sum(
-        min(rank, *row["kernel_shape"]) * sum(row["kernel_shape"])
+        matrices_in(row)
+        * min(rank, *row["kernel_shape"])
+        * sum(row["kernel_shape"])
         for row in rows
     )
 
@@ -253,8 +281,8 @@ def of_layer(row):
     sigma = row["singular_values"]
     return {
         "layer": row["path"],
-        "kernel": "x".join(map(str, row["kernel_shape"])),
-        "rank": f"{row['rank']}/{row['max_rank']}",
+        "kernel": shape_text(row),
+        "rank": f"{rank_text(row)}/{row['max_rank']}",
         "singular values": spectrum(sigma, row["max_rank"]),
         "largest": two_digits(sigma[0] if sigma else 0.0),
         "smallest": two_digits(sigma[-1] if sigma else 0.0),
@@ -268,7 +296,7 @@ def of_kind(row):
     return {
         "layers": row["path"],
         "number": str(row["number"]),
-        "kernel": "x".join(map(str, row["kernel_shape"])),
+        "kernel": shape_text(row),
         "rank": f"{ranks}/{row['max_rank']}",
         "mean": f"{row['mean_rank']:.1f}",
         "singular values": spectrum(row["singular_values"], row["max_rank"]),
@@ -284,6 +312,21 @@ def share_of(row):
     if budget is None:
         title, share = "share", row["parameter_share"]
     return {"params": f"{row['parameters']:,}", title: percent(share)}
+
+
+def shape_text(row):
+    """Describes the shape of a kernel, and how many of them there are."""
+    shape = "x".join(map(str, row["kernel_shape"]))
+    return f"{row['experts']} of {shape}" if row["experts"] else shape
+
+
+def rank_text(row):
+    """Describes the rank of an adapter; of experts, the range and the mean."""
+    ranks = row["ranks"]
+    if row["experts"] is None:
+        return str(row["rank"])
+    mean = sum(ranks) / len(ranks)
+    return f"{min(ranks)}-{max(ranks)}, mean {mean:.1f}"
 
 
 def as_text(rows, name, sentences):

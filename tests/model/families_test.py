@@ -13,6 +13,8 @@ from keras_geolora import GeoLoRA
 from keras_geolora.layers.factor import factor_of
 from keras_geolora.layers.registry import refusal
 from keras_geolora.layers.tree import adapted_layers, walk
+from keras_geolora.layers.weight import weights_in
+from keras_geolora.viewing.reach import Reach
 
 # A choice of kinds; the whole sweep of a compiling backend takes half an hour.
 # Such a backend compiles every layer and every shape: it gets fewer.
@@ -74,8 +76,12 @@ def examine(name, targets="all", **changes):
     left_out = {
         type(layer).__name__
         for _, layer in walk(backbone)
-        if refusal(layer) is not None and hasattr(layer, "kernel")
+        if refusal(layer) is not None
+        and hasattr(layer, "kernel")
+        and not weights_in(layer)
     }
+    reach = Reach.of(backbone)
+    vectors = {v.path for v in backbone.weights if is_vector(v)}
     layers = adapted_layers(backbone)
     values = [np.array(ops.convert_to_numpy(v)) for v in model.weights]
 
@@ -100,10 +106,16 @@ def examine(name, targets="all", **changes):
         "moved": sum(bool(core.any()) for core in cores),
         "left out": ", ".join(sorted(left_out)),
         "parameters": sum(
-            layer.rank * sum(layer.kernel_view.matrix_shape)
+            int(layer.adapter.ranks.sum()) * sum(layer.kernel_view.matrix_shape)
             for layer in layers.values()
         ),
-        "of": sum(w.size for w in values),
+        "of": reach.total,
+        "out of reach": reach.share,
+        "matrices out of reach": {
+            path: size / reach.total
+            for path, size in reach.left.items()
+            if path not in vectors
+        },
         "ranks": f"{min(x.rank for x in layers.values())} to "
         f"{max(x.rank for x in layers.values())}",
     }
@@ -116,6 +128,12 @@ def examine(name, targets="all", **changes):
     assert not adapted_layers(backbone)
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
+
+
+def is_vector(variable):
+    """Whether a variable is a bias, a scale or the like, and no matrix."""
+    long = sum(size > 1 for size in variable.shape)
+    return long < 2 or variable.path.endswith("bias")
 
 
 def names():

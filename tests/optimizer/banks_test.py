@@ -13,17 +13,13 @@ class Bank(keras_geolora.LowRankAdapter):
     """Adapters of equal shape in one object, with a leading axis."""
 
     def __init__(self, adapters, **kwargs):
-        self.count = len(adapters)
-        super().__init__(*SHAPE, rank=RANK, max_rank=4, **kwargs)
+        super().__init__(
+            *SHAPE, rank=RANK, max_rank=4, count=len(adapters), **kwargs
+        )
         for mine, *theirs in zip(
             self.factors, *(a.factors for a in adapters), strict=True
         ):
             mine.assign(keras.ops.stack([v.value for v in theirs]))
-
-    def add_weight(self, shape, initializer, **kwargs):
-        return super().add_weight(
-            shape=(self.count, *shape), initializer="zeros", **kwargs
-        )
 
     def kernel_norm(self):
         return np.ones(self.count, "float32")

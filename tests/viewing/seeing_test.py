@@ -605,7 +605,9 @@ def row_of(path, rank=16, shape=(768, 3072), **changed):
     return {
         "path": path,
         "kernel_shape": shape,
+        "experts": None,
         "rank": rank,
+        "ranks": [rank],
         "max_rank": 16,
         "parameters": rank * (sum(shape) + 1),
         "singular_values": [0.1] * rank,
@@ -731,6 +733,35 @@ def test_a_pattern_is_as_short_as_other_layers_allow(others, pattern):
 def test_names_with_signs_of_expressions_are_patterns_too():
     (kind,) = fold([row_of("up(1)/a.b")], ["up(1)/acb"])
     assert kind["path"] == r".*/a\.b"
+
+
+def half_adapted():
+    model = keras.Sequential([keras.Input((8,))])
+    model.add(keras.layers.Dense(8, use_bias=False, name="left"))
+    model.add(keras.layers.Dense(8, use_bias=False, name="adapted"))
+    return model.enable_geolora(rank=1, targets="adapted")
+
+
+def test_the_summary_names_what_no_adapter_reaches():
+    lines = []
+    half_adapted().geolora_summary(print_fn=lines.append)
+    (line,) = (line for line in lines if line.startswith("No adapter reaches"))
+    assert "50.0% of the 128 parameters" in line
+    assert line.endswith("left/kernel (64).")
+    whole = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(8, use_bias=False)]
+    ).enable_geolora(rank=1)
+    whole.geolora_summary(print_fn=lines.append)
+    assert lines[-1] == "Every parameter trains or has an adapter."
+
+
+def test_the_first_fit_says_once_what_no_adapter_reaches(capsys):
+    model = half_adapted()
+    model.compile(GeoLoRA("sgd"), loss="mse")
+    x = np.ones((4, 8), "float32")
+    for verbose, times in ((0, 0), (2, 1), (2, 0)):
+        model.fit(x, x, verbose=verbose)
+        assert capsys.readouterr().out.count("No adapter reaches") == times
 
 
 def test_singular_values_are_positive_whatever_the_scale():
