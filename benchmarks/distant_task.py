@@ -198,8 +198,8 @@ def only_head(model, rate):
 METHODS = {
     "geolora": geolora,
     "geolora, no bound": bounded(None),
-    "geolora, bound 0.05": bounded(0.05),
-    "geolora, bound 0.2": bounded(0.2),
+    "geolora, bound 0.008": bounded(0.008),
+    "geolora, bound 0.02": bounded(0.02),
     "keras_lora": keras_lora,
     "full": full,
     "head": only_head,
