@@ -52,9 +52,8 @@ class Reach:
         if not self.left:
             return "Every parameter trains or has an adapter."
         some = [f"{path} ({n:,})" for path, n in self.left.items()][:count]
-        more = (
-            f", ... ({len(self.left)} in all)" if len(self.left) > count else ""
-        )
+        many = len(self.left) > count
+        more = f", ... ({len(self.left)} in all)" if many else ""
         return (
             f"No adapter reaches {self.share:.1%} of the {self.total:,} "
             f"parameters of the model. The largest: {', '.join(some)}{more}."

@@ -736,7 +736,7 @@ def test_names_with_signs_of_expressions_are_patterns_too():
 
 
 def half_adapted():
-    model = keras.Sequential([keras.Input((8,))])
+    model = keras.Sequential([keras.Input((8,))], name="net")
     model.add(keras.layers.Dense(8, use_bias=False, name="left"))
     model.add(keras.layers.Dense(8, use_bias=False, name="adapted"))
     return model.enable_geolora(rank=1, targets="adapted")
@@ -747,7 +747,7 @@ def test_the_summary_names_what_no_adapter_reaches():
     half_adapted().geolora_summary(print_fn=lines.append)
     (line,) = (line for line in lines if line.startswith("No adapter reaches"))
     assert "50.0% of the 128 parameters" in line
-    assert line.endswith("left/kernel (64).")
+    assert line.endswith("The largest: net/left/kernel (64).")
     whole = keras.Sequential(
         [keras.Input((8,)), keras.layers.Dense(8, use_bias=False)]
     ).enable_geolora(rank=1)
