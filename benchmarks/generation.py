@@ -23,6 +23,7 @@ SHAPES = {
 RANK = 8
 RESULT = "generation"
 KINDS = ("plain", "merged", "adapted")
+SHOWN = ("plain", "adapted")  # as shares of merged
 
 
 def main():
@@ -115,6 +116,11 @@ def ratio(times, others):
     return statistics.median(one / other for one, other in pairs)
 
 
+def median(found):
+    """Formats the median, if this kind was measured."""
+    return f"{found['median']:.2f}" if found else "-"
+
+
 def print_table():
     """Prints the last run of every backend, shape, batch and length."""
     keys = ("backend", "shape", "batch", "length")
@@ -124,8 +130,8 @@ def print_table():
     lines = [
         [
             *row_keys,
-            *(f"{row['seconds'][kind]['median']:.2f}" for kind in KINDS),
-            *(f"{row['ratio'][kind]:.3f}" for kind in ("plain", "adapted")),
+            *(median(row["seconds"].get(kind)) for kind in KINDS),
+            *(f"{row['ratio'].get(k, float('nan')):.3f}" for k in SHOWN),
         ]
         for row_keys, row in sorted(last.items())
     ]
