@@ -31,6 +31,7 @@ EXAMPLES = (
     "share",
     "serve_grpc",
     "serve_rest",
+    "serve_many",
     "distributed_tensorflow",
     "distributed_torch",
     "distributed_jax",

@@ -45,8 +45,8 @@ KEY = ("task", "method", "rank", "options", "rate", "schedule", "seed")
 KEY += ("train", "held_out")
 # So many rates are a band that is worth a map.
 BAND = 5
-# The bound of steps that is the default of the library.
-RATIO = 0.008
+# The bound of steps that was the default in version 0.1.0.
+RATIO = measuring.BOUND
 # Options of runs in words, for tables.
 OPTIONS_IN_WORDS = {
     "room 1": "no budget",
@@ -95,9 +95,9 @@ def main():
     )
     run.add_argument(
         "--ratios",
-        type=float,
+        type=lambda text: text if text == "auto" else float(text),
         nargs="+",
-        default=[RATIO],
+        default=["auto"],
         help="of GeoLoRA: `max_update_ratio`, the bound of a step",
     )
     run.add_argument(
@@ -290,7 +290,7 @@ def settings(schedule):
     for row in complete_rows():
         if row["schedule"] != schedule:
             continue
-        if row["options"].get("ratio", RATIO) != RATIO:
+        if row["options"].get("ratio", RATIO) not in (RATIO, "auto"):
             continue  # a candidate, see `print_bounds`
         task = found.setdefault(row["task"], {})
         method = task.setdefault(label(row), {})
@@ -426,7 +426,8 @@ def print_bounds():
     found = {}
     for row in complete_rows():
         options = row["options"]
-        if options.get("room", 1) > 1 and "falling" not in options:
+        numbers = options.get("ratio") != "auto"
+        if numbers and options.get("room", 1) > 1 and "falling" not in options:
             name = [row[key] for key in ("task", "rank", "schedule")]
             name = (*name, f"{row['rate']:.0e}")
             ratios = found.setdefault(name, {})

@@ -14,8 +14,9 @@ import statistics
 import time
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-# The method of the paper, a retraction in every step, as in docs/claims.md.
+# The method of version 0.1.0, a retraction in every step, as in docs/claims.md.
 PAPER = {"retraction_interval": 1, "cut_interval": 20}
+BOUND = 0.008  # its `max_update_ratio`
 BACKENDS = ("tensorflow", "jax", "torch")
 # How they are called in figures.
 BACKEND_NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}

@@ -258,7 +258,12 @@ def train(task, rank, seed, tolerance):
     )
     task.begin(model, seed)
     optimizer = keras.optimizers.Adam(task.rate)
-    optimizer = keras_geolora.GeoLoRA(optimizer, tolerance, **measuring.PAPER)
+    optimizer = keras_geolora.GeoLoRA(
+        optimizer,
+        tolerance,
+        max_update_ratio=measuring.BOUND,
+        **measuring.PAPER,
+    )
     model.compile(optimizer, loss=task.loss)
     parameters = [count(model)]
 

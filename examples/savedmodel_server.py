@@ -4,36 +4,29 @@
 
 A stand-in for machines without TF Serving: the messages are TF Serving's own,
 from the package `tensorflow-serving-api`, so that a client written for one
-talks to the other. It serves the latest version in the folder, and is no
-server for the open internet.
+talks to the other. It serves the latest version in the folder, takes up newer
+ones, and is no server for the open internet.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
 import pathlib
 
 import grpc
 import tensorflow as tf
+from latest_version import LatestVersion
 from tensorflow_serving.apis import (
     predict_pb2,
     prediction_service_pb2_grpc,
 )
 
-# Knows the operations of graphs that take strings; others do without.
-with contextlib.suppress(ImportError):
-    import tensorflow_text  # noqa: F401
-
 
 class Predictions(prediction_service_pb2_grpc.PredictionServiceServicer):
     """The method `Predict` of TF Serving's PredictionService."""
 
-    def __init__(self, folder):
-        versions = [int(x.name) for x in folder.iterdir() if x.name.isdecimal()]
-        if not versions:
-            raise FileNotFoundError(f"There is no version in '{folder}'.")
-        self.name, self.version = folder.name, max(versions)
-        self.model = tf.saved_model.load(str(folder / str(self.version)))
+    def __init__(self, folder, poll_seconds=1.0):
+        self.name = folder.name
+        self.latest = LatestVersion(folder, poll_seconds)
 
     def Predict(self, request, context):  # noqa: N802  TF Serving's name
         """Answers one request."""
@@ -42,8 +35,9 @@ class Predictions(prediction_service_pb2_grpc.PredictionServiceServicer):
                 grpc.StatusCode.NOT_FOUND,
                 f"Servable not found: {request.model_spec.name}",
             )
+        version, model = self.latest.loaded
         signature = request.model_spec.signature_name or "serving_default"
-        if signature not in self.model.signatures:
+        if signature not in model.signatures:
             context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"Serving signature not found: {signature}",
@@ -53,22 +47,22 @@ class Predictions(prediction_service_pb2_grpc.PredictionServiceServicer):
                 name: tf.constant(tf.make_ndarray(proto))
                 for name, proto in request.inputs.items()
             }
-            outputs = self.model.signatures[signature](**inputs)
+            outputs = model.signatures[signature](**inputs)
         except (TypeError, ValueError, tf.errors.OpError) as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         response = predict_pb2.PredictResponse()
         response.model_spec.CopyFrom(request.model_spec)
-        response.model_spec.version.value = self.version
+        response.model_spec.version.value = version
         for name, value in outputs.items():
             response.outputs[name].CopyFrom(tf.make_tensor_proto(value))
         return response
 
 
-def serve(folder, port=0, threads=8):
+def serve(folder, port=0, threads=8, poll_seconds=1.0):
     """Starts a server on this machine; returns it and its port."""
     server = grpc.server(concurrent.futures.ThreadPoolExecutor(threads))
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        Predictions(pathlib.Path(folder)), server
+        Predictions(pathlib.Path(folder), poll_seconds), server
     )
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()

@@ -41,7 +41,7 @@ def main(args):
 
     classifier, sentences = fine_tuned(args.examples)
     folder = pathlib.Path(args.folder)
-    report = keras_geolora.export(classifier, folder)
+    keras_geolora.export(classifier, folder)
     questions = sentences[: args.requests]
     expected = classifier.predict(questions, verbose=0)
     tokens = {
@@ -51,7 +51,7 @@ def main(args):
 
     port = free_port()
     server = subprocess.Popen(
-        [str(python_of(args.environment)), str(SERVER), report["path"]]
+        [str(python_of(args.environment)), str(SERVER), str(folder)]
         + [f"--model_name={folder.name}", f"--http_port={port}"],
         env=dict(os.environ, CUDA_VISIBLE_DEVICES="-1"),
     )

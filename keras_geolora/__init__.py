@@ -36,7 +36,9 @@ from keras_geolora.model.switching import (
 )
 from keras_geolora.optimizer.geolora import GeoLoRA
 from keras_geolora.optimizer.slot_rules import register_slot_rules
+from keras_geolora.serving.add_to_export import add_to_export
 from keras_geolora.serving.export import ExportError, export
+from keras_geolora.serving.routed_model import RoutedModel, route_geolora
 from keras_geolora.version import __version__
 from keras_geolora.viewing.summary import geolora_summary, plot_ranks
 
@@ -52,8 +54,10 @@ __all__ = [
     "GeoLoRAEmbedding",
     "GeoLoRAReversibleEmbedding",
     "LowRankAdapter",
+    "RoutedModel",
     "activate_geolora",
     "adapter_layouts",
+    "add_to_export",
     "average_geolora",
     "callbacks",
     "combine_geolora",
@@ -73,6 +77,7 @@ __all__ = [
     "plot_ranks",
     "register_slot_rules",
     "remove_geolora",
+    "route_geolora",
     "save_geolora",
     "unmerge_geolora",
     "__version__",
@@ -94,6 +99,7 @@ for method in (
     geolora_summary,
     save_geolora,
     load_geolora,
+    route_geolora,
 ):
     setattr(keras.Model, method.__name__, method)
 del method

@@ -1,9 +1,9 @@
 // Asks a SavedModel in TensorFlow's C++ runtime, without Python.
 //
-//     ask_savedmodel FOLDER OUTPUT INDEX INPUT=1,2,3 [INPUT=...]
+//     ask_savedmodel FOLDER OUTPUT INDEX INPUT=1,2,3 [INPUT=@TEXT ...]
 //
-// Loads the model as TF Serving does, feeds one row of integers to each input,
-// prints the numbers of one output. Inputs and outputs are operations of the
+// Loads the model as TF Serving does, feeds one row to each input, of integers
+// or one string of shape (1,), and prints the numbers of one output. Inputs and outputs are operations of the
 // graph, as the signature names them.
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "tensorflow/c/c_api.h"
+#include "tensorflow/c/tf_tstring.h"
 
 static void check(TF_Status* status) {
   if (TF_GetCode(status) == TF_OK) return;
@@ -32,6 +33,16 @@ static TF_Tensor* row(const std::string& numbers) {
   return tensor;
 }
 
+static TF_Tensor* text(const std::string& value) {
+  const int64_t shape[] = {1};
+  TF_Tensor* tensor =
+      TF_AllocateTensor(TF_STRING, shape, 1, sizeof(TF_TString));
+  TF_TString* string = static_cast<TF_TString*>(TF_TensorData(tensor));
+  TF_StringInit(string);
+  TF_StringCopy(string, value.data(), value.size());
+  return tensor;
+}
+
 int main(int count, char** words) {
   TF_Status* status = TF_NewStatus();
   TF_Graph* graph = TF_NewGraph();
@@ -47,7 +58,8 @@ int main(int count, char** words) {
     const size_t at = word.find('=');
     const std::string name = word.substr(0, at);
     inputs.push_back({TF_GraphOperationByName(graph, name.c_str()), 0});
-    rows.push_back(row(word.substr(at + 1)));
+    const std::string value = word.substr(at + 1);
+    rows.push_back(value[0] == '@' ? text(value.substr(1)) : row(value));
   }
   const TF_Output out = {TF_GraphOperationByName(graph, words[2]),
                          std::atoi(words[3])};

@@ -1,6 +1,11 @@
 """Reads SavedModels as a server would, on every backend of the tests."""
 
+import pathlib
+import shutil
+import subprocess
+
 import numpy as np
+import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
@@ -39,3 +44,26 @@ def places(path, output, signature="serving_default"):
     definition = saved.meta_graphs[0].signature_def[signature]
     inputs = {n: x.name.split(":") for n, x in definition.inputs.items()}
     return inputs, definition.outputs[output].name.split(":")
+
+
+def compiled_program(folder):
+    """Compiles `ask_savedmodel.cc` into a folder; returns the program."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler on this machine")
+    library = pathlib.Path(tf.sysconfig.get_lib())
+    program = folder / "ask"
+    subprocess.run(
+        [
+            compiler,
+            str(pathlib.Path(__file__).with_name("ask_savedmodel.cc")),
+            f"-I{tf.sysconfig.get_include()}",
+            str(library / "libtensorflow_cc.so.2"),
+            str(library / "libtensorflow_framework.so.2"),
+            f"-Wl,-rpath,{library}",
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
+    return program

@@ -19,7 +19,8 @@ PICTURE = HERE.with_suffix(".svg")
 # From the top: what is in a row imports rows below it, and nothing above.
 ROWS = [
     {"__main__": "command line", "__init__": "public names, of all rows"},
-    {"files": "adapters as files", "serving": "SavedModels"},
+    {"serving": "an adapter for every row, SavedModels"},
+    {"files": "adapters as files"},
     {"model": "adapts a whole model, and turns it back"},
     {"callbacks": "what happens while a model trains"},
     {"viewing": "tables and pictures of ranks"},

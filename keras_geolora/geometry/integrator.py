@@ -558,7 +558,7 @@ def choose(mask, these, those):
     Args:
         mask: Bool array with the shape of the leading axes of the others.
         these: Tuple of arrays.
-        those: Tuple of arrays of the same shapes.
+        those: Tuple of arrays of the same shapes, or of numbers.
 
     Returns:
         Tuple like `these`, or `these` itself if the mask is known to be true

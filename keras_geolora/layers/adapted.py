@@ -23,6 +23,7 @@ from keras_geolora.keras_internals import (
     unlocked,
 )
 from keras_geolora.layers.adapter import LowRankAdapter, check_rank
+from keras_geolora.layers.adapter_bank import bank_of, is_routed
 from keras_geolora.layers.adapter_state import AdapterState, TrainableFlags
 from keras_geolora.layers.factor import check_values
 from keras_geolora.layers.in_place import (
@@ -35,10 +36,12 @@ from keras_geolora.layers.in_place import (
     set_aside,
 )
 from keras_geolora.layers.options import AdapterOptions
+from keras_geolora.layers.prepared import prepared_product_of
 from keras_geolora.layers.products import (
     is_sparse,
     may_train,
     merging_pays,
+    one_product_pays,
 )
 
 # The name of an adapter unless the user chooses one.
@@ -461,6 +464,8 @@ class AdaptedLayer:
     def _acting_adapter(self):
         if self.adaptation is not None and self.adaptation.suspended:
             return None
+        if is_routed():  # every row has its own
+            return bank_of(self)
         return self.adapter
 
     def kernels(self):
@@ -492,6 +497,14 @@ class AdaptedLayer:
             or not in_layer_call()
         ):
             return kernel
+        if is_routed():
+            raise ValueError(
+                "Another layer reads the kernel of an adapted layer, and there "
+                "is no single kernel where every row of a batch has its own "
+                "adapter. Serve every adapter by itself: "
+                "`export(model, path, adapters='all')`. Received: layer "
+                f"'{self.name}'"
+            )
         with reading_itself(self):
             update = self._updates()[self.kernel_names.index(name)]
             return ops.cast(sum_of(kernel, update), self.compute_dtype)
@@ -505,6 +518,17 @@ class AdaptedLayer:
     def kernel_view(self):
         """The `KernelView` of this layer."""
         return self.view_of(self)
+
+    def prepare(self, at_rest):
+        """Returns a function from inputs to product, for many calls.
+
+        It has the weights of now, and no training. `None` if nothing can be
+        prepared.
+
+        Args:
+            at_rest: Bool, whether `P` and `Q` are known to be zero.
+        """
+        return None
 
     def _updates(self):
         """Returns what merging adds to each of the kernels."""
@@ -555,14 +579,25 @@ class AdaptedProduct(AdaptedLayer):
     @property
     def _stays_apart(self):
         # In lower precision, adding the update to the kernel would round it.
-        return self.keeps_update_apart or self.compute_dtype != "float32"
+        return (
+            self.keeps_update_apart
+            or self.compute_dtype != "float32"
+            or is_routed()
+        )
 
     def _adapted_call(self, inputs, product):
         """Computes the layer with one of the products below."""
         if self._acting_adapter is None:
             return super().call(inputs)
+        prepared = prepared_product_of(self)
+        if prepared is not None:
+            return self._finished(prepared(inputs))
         with reading_itself(self):
             x = product(inputs)
+        return self._finished(x)
+
+    def _finished(self, x):
+        """Adds the bias to a product, and applies the activation."""
         if self.bias is not None:
             x = ops.add(x, self._shaped_bias())
         if self.activation is not None:
@@ -571,8 +606,8 @@ class AdaptedProduct(AdaptedLayer):
 
     def _choose_product(self, inputs, training):
         """Returns the fastest product of linear layers."""
-        if self._acting_adapter is None:
-            return None
+        if self._acting_adapter is None or prepared_product_of(self):
+            return None  # and the call knows what to do
         if self._stays_apart:
             return self._product_apart
         # When torch recomputes a call for the backward pass, it omits
@@ -595,7 +630,12 @@ class AdaptedProduct(AdaptedLayer):
 
     def _product_apart(self, inputs):
         x = self._kernel_product(inputs, self.kernel)
-        return ops.add(x, self._update_product(inputs))
+        return self._with_update(x, inputs)
+
+    def _with_update(self, x, inputs):
+        x = ops.add(x, self._update_product(inputs))
+        bank = bank_of(self)
+        return x if bank is None else bank.with_bias(x)
 
     def _product_with_sum(self, inputs):
         # The same operations as in the Keras layer, so that compilers fuse them
@@ -606,12 +646,28 @@ class AdaptedProduct(AdaptedLayer):
     def _merged_product(self, inputs):
         raise NotImplementedError
 
+    def prepare(self, at_rest):
+        if self._acting_adapter is None or self.quantization_mode is not None:
+            return None
+        (kernel,) = self.kernels()
+        A, B = self.adapter.thin_factors(at_rest)
+        if one_product_pays() and not self._stays_apart:
+            total = self.kernel_view.to_kernel(A @ B)
+            total += kernel.value  # in place, where tensors can be changed
+            return lambda inputs: self._kernel_product(inputs, total)
+
+        def product(inputs):
+            x = self._kernel_product(inputs, kernel)
+            return ops.add(x, self._thin_product(inputs, A, B))
+
+        return product
+
     def quantized_call(self, inputs, training=None):
         if self._acting_adapter is None:
             return super().quantized_call(inputs, training=training)
         with set_aside(self, "activation") as activation, reading_itself(self):
             x = super().quantized_call(inputs)
-        x = ops.add(x, self._update_product(inputs))
+        x = self._with_update(x, inputs)
         return x if activation is None else activation(x)
 
     def _kernel_product(self, inputs, kernel):
@@ -620,12 +676,21 @@ class AdaptedProduct(AdaptedLayer):
     def _update_product(self, inputs):
         raise NotImplementedError
 
+    def _thin_product(self, inputs, A, B):
+        """Returns the product of inputs with the update `A @ B`."""
+        raise NotImplementedError
+
     def _rows_to_inputs(self, rows):
         """Reshapes rows `(n, input_dim)` to the shape of inputs."""
         return rows
 
     def _shaped_bias(self):
         return self.bias
+
+    @property
+    def added_bias_shape(self):
+        """Tuple, the shape in which the bias is added to outputs."""
+        return tuple(self._shaped_bias().shape)
 
     def kernel_norm(self):
         if self.quantization_mode is None:

@@ -31,6 +31,7 @@ from keras_geolora.layers.products import (
     merged_product,
     sparse_product,
     transposed,
+    wide_factors,
 )
 
 
@@ -286,6 +287,30 @@ class LowRankAdapter(keras.layers.Layer):
         That of a bank is `(count, input_dim, output_dim)`.
         """
         return low_rank_matrix(self._factors(), self.scale)
+
+    def thin_factors(self, at_rest):
+        """Returns `A` and `B`, of which `A @ B` is the update, scaled.
+
+        Args:
+            at_rest: Bool, whether `P` and `Q` are known to be zero. Otherwise
+                the factors have twice as many columns and rows.
+
+        Returns:
+            Tensors `(input_dim, max_rank)` and `(max_rank, output_dim)` of the
+            compute dtype, without the geometric gradients.
+        """
+        factors = self._factors()
+        A, B = wide_factors(*(factors[:3] if at_rest else factors))
+        B = ops.transpose(B)
+        return tuple(
+            ops.cast(x, self.compute_dtype) for x in (A * self.scale, B)
+        )
+
+    @property
+    def is_at_rest(self):
+        """Bool, whether `P` and `Q` are zero, as after a retraction."""
+        moving = (v for v in (self.P, self.Q) if v is not None)
+        return not any(ops.convert_to_numpy(v).any() for v in moving)
 
     @property
     def factors(self):

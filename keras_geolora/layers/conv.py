@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_geolora.layers.adapted import AdaptedProduct, shape_of_kernel
+from keras_geolora.layers.adapter_bank import bank_of
 from keras_geolora.layers.kernel_view import KernelView
 
 
@@ -42,13 +43,24 @@ class AdaptedConv(AdaptedProduct):
         apart = self.is_adapted and (
             self._stays_apart or self.adapter.dropout.rate > 0
         )
+        apart = apart or bank_of(self) is not None
         product = self._product_apart if apart else self._product_with_sum
         return self._adapted_call(inputs, product)
+
+    def prepare(self, at_rest):
+        return None  # it multiplies many rows in every call
 
     def _kernel_product(self, inputs, kernel):
         return self.convolution_op(inputs, kernel)
 
     def _update_product(self, inputs):
+        bank = bank_of(self)
+        if bank is not None:
+            return bank.convolve(
+                inputs,
+                self._kernel_product,
+                self.data_format == "channels_first",
+            )
         update = ops.cast(self.delta(), self.compute_dtype)
         return self._kernel_product(self.adapter.dropout(inputs), update)
 

@@ -70,6 +70,9 @@ class GeoLoRADense(AdaptedProduct, keras.layers.Dense):
     def _merged_product(self, inputs):
         return self.adapter.merged_call(inputs, self.kernel)
 
+    def _thin_product(self, inputs, A, B):
+        return ops.matmul(ops.matmul(ops.cast(inputs, A.dtype), A), B)
+
     def _update_product(self, inputs):
         # The adapter would read integers as row numbers.
-        return self.adapter(ops.cast(inputs, self.compute_dtype))
+        return self._acting_adapter(ops.cast(inputs, self.compute_dtype))

@@ -71,11 +71,17 @@ class GeoLoRAEinsumDense(AdaptedProduct, keras.layers.EinsumDense):
         y = self.adapter.merged_call(rows, kernel)
         return einsum.rows_to_outputs(y, view)
 
+    def _thin_product(self, inputs, A, B):
+        einsum, view = einsum_of(self.equation), self.kernel_view
+        rows = einsum.inputs_to_rows(ops.cast(inputs, A.dtype), view)
+        y = ops.matmul(ops.matmul(rows, A), B)
+        return einsum.rows_to_outputs(y, view)
+
     def _update_product(self, inputs):
         einsum, view = einsum_of(self.equation), self.kernel_view
         # The adapter would read integers as row numbers.
         x = ops.cast(inputs, self.compute_dtype)
-        y = self.adapter(einsum.inputs_to_rows(x, view))
+        y = self._acting_adapter(einsum.inputs_to_rows(x, view))
         return einsum.rows_to_outputs(y, view)
 
     def _rows_to_inputs(self, rows):

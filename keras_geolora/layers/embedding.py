@@ -83,7 +83,7 @@ class GeoLoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
             return x
         # Missing entries of sparse ids are 0, as in Keras.
         ids = ops.convert_to_tensor(inputs, sparse=False)
-        return ops.add(x, self.adapter(ops.cast(ids, "int32")))
+        return ops.add(x, self._acting_adapter(ops.cast(ids, "int32")))
 
 
 @keras.saving.register_keras_serializable(package="keras_geolora")
@@ -179,7 +179,7 @@ class GeoLoRAReversibleEmbedding(
             return call(inputs, reverse=True)
         with set_aside(self, "logit_soft_cap") as cap, reading_itself(self):
             logits = call(inputs, reverse=True)
-        update = self.adapter(inputs, transpose=True)
+        update = self._acting_adapter(inputs, transpose=True)
         logits = ops.add(logits, ops.cast(update, logits.dtype))
         if cap is None:
             return logits

@@ -289,6 +289,15 @@ def merging_pays(rows, input_dim, output_dim):
     return rows * (input_dim + output_dim) >= price * input_dim * output_dim
 
 
+def one_product_pays():
+    """Returns whether a product costs little beside starting an operation.
+
+    Torch starts every operation by itself. For one row at a time that takes
+    longer than two thin products (`benchmarks/generation.py`).
+    """
+    return keras.backend.backend() == "torch"
+
+
 def low_rank_rows(ids, factors, scale, dtype):
     """Computes rows of an update, with the geometric gradients.
 

@@ -36,6 +36,13 @@ from keras_geolora.model.checks import (
 )
 from keras_geolora.model.compiled_functions import after_a_change, forget_traces
 from keras_geolora.model.compiled_state import drop_unfit, fits
+from keras_geolora.model.forgotten import (
+    check_tokenizer,
+    complete_configs,
+    input_quantizers,
+    restore_input_quantizers,
+)
+from keras_geolora.model.generation import generation_of
 from keras_geolora.model.parts import adapted_parts, backbone_of, plain_class_of
 from keras_geolora.optimizer.geolora import (
     find_geolora,
@@ -154,12 +161,14 @@ class AdaptedModel(PausesAsAWhole):
                 "separately adapted parts: "
                 f"{[x.name for x in adapted_parts(self)[1:]]}"
             )
-        with as_plain(self):
+        check_tokenizer(self)
+        with as_plain(self), complete_configs(self):
             base = keras.saving.serialize_keras_object(self)
         base.pop("compile_config", None)  # this model has its own
         return {
             "to_load": TO_LOAD,
             "base": base,
+            "input_quantizers": input_quantizers(self),
             "plan": self.geolora_adaptation.plan(),
             "trainable": self.trainable,
         }
@@ -170,6 +179,8 @@ class AdaptedModel(PausesAsAWhole):
         model = keras.saving.deserialize_keras_object(
             config["base"], custom_objects=custom_objects
         )
+        # Files of version 0.1.0 have none.
+        restore_input_quantizers(model, config.get("input_quantizers", {}))
         adapt_by_plan(model, config["plan"])
         if not config.get("trainable", True):  # early versions had none
             model.trainable = False
@@ -449,6 +460,7 @@ def adapted_model_class(plain_class):
     for refused in (save_to_preset, export_to_transformers):
         if hasattr(plain_class, refused.__name__):  # of KerasHub
             members[refused.__name__] = refused
+    members |= generation_of(plain_class)
     if hasattr(plain_class, "backbone_cls"):
         # KerasHub's `from_preset` finds subclasses by their backbone.
         members["backbone_cls"] = None
@@ -659,6 +671,7 @@ def make_plain(part, adaptation):
         become_plain(model)
         if hasattr(model, "geolora_owner"):
             del model.geolora_owner
+        vars(model).pop("geolora_at_rest", None)
     if hasattr(part, "geolora_adaptation"):
         del part.geolora_adaptation
     forget_traces(part)

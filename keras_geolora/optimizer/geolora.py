@@ -38,6 +38,8 @@ from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
+# The default bounds on the change of all layers together, and of each.
+TOGETHER, SMALLEST_BOUND, LARGEST_BOUND = 0.3, 0.008, 0.06
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -84,9 +86,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
             the bound, this and all later steps are scaled down by that
             factor, like a smaller learning rate for the layer. This makes
             training tolerant of large learning rates, while schedules keep
-            their effect. `None` means no bound. `"auto"`, the default, means
-            0.008, but no bound for `SGD`, whose step is proportional to the
-            gradient. Layers with an all-zero kernel have no bound.
+            their effect. `None` means no bound. `"auto"`, the default, shares
+            0.3 among the adapters, because the changes of all layers add up:
+            at most 0.06 for each and at least 0.008, so 0.008 from 38 adapters
+            on. And there is no bound for `SGD`, whose step is proportional to
+            the gradient. Layers with an all-zero kernel have none.
         retraction_interval: Int or `"auto"`, number of steps between two
             returns to the manifold. In between the bases stay, and steps are
             much cheaper. `"auto"`, the default, means an interval that grows:
@@ -209,9 +213,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         groups = build_inner(self.inner_optimizer, variables)
         super().build(variables)
+        self._groups = Untracked(groups)
         for number, group in enumerate(groups):
             self._add_group_state(group, f"adapters_{number}")
-        self._groups = Untracked(groups)
 
     @property
     def _budget(self):
@@ -266,10 +270,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """Adds a variable with the bounds on the steps of a group."""
         ratio = self.max_update_ratio
         if ratio == "auto":
-            proportional = isinstance(
-                self.inner_optimizer, keras.optimizers.SGD
-            )
-            ratio = None if proportional else 0.008
+            ratio = self._usual_ratio()
         if ratio is None:
             return None
 
@@ -289,6 +290,13 @@ class GeoLoRA(keras.optimizers.Optimizer):
             dtype="float32",
             name=name,
         )
+
+    def _usual_ratio(self):
+        """Returns the `max_update_ratio` that `"auto"` stands for."""
+        if is_proportional(self.inner_optimizer):
+            return None
+        number = sum(len(group.adapters) for group in self._groups.content)
+        return min(max(TOGETHER / number, SMALLEST_BOUND), LARGEST_BOUND)
 
     def _beside_groups(self):
         """Returns the variables of the inner optimizer outside of groups."""
@@ -620,14 +628,18 @@ class GeoLoRA(keras.optimizers.Optimizer):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Creates the optimizer from its configuration."""
-        # A file of version 0.1 says nothing: it was trained in this way.
-        config = {"retraction_interval": 1, **config}
+        config = dict(config)
         for name in ("inner_optimizer", *SCHEDULED):
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(
                     config[name], custom_objects=custom_objects
                 )
         inner_optimizer = config.pop("inner_optimizer")
+        if "retraction_interval" not in config:  # a file of version 0.1
+            config["retraction_interval"] = 1
+            if config.get("max_update_ratio") == "auto":
+                free = is_proportional(inner_optimizer)
+                config["max_update_ratio"] = None if free else SMALLEST_BOUND
         without_weight_decay = config.pop("without_weight_decay", None)
         optimizer = cls(inner_optimizer, **config)
         optimizer._without_weight_decay = without_weight_decay
@@ -789,6 +801,11 @@ def as_config(value):
     if callable(value):
         return keras.saving.serialize_keras_object(value)
     return value
+
+
+def is_proportional(optimizer):
+    """Returns whether steps of an optimizer are proportional to gradients."""
+    return isinstance(optimizer, keras.optimizers.SGD)
 
 
 def check_tolerance(tolerance):

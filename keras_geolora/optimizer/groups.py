@@ -412,7 +412,7 @@ class GroupStep:
         # All replicas must move, or none.
         finite = integrator.all_finite(self.gradients)
         self.finite = tf_replicas.on_all_replicas(finite)
-        zeros = Unknowns(*map(ops.zeros_like, self.gradients))
+        zeros = Unknowns(0.0, 0.0, 0.0)
         gradients = choose(self.finite, self.gradients, zeros)
         if has_factored_moments(inner_optimizer):
             gradients = self._fill_padding(gradients)

@@ -81,13 +81,9 @@ def was_due(updates, interval, turns):
         interval: As in `due_updates`.
         turns: As in `due_updates`.
     """
-    for turn in range(turns):
-        first, later = due_updates(interval, turn, turns)
-        beyond = updates - len(first)
-        due = later[beyond % len(later)] if beyond >= 0 else first[updates]
-        if not due:
-            return False
-    return True
+    return all(
+        bool(is_due(updates, interval, turn, turns)) for turn in range(turns)
+    )
 
 
 def update_if(condition, update, variables):

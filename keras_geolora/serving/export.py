@@ -15,13 +15,31 @@ import threading
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.tree import inside, layers_with_adapters
 from keras_geolora.model.checks import check_model, check_not_suspended
+from keras_geolora.model.forgotten import (
+    check_tokenizer,
+    complete_configs,
+    input_quantizers,
+)
 from keras_geolora.model.parts import adaptations_of
-from keras_geolora.model.switching import activate_geolora, geolora_adapters
+from keras_geolora.model.switching import (
+    activate_geolora,
+    geolora_adapters,
+    geolora_disabled,
+)
+from keras_geolora.serving.generating import (
+    check_generate,
+    described_generation,
+    save_generated,
+)
+from keras_geolora.serving.routed_model import plan_route
 from keras_geolora.serving.signature import (
+    ADAPTER,
+    BASE_ANSWERS,
     SENTENCES,
     Signature,
     answers,
@@ -35,6 +53,8 @@ REPORT = "geolora_report.json"
 # The allowed difference of outputs, relative to the largest of them.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
 LOW_PRECISION = 2e-2
+# Some roundings of float32, as two orders of the same operations differ by.
+SHAKE = 1e-6
 # Packages that are installed wherever this one is.
 AT_HOME = {"keras", "keras_hub", "keras_geolora", "builtins"}
 
@@ -49,6 +69,11 @@ def export(
     version=None,
     *,
     adapters=None,
+    route=False,
+    capacity=None,
+    max_rank=None,
+    generate=False,
+    stop_token_ids="auto",
     preprocess=False,
     samples=None,
     input_signature=None,
@@ -78,6 +103,24 @@ def export(
             with its name; all share one copy of the pretrained weights. The
             active one is also the default signature. Defaults to `None`: the
             active adapter alone, merged.
+        route: Bool, whether the rows of a batch have an adapter each. There is
+            one signature then, with another input, `adapter`: strings of shape
+            `(batch,)`, one of `adapters` (by default all) or `""` for the
+            base. Another name is an error. Defaults to `False`.
+        capacity: Int or `None`, with `route`: for how many adapters there are
+            places, see `add_to_export`. Defaults to the number of `adapters`.
+        max_rank: Int or `None`, with `route`: the largest rank of an adapter
+            that may come later. Defaults to the largest in each layer.
+        generate: Bool, for a `CausalLM` of KerasHub: whether to add a
+            signature `"generate"`, which generates tokens by the sampler of
+            `model.compile(sampler=...)`. It takes the inputs of the model,
+            `token_ids` and `padding_mask`, filled up to the length that is
+            wanted, and returns both. With `preprocess=True` it takes `text`,
+            generates up to the `sequence_length` of the preprocessor, and
+            returns `text` as well. The adapter must be one that can be merged.
+            Defaults to `False`.
+        stop_token_ids: As in `CausalLM.generate`, with `generate`. Defaults to
+            `"auto"`, the end tokens of the model's preprocessor.
         preprocess: Bool, whether to include the preprocessor of a KerasHub
             task in the graph, which then takes strings, `text`. The server
             needs the operations of tensorflow-text. Defaults to `False`.
@@ -87,7 +130,11 @@ def export(
             model without a graph. Defaults to `None`.
         tolerance: Float, the allowed difference of outputs, relative to the
             largest output (or to 1 if that is larger). Defaults to 1e-4, and
-            to 0.02 for models that compute in less than float32.
+            to 0.02 for models that compute in less than float32. Quantized
+            layers that round their inputs, as those of int8 do, turn the last
+            bit of a number into a step of the rounding, so by default outputs
+            may also differ by twice as much as they move if all weights change
+            by 1e-6.
         baseline: Bool, whether to export the model without adapters as well,
             to compare operations, size and latency. It is deleted afterwards.
             Defaults to `True`.
@@ -99,9 +146,11 @@ def export(
         The report, a dict; also in `path/VERSION/geolora_report.json`. It
         has the keys `path`, `version`, `model`, `backend`, `versions`,
         `form` (`"merged"`, `"beside the kernels"` for several adapters and for
-        quantized kernels, or `"none"` without adapters), `bytes`,
+        quantized kernels, `"by row"` with `route`, or `"none"` without
+        adapters), `bytes`,
         `signatures` (by name: `adapter`, `inputs`, `outputs`, `operations`,
-        `milliseconds`, `max_difference`, `allowed_difference`), `base`
+        `milliseconds`, `max_difference`, `allowed_difference`, and
+        `rounding`, how far outputs move as under `tolerance`, or 0), `base`
         (`operations`, `bytes`, `milliseconds`) and `same_operations`.
 
     Raises:
@@ -137,9 +186,13 @@ def export(
     check_layers(layers_with_adapters(model).values(), "Nothing was exported.")
     path = pathlib.Path(path)
     check_version(path, version)
-    names = chosen_adapters(model, adapters)
+    names = chosen_adapters(
+        model, "all" if route and not adapters else adapters
+    )
     signature = Signature.of(model, input_signature)
     check_strings(model, signature)
+    check_route(model, signature, names, route, capacity, max_rank)
+    check_generate(model, names, generate, stop_token_ids)
     text = preprocess or needs_tokens(samples, signature)
     if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
@@ -154,6 +207,7 @@ def export(
             "Run: `python -m pip install tensorflow`. Received: TensorFlow is "
             "not installed"
         )
+    rounds = tolerance is None and rounds_inputs(model)
     if tolerance is None:
         tolerance = TOLERANCES.get(model.compute_dtype, LOW_PRECISION)
     path.mkdir(parents=True, exist_ok=True)
@@ -163,17 +217,28 @@ def export(
         folder = pathlib.Path(folder)
         progress = print if verbose else lambda line: None
         progress(f"Exporting '{model.name}' to {path}")
-        save_samples(model, folder, signature, samples, preprocess, names)
-        model.save(folder / "model.keras")
+        rounding = save_samples(
+            model, folder, signature, samples, preprocess, names, route, rounds
+        )
+        if generate:
+            generation = described_generation(model, stop_token_ids)
+            save_generated(model, folder, signature, generation)
+        save_whole(model, folder / "model.keras")
         job = {
             "adapters": names,
+            "route": {"capacity": capacity, "max_rank": max_rank}
+            if route
+            else None,
             "baseline": bool(baseline and layers_with_adapters(model)),
+            "generate": generation if generate else None,
             "preprocess": preprocess,
             "signature": vars(signature),
             "tolerance": tolerance,
+            "rounding": rounding,
             "floatx": keras.config.floatx(),
             "image_data_format": keras.config.image_data_format(),
             "modules": custom_modules(model),
+            "input_quantizers": input_quantizers(model),
         }
         (folder / "job.json").write_text(json.dumps(job))
         if keras.backend.backend() == "tensorflow":
@@ -223,8 +288,43 @@ def chosen_adapters(model, adapters):
     return list(names)
 
 
-def save_samples(model, folder, signature, samples, preprocess, names):
-    """Writes samples and the model's outputs for them, with every adapter."""
+def check_route(model, signature, names, route, capacity, max_rank):
+    """Refuses what does not fit rows with an adapter each."""
+    if not route:
+        if capacity is not None or max_rank is not None:
+            raise ValueError(
+                "`capacity` and `max_rank` make places for adapters that come "
+                "later, which only an export with `route=True` has. Received: "
+                f"route={route!r}, capacity={capacity!r}, "
+                f"max_rank={max_rank!r}"
+            )
+        return
+    if ADAPTER in [x["name"] for x in signature.specs]:
+        raise ValueError(
+            f"With `route=True` an input '{ADAPTER}' is added, so no input of "
+            f"the model may have this name. Received: model '{model.name}' "
+            f"with inputs {[x['name'] for x in signature.specs]}"
+        )
+    # Raises now what would be raised in the process that writes.
+    plan_route(model, names, capacity, max_rank)
+
+
+def save_samples(
+    model,
+    folder,
+    signature,
+    samples,
+    preprocess,
+    names,
+    route=False,
+    rounds=False,
+):
+    """Writes samples and the model's outputs for them, with every adapter.
+
+    Returns:
+        Dict from the name of a signature to the distance by which the outputs
+        of a model that rounds move, if its weights hardly do; empty otherwise.
+    """
     if samples is not None:
         batches = [samples]
     elif preprocess:
@@ -232,7 +332,7 @@ def save_samples(model, folder, signature, samples, preprocess, names):
     else:
         backbone = getattr(model, "backbone", model)
         batches = signature.draw(getattr(backbone, "vocabulary_size", None))
-    arrays, asked = {}, []
+    arrays, asked, moved = {}, [], {}
     for i, batch in enumerate(batches):
         text = batch
         if preprocess or needs_tokens(batch, signature):
@@ -248,6 +348,9 @@ def save_samples(model, folder, signature, samples, preprocess, names):
         for i, batch in enumerate(asked):
             found = answers(model, signature, batch)
             arrays.update((f"{name}/{i}/{n}", x) for n, x in found.items())
+            if rounds:
+                far = distance_when_shaken(model, signature, batch, found)
+                moved[name] = max(moved.get(name, 0.0), far)
 
     ask("serving_default")
     if names:
@@ -255,7 +358,21 @@ def save_samples(model, folder, signature, samples, preprocess, names):
             for name in names:
                 activate_geolora(model, name)
                 ask(name)
+    if route:
+        with geolora_disabled(model):
+            ask(BASE_ANSWERS)
     np.savez(folder / "samples.npz", **arrays)
+    return moved
+
+
+def save_whole(model, path):
+    """Saves a model, with what the configurations of KerasHub forget."""
+    if layers_with_adapters(model):
+        model.save(path)  # and knows what they forget
+        return
+    check_tokenizer(model)
+    with complete_configs(model):
+        model.save(path)
 
 
 def check_strings(model, signature):
@@ -268,6 +385,39 @@ def check_strings(model, signature):
             f"`KERAS_BACKEND=tensorflow`. Received: model '{model.name}', "
             f"which takes strings, on {keras.backend.backend()}"
         )
+
+
+def rounds_inputs(model):
+    """Returns whether a layer rounds its inputs, as quantized ones do."""
+    return any(getattr(x, "inputs_quantizer", None) for x in inside(model))
+
+
+def distance_when_shaken(model, signature, batch, outputs, times=4):
+    """Returns how far outputs move if all weights change by `SHAKE`.
+
+    Args:
+        model: `keras.Model`.
+        signature: Its `Signature`.
+        batch: Dict of inputs.
+        outputs: Dict of arrays, its outputs for them.
+        times: Int, how often to try. Defaults to 4.
+    """
+    rng, far = np.random.default_rng(0), 0.0
+    for _ in range(times):
+        values = [
+            (
+                v,
+                v.value
+                * ops.cast(1 + SHAKE * rng.normal(size=v.shape), v.dtype),
+            )
+            for v in model.variables
+            if keras.backend.is_float_dtype(v.dtype)
+        ]
+        with keras.StatelessScope(state_mapping=values):
+            found = answers(model, signature, batch)
+        for name, array in outputs.items():
+            far = max(far, float(np.abs(found[name] - array).max(initial=0)))
+    return far
 
 
 def needs_tokens(samples, signature):
@@ -391,6 +541,14 @@ def finished_report(model, folder):
 def check_parity(report):
     """Refuses a SavedModel whose outputs are not those of the model."""
     for name, found in report["signatures"].items():
+        if found.get("different_tokens"):
+            raise ExportError(
+                "The SavedModel generates other tokens than the model, so it "
+                "was deleted. Received: "
+                f"{found['different_tokens']} different tokens for the samples"
+            )
+        if "max_difference" not in found:
+            continue
         far, allowed = found["max_difference"], found["allowed_difference"]
         if not far <= allowed:
             how = f"{far:.2g}" if math.isfinite(far) else "inf (not finite)"
@@ -456,4 +614,10 @@ def table(report):
             f"{name:{width}}  {far:>10}  {allowed:>8}  "
             f"{sum(row['operations'].values()):>10}  {products:>7}  "
             f"{row['milliseconds']:>6.1f} ms"
+        )
+    far = max(row["rounding"] for row in report["signatures"].values())
+    if far:
+        yield (
+            "Quantized layers round their inputs: weights that change by "
+            f"{SHAKE:.0e} move the outputs by {far:.1e}. Twice that is allowed."
         )

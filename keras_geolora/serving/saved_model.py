@@ -8,6 +8,7 @@ process, `python -m keras_geolora.serving.saved_model FOLDER`. The folder holds
 
 import collections
 import contextlib
+import dataclasses
 import gc
 import importlib
 import json
@@ -23,9 +24,17 @@ import tensorflow as tf
 
 from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.enabling import merge_geolora, remove_geolora
-from keras_geolora.model.parts import adaptations_of
-from keras_geolora.model.switching import activate_geolora, geolora_adapters
-from keras_geolora.serving.signature import Signature, named_outputs, tokenized
+from keras_geolora.model.forgotten import restore_input_quantizers
+from keras_geolora.model.switching import geolora_adapters
+from keras_geolora.serving.bundle import split_off_adapters
+from keras_geolora.serving.endpoint import (
+    Endpoint,
+    GeneratingEndpoint,
+    RoutedEndpoint,
+)
+from keras_geolora.serving.places import PLACES
+from keras_geolora.serving.routed_model import route_geolora
+from keras_geolora.serving.signature import ADAPTER, BASE_ANSWERS, GENERATE
 
 # Nodes that compute nothing.
 BOOKKEEPING = {
@@ -38,6 +47,9 @@ BOOKKEEPING = {
     "StatefulPartitionedCall",
 }
 DEFAULT = "serving_default"
+# As far as that, times what rounding moves them by, outputs may differ: it is
+# the largest of a few.
+ROUNDING = 2.0
 # The most seconds that measuring one latency may take.
 PATIENCE = 2.0
 
@@ -68,46 +80,94 @@ def write(folder, progress=print):
 
     progress("Loading the model")
     with loaded(folder) as model:
-        names = geolora_adapters(model)
-        report["form"] = "none"
-        if adapted_layers(model) and (job["adapters"] or not mergeable(model)):
-            progress("Cutting adapters to their ranks")
-            report["form"] = "beside the kernels"
-            keep_beside(model)
-        elif adapted_layers(model):
-            progress("Merging")
-            report["form"] = "merged"
-            merge_geolora(model, reversible=False)
-        active = (names or [None])[0]
-        endpoints = {DEFAULT: Endpoint(model, job, active)}
-        for name in job["adapters"]:
-            same = name == active
-            endpoints[name] = (
-                endpoints[DEFAULT] if same else Endpoint(model, job, name)
-            )
+        if job["route"] is None:
+            report["form"], endpoints = endpoints_of(model, job, progress)
+            if job["generate"] is not None:
+                progress("Tracing the generation of tokens")
+                endpoints[GENERATE] = GeneratingEndpoint(model, job)
+        else:
+            report["form"], endpoints = routed_endpoint(model, job, progress)
         progress("Writing the SavedModel")
         save(endpoints, folder / "saved_model")
+        if job["route"] is not None:
+            write_places(folder / "saved_model", endpoints[DEFAULT])
 
     progress("Comparing answers")
     served = tf.saved_model.load(folder / "saved_model").signatures
     report["bytes"] = size_of(folder / "saved_model")
     samples = Samples(folder, job)
-    for name in endpoints:
+    for name, endpoint in endpoints.items():
+        pairs = samples.of_signature(name)
+        if job["route"] is not None:
+            pairs = samples.of_rows(["", *job["adapters"]])
         report["signatures"][name] = {
-            "adapter": endpoints[name].adapter,
+            **endpoint.about,
             "inputs": described(served[name].structured_input_signature[1]),
             "outputs": described(served[name].structured_outputs),
             "operations": operations(served[name]),
-            **samples.difference(served[name], name),
+            **samples.compare(served[name], name, pairs),
         }
     progress("Measuring latency")
-    functions = {n: served[n] for n in endpoints}
+    inputs = samples.inputs()[0]
+    questions = {name: (served[name], inputs) for name in endpoints}
     if base is not None:
-        functions["base"] = base
-    for name, milliseconds in latencies(functions, samples).items():
+        questions["base"] = base, inputs
+    if job["route"] is not None:
+        questions[DEFAULT] = served[DEFAULT], pairs[0][0]
+    for name, milliseconds in latencies(questions).items():
         place = report if name == "base" else report["signatures"]
         place[name]["milliseconds"] = milliseconds
     (folder / "report.json").write_text(json.dumps(report))
+
+
+def endpoints_of(model, job, progress):
+    """Returns the form of the adapters, and an `Endpoint` for each.
+
+    Args:
+        model: `keras.Model`, which changes.
+        job: Dict, the description of the job.
+        progress: Callable that takes one line for every stage.
+    """
+    names = geolora_adapters(model)
+    form = "none"
+    if adapted_layers(model) and (job["adapters"] or not mergeable(model)):
+        progress("Cutting adapters to their ranks")
+        form = "beside the kernels"
+        keep_beside(model)
+    elif adapted_layers(model):
+        progress("Merging")
+        form = "merged"
+        merge_geolora(model, reversible=False)
+    active = (names or [None])[0]
+    endpoints = {DEFAULT: Endpoint(model, job, active)}
+    for name in job["adapters"]:
+        same = name == active
+        endpoints[name] = (
+            endpoints[DEFAULT] if same else Endpoint(model, job, name)
+        )
+    return form, endpoints
+
+
+def routed_endpoint(model, job, progress):
+    """Returns the same as `endpoints_of`, for an adapter in every row."""
+    progress("Giving adapters their places")
+    routed = route_geolora(model, job["adapters"], **job["route"])
+    return "by row", {DEFAULT: RoutedEndpoint(routed, job)}
+
+
+def write_places(folder, endpoint):
+    """Prepares a SavedModel for adapters that come later.
+
+    Args:
+        folder: Path of the SavedModel.
+        endpoint: Its `RoutedEndpoint`.
+    """
+    split_off_adapters(folder, len(endpoint.bank))
+    description = {
+        **dataclasses.asdict(endpoint.routed.places),
+        "keys": endpoint.keys,
+    }
+    (folder / PLACES).write_text(json.dumps(description, indent=1))
 
 
 @contextlib.contextmanager
@@ -120,6 +180,8 @@ def loaded(folder):
         model = keras.saving.load_model(
             folder / "model.keras", compile=False, safe_mode=False
         )
+    job = json.loads((folder / "job.json").read_text())
+    restore_input_quantizers(model, job["input_quantizers"])
     yield model
     gc.collect()
 
@@ -143,65 +205,11 @@ def keep_beside(model):
             layer.adapters_by_name()[name].stop_training()
 
 
-class Endpoint:
-    """A function with named inputs and outputs, traced on creation.
-
-    Args:
-        model: `keras.Model`.
-        job: Dict, the description of the job.
-        adapter: String, the adapter to activate, or `None` if there is none.
-    """
-
-    def __init__(self, model, job, adapter=None):
-        self.adapter = adapter
-        adaptations = adaptations_of(model)
-        if adaptations:
-            activate_geolora(model, adapter)
-        # Variables trained along with an adapter have values for each one.
-        self.values = [
-            (variable, tf.Variable(value, trainable=False))
-            for adaptation in adaptations
-            for variable, value in adaptation.co_trained_values()
-        ]
-        self.tracked = [*(v.value for v in model.variables), *tables(model)]
-        signature = Signature(**job["signature"])
-        specs = [
-            tf.TensorSpec(x["shape"], x["dtype"], name=x["name"])
-            for x in signature.specs
-        ]
-        if job["preprocess"]:
-            self.tracked.append(model.preprocessor)
-            specs = [tf.TensorSpec([None], tf.string, name="text")]
-
-        def serve(**tensors):
-            if job["preprocess"]:
-                tokens = tokenized(model, tensors["text"])
-                tensors = signature.named_tensors(tokens)
-            with keras.StatelessScope(state_mapping=self.mapping()):
-                inputs = signature.pack(model, tensors)
-                return named_outputs(model, model(inputs, training=False))
-
-        self.function = tf.function(serve, autograph=False)
-        self.concrete = self.function.get_concrete_function(
-            **{x.name: x for x in specs}
-        )
-
-    def mapping(self):
-        return [(variable, tensor.value()) for variable, tensor in self.values]
-
-
-def tables(model):
-    """Returns the lookup tables and similar resources of a model."""
-    resource = tf.saved_model.experimental.TrackableResource
-    held = tf.train.TrackableView(model).descendants()
-    return [x for x in held if isinstance(x, resource)]
-
-
 def save(endpoints, path):
     """Writes endpoints to a SavedModel; what they share is stored once."""
     root = tf.Module()
     root.tracked = [x for e in endpoints.values() for x in e.tracked]
-    root.values = [v for e in endpoints.values() for _, v in e.values]
+    root.bank = [x for e in endpoints.values() for x in e.bank]
     signatures = {name: e.concrete for name, e in endpoints.items()}
     tf.saved_model.save(root, path, signatures=signatures)
 
@@ -253,6 +261,10 @@ class Samples:
 
     def __init__(self, folder, job):
         self.tolerance = job["tolerance"]
+        self.rounding = job["rounding"]
+        if job["route"]:  # a row may have any adapter
+            far = max(self.rounding.values(), default=0.0)
+            self.rounding = {DEFAULT: far}
         self.arrays = collections.defaultdict(dict)
         with np.load(folder / "samples.npz") as file:
             for key in file.files:
@@ -267,12 +279,74 @@ class Samples:
             for i in range(count)
         ]
 
-    def difference(self, function, signature):
-        """Returns the largest difference of outputs, and the allowed one."""
-        largest, allowed = 0.0, 0.0
+    def of_signature(self, signature):
+        """Returns a list of pairs of inputs and expected outputs."""
+        return [
+            (inputs, self.arrays[signature, i])
+            for i, inputs in enumerate(self.inputs())
+        ]
+
+    def of_rows(self, names):
+        """Returns the same for rows with an adapter each.
+
+        Every row of every batch is asked with every adapter, in mixed batches.
+
+        Args:
+            names: List of names of adapters, with `""` for the base.
+        """
+        pairs = []
         for i, inputs in enumerate(self.inputs()):
+            (_, answers), *_ = self.arrays[BASE_ANSWERS, i].items()
+            rows = len(answers)
+            for start in range(len(names)):
+                mix = [names[(start + row) % len(names)] for row in range(rows)]
+                outputs = {
+                    output: np.stack(
+                        [
+                            self.arrays[name or BASE_ANSWERS, i][output][row]
+                            for row, name in enumerate(mix)
+                        ]
+                    )
+                    for output in self.arrays[BASE_ANSWERS, i]
+                }
+                pairs.append(({**inputs, ADAPTER: tf.constant(mix)}, outputs))
+        return pairs
+
+    def compare(self, function, name, pairs):
+        """Returns what a report tells of the outputs of a signature."""
+        if name == GENERATE:
+            return self.different_tokens(function, pairs)
+        return self.difference(function, pairs, self.rounding.get(name, 0.0))
+
+    def different_tokens(self, function, pairs):
+        """Returns how many generated tokens differ, if they are compared.
+
+        They are where the sampler draws no random numbers.
+        """
+        if not any(expected for _, expected in pairs):
+            return {}
+        different = 0
+        for inputs, expected in pairs:
             outputs = function(**inputs)
-            for name, expected in self.arrays[signature, i].items():
+            mask = expected["padding_mask"]
+            for key in ("token_ids", "padding_mask"):
+                found = outputs[key].numpy()
+                far = (found != expected[key]) & (mask != 0)
+                different += int(np.count_nonzero(far))
+        return {"different_tokens": different}
+
+    def difference(self, function, pairs, rounding):
+        """Returns the largest difference of outputs, and the allowed one.
+
+        Args:
+            function: A signature of a SavedModel.
+            pairs: List of pairs of inputs and expected outputs.
+            rounding: Float, how far outputs move by rounding.
+        """
+        largest, allowed = 0.0, ROUNDING * rounding
+        for inputs, outputs_of_model in pairs:
+            outputs = function(**inputs)
+            for name, expected in outputs_of_model.items():
                 found = tf.cast(outputs[name], tf.float32).numpy()
                 if found.shape != expected.shape:
                     raise ValueError(
@@ -285,21 +359,23 @@ class Samples:
                 size = float(np.abs(expected).max(initial=0.0))
                 largest = max(largest, far)
                 allowed = max(allowed, self.tolerance * max(size, 1.0))
-        return {"max_difference": largest, "allowed_difference": allowed}
+        return {
+            "max_difference": largest,
+            "allowed_difference": allowed,
+            "rounding": rounding,
+        }
 
 
-def latencies(functions, samples):
+def latencies(questions):
     """Measures, in turns, the median milliseconds of a call after the first.
 
     Args:
-        functions: Dict from name to function.
-        samples: `Samples`; the first one is used.
+        questions: Dict from name to a pair of a function and its inputs.
     """
-    inputs = samples.inputs()[0]
-    times = {name: [] for name in functions}
-    end = time.perf_counter() + PATIENCE * len(functions)
+    times = {name: [] for name in questions}
+    end = time.perf_counter() + PATIENCE * len(questions)
     for turn in range(31):
-        for name, function in functions.items():
+        for name, (function, inputs) in questions.items():
             start = time.perf_counter()
             for output in function(**inputs).values():
                 output.numpy()

@@ -14,6 +14,12 @@ LENGTHS = (8, 13)
 SIZES = (64, 96)
 BATCHES = (2, 3)
 STRING = "string"
+# The signature that generates tokens.
+GENERATE = "generate"
+# The input that names the adapter of every row.
+ADAPTER = "adapter"
+# How answers of the base are called in files; no adapter can have this name.
+BASE_ANSWERS = ".base"
 SENTENCES = ["A first sentence.", "And a second one, which is rather longer."]
 
 

@@ -10,9 +10,15 @@ from keras import ops
 from keras_geolora.geometry import manifold
 from keras_geolora.layers.clipping import asked_of
 from keras_geolora.layers.factor import factors_of, matrices
-from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
+from keras_geolora.layers.raw_weights import add_raw_weights
+from keras_geolora.layers.tree import (
+    adapted_layers,
+    layers_with_adapters,
+    walk,
+)
 from keras_geolora.optimizer.geolora import UNLIMITED, find_geolora
 from keras_geolora.viewing.abbreviation import abbreviated
+from keras_geolora.viewing.folding import fold
 from keras_geolora.viewing.heat_map import check_can_draw, heat_map
 from keras_geolora.viewing.rank_table import read_ranks
 from keras_geolora.viewing.reach import Reach
@@ -22,9 +28,15 @@ BARS = "▁▂▃▄▅▆▇█"
 # Width of a spectrum and of a path, in characters.
 BAR_WIDTH = 16
 PATH_WIDTH = 40
+# As many rows are never folded.
+FEW_ROWS = 12
+# Columns that begin at the left; numbers end at the right.
+LEFT = ("layer", "layers", "singular values")
 
 
-def geolora_summary(model, print_fn=print, style="text", optimizer=None):
+def geolora_summary(
+    model, print_fn=print, style="text", optimizer=None, expand=False
+):
     """Prints a table of all adapters, and returns it as data.
 
     Also a method of every `keras.Model`: `model.geolora_summary()`. The
@@ -42,6 +54,14 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
     - `share`: their share of the parameters of all adapters. With a
       `rank_budget` or `parameter_budget` it is `budget`, the share of that.
 
+    Of more than 12 rows, those of repeated layers, whose paths differ only in
+    numbers, are folded into one, unless `expand` is set. It has a pattern
+    instead of the path, such as `.*/query`, which `targets` and the other
+    arguments of `enable_geolora` take and which stands for exactly these
+    layers. It shows their number, the smallest and the largest rank, `mean`
+    rank and singular values, and the largest one, and sums of `params` and
+    `share`.
+
     Below are totals, the largest orthonormality error of a basis, which should
     stay below 1e-5, and the parameters of LoRA on the same layers: with the
     mean rank (rounded), and with the largest rank found, which LoRA would need
@@ -58,13 +78,15 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
             long paths.
         optimizer: The `GeoLoRA` of a custom training loop, which knows what
             was dropped and the budget. Defaults to that of `model.compile`.
+        expand: Bool, whether to print a row for every layer of a large model.
+            Defaults to `False`.
 
     Returns:
-        List of dicts, one for each adapted layer, with the keys `path`,
-        `kernel_shape`, `experts` (their number, or `None`), `rank` (of experts
-        the largest), `ranks` (a list with the rank of each expert, or of the
-        layer), `max_rank`, `parameters`, `singular_values`
-        (a list of floats, descending, `scale` included),
+        List of dicts, one for each adapted layer, also if the table is folded,
+        with the keys `path`, `kernel_shape`, `experts` (their number, or
+        `None`), `rank` (of experts the largest), `ranks` (a list with the rank
+        of each expert, or of the layer), `max_rank`, `parameters`,
+        `singular_values` (a list of floats, descending, `scale` included),
         `orthogonality_error`, `discarded_share` (`None` if no `GeoLoRA`
         trains the layer), `parameter_share` (of the parameters of all
         adapters), `budget_share` (`None` without a budget) and `asked_ranks`
@@ -122,15 +144,25 @@ def geolora_summary(model, print_fn=print, style="text", optimizer=None):
         row["budget_share"] = used / budget if budget else None
     if print_fn is not None:
         write = as_text if style == "text" else as_markdown
+        shown = rows
+        if len(rows) > FEW_ROWS and not expand:
+            known = add_raw_weights(dict(walk(model)), model)
+            shown = folded_if_shorter(rows, known)
         sentences = [
             *totals(rows, budget, unit),
             Reach.of(model).sentence(),
             *notes_on_ranks(rows),
             *warnings_of(layers_with_adapters(model).values()),
         ]
-        for line in write(rows, model.name, sentences):
+        for line in write(shown, model.name, sentences):
             print_fn(line)
     return rows
+
+
+def folded_if_shorter(rows, known):
+    """Returns the rows folded, or as they are if nothing repeats."""
+    folded = fold(rows, known)
+    return folded if len(folded) < len(rows) else rows
 
 
 def describe(path, adapter, optimizer=None):
@@ -237,38 +269,49 @@ def lora_parameters(rows, rank):
     )
 
 
-def cells(rows, paths):
-    """Returns the titles of the columns and the cells of each row."""
-    budget = rows[0]["budget_share"] is not None
-    titles = (
-        "layer",
-        "kernel",
-        "rank",
-        "singular values",
-        "largest",
-        "smallest",
-        "dropped",
-        "params",
-        "budget" if budget else "share",
-    )
-    texts = []
-    for row, path in zip(rows, paths, strict=True):
-        sigma = row["singular_values"] or [0.0]
-        share = row["budget_share" if budget else "parameter_share"]
-        texts.append(
-            (
-                path,
-                shape_text(row),
-                f"{rank_text(row)}/{row['max_rank']}",
-                spectrum(row["singular_values"], row["max_rank"]),
-                two_digits(sigma[0]),
-                two_digits(sigma[-1]),
-                percent(row["discarded_share"]),
-                f"{row['parameters']:,}",
-                percent(share),
-            )
-        )
-    return titles, texts
+def columns(rows):
+    """Returns a dict from the title of a column to the texts in it."""
+    texts = of_kind if "number" in rows[0] else of_layer
+    cells = [{**texts(row), **share_of(row)} for row in rows]
+    return {title: [texts[title] for texts in cells] for title in cells[0]}
+
+
+def of_layer(row):
+    """Returns the texts about one layer, by title."""
+    sigma = row["singular_values"]
+    return {
+        "layer": row["path"],
+        "kernel": shape_text(row),
+        "rank": f"{rank_text(row)}/{row['max_rank']}",
+        "singular values": spectrum(sigma, row["max_rank"]),
+        "largest": two_digits(sigma[0] if sigma else 0.0),
+        "smallest": two_digits(sigma[-1] if sigma else 0.0),
+        "dropped": percent(row["discarded_share"]),
+    }
+
+
+def of_kind(row):
+    """Returns the texts about all layers of a kind, by title."""
+    ranks = "-".join(map(str, dict.fromkeys(row["ranks"])))
+    return {
+        "layers": row["path"],
+        "number": str(row["number"]),
+        "kernel": shape_text(row),
+        "rank": f"{ranks}/{row['max_rank']}",
+        "mean": f"{row['mean_rank']:.1f}",
+        "singular values": spectrum(row["singular_values"], row["max_rank"]),
+        "largest": two_digits(row["largest"]),
+        "dropped": percent(row["discarded_share"]),
+    }
+
+
+def share_of(row):
+    """Returns the texts about parameters, by title."""
+    budget = row["budget_share"]
+    title, share = "budget", budget
+    if budget is None:
+        title, share = "share", row["parameter_share"]
+    return {"params": f"{row['parameters']:,}", title: percent(share)}
 
 
 def shape_text(row):
@@ -288,36 +331,47 @@ def rank_text(row):
 
 def as_text(rows, name, sentences):
     """Yields the lines of the table for a terminal."""
-    common, paths = abbreviated([row["path"] for row in rows], PATH_WIDTH)
-    titles, texts = cells(rows, paths)
-    widths = [max(map(len, x)) for x in zip(titles, *texts, strict=True)]
-    left = ("layer", "singular values")
+    table, common = columns(rows), ""
+    if "layer" in table:
+        common, table["layer"] = abbreviated(table["layer"], PATH_WIDTH)
+    widths = {title: max(map(len, [title, *table[title]])) for title in table}
 
     def line(texts):
         return "  ".join(
-            f"{text:{'<' if title in left else '>'}{width}}"
-            for title, text, width in zip(titles, texts, widths, strict=True)
+            f"{text:{'<' if title in LEFT else '>'}{widths[title]}}"
+            for title, text in zip(table, texts, strict=True)
         ).rstrip()
 
-    rule = "-" * len(line(titles))
-    yield f"Adapters of '{name}'" + (f", below '{common}'" if common else "")
-    yield line(titles)
+    rule = "-" * len(line(table))
+    yield heading(rows, f"'{name}'") + (f", below '{common}'" if common else "")
+    yield line(table)
     yield rule
-    yield from map(line, texts)
+    yield from map(line, zip(*table.values(), strict=True))
     yield rule
     yield from sentences
 
 
+def heading(rows, name):
+    """Returns the line above the table."""
+    if "number" not in rows[0]:
+        return f"Adapters of {name}"
+    total = sum(row["number"] for row in rows)
+    return (
+        f"Adapters of {name}, {total} layers of {len(rows)} kinds "
+        "(all of them: `expand=True`)"
+    )
+
+
 def as_markdown(rows, name, sentences):
     """Yields the lines of the table in Markdown."""
-    titles, texts = cells(rows, [f"`{row['path']}`" for row in rows])
-    yield f"Adapters of `{name}`"
+    table = columns(rows)
+    for title in set(table) & {"layer", "layers"}:
+        table[title] = [f"`{text}`" for text in table[title]]
+    yield heading(rows, f"`{name}`")
     yield ""
-    yield markdown_row(titles)
-    yield markdown_row(
-        ["---" if t in ("layer", "singular values") else "--:" for t in titles]
-    )
-    yield from map(markdown_row, texts)
+    yield markdown_row(table)
+    yield markdown_row(["---" if t in LEFT else "--:" for t in table])
+    yield from map(markdown_row, zip(*table.values(), strict=True))
     yield ""
     for sentence in sentences:
         yield f"- {sentence}"

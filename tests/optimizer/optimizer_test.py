@@ -625,6 +625,30 @@ def test_a_bound_does_not_depend_on_the_rank_at_the_start():
     np.testing.assert_allclose(np.mean(high), np.mean(low), rtol=0.2)
 
 
+@pytest.mark.parametrize(
+    "number, ratio", [(1, 0.06), (10, 0.03), (37, 0.3 / 37), (60, 0.008)]
+)
+def test_all_layers_together_share_the_default_bound(number, ratio):
+    adapters = [LowRankAdapter(12, 8, rank=4, seed=i) for i in range(number)]
+    for adapter in adapters:
+        adapter.kernel_norm = lambda: 10.0
+    optimizer = GeoLoRA(keras.optimizers.Adam(1.0), 0.0, retraction_interval=9)
+    slope = np.random.default_rng(0).normal(size=(12, 8))
+    grads = [g for a in adapters for g in gradients_of(a, slope)]
+    optimizer.apply(tensors(grads), [v for a in adapters for v in factors(a)])
+    steps = [np.linalg.norm(delta(adapter)) for adapter in adapters]
+    np.testing.assert_allclose(steps, 10 * ratio, rtol=1e-3)
+
+
+@pytest.mark.parametrize("inner, ratio", [("adam", 0.008), ("sgd", None)])
+def test_a_configuration_of_version_0_1_keeps_its_bound(inner, ratio):
+    config = GeoLoRA(inner).get_config()
+    assert config["max_update_ratio"] == "auto"
+    assert GeoLoRA.from_config(dict(config)).max_update_ratio == "auto"
+    del config["retraction_interval"]
+    assert GeoLoRA.from_config(config).max_update_ratio == ratio
+
+
 def test_without_a_bound_a_step_is_as_long_as_the_inner_one():
     assert change_of_one_step(max_update_ratio=None) > 1
 

@@ -22,7 +22,8 @@ WINGS = (
     ("viewing",),
     ("callbacks",),
     ("model",),
-    ("files", "serving"),  # these two do not know each other
+    ("files",),
+    ("serving",),  # adapter files join what is exported
     ("__main__",),
     ("",),  # the package itself gathers the public names
 )
@@ -35,6 +36,8 @@ EXTERNAL_OF = {
     "callbacks.rank_tensor_board": {"tensorboardX"},
     "files.keras_lora": {"h5py"},
     "files.gguf": {"gguf"},
+    "serving.bundle": {"tensorflow"},
+    "serving.endpoint": {"tensorflow"},
     "serving.saved_model": {"tensorflow"},
     "distribution.tf_replicas": {"tensorflow"},
     "optimizer.retractions": {"jax"},

@@ -16,7 +16,7 @@ from moving import move
 import keras_geolora
 from keras_geolora import GeoLoRA
 from keras_geolora import export as public_export
-from keras_geolora.serving.signature import Signature
+from keras_geolora.serving.signature import Signature, answers
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The functions of the module, which the public function hides.
@@ -187,6 +187,37 @@ def test_a_quantized_base_is_served_with_its_adapter_beside(tmp_path):
         model, tmp_path, samples=x, tolerance=1e-3, verbose=False
     )
     assert report["form"] == "beside the kernels"
+
+
+def quantized(depth):
+    """An adapted model whose layers round their inputs."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(16, "tanh") for _ in range(depth)]
+    model = keras.Sequential([keras.Input((16,), name="x"), *layers])
+    model.quantize("int8")
+    model.enable_geolora(rank=2)
+    move(model)
+    return model
+
+
+def test_a_model_that_rounds_is_judged_by_how_it_rounds(tmp_path):
+    model = quantized(depth=6)
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype("float32")
+    report = keras_geolora.export(model, tmp_path, samples=x, verbose=False)
+    found = report["signatures"]["serving_default"]
+    assert found["rounding"] > 1e-3
+    assert found["allowed_difference"] == 2 * found["rounding"]
+    sentence = list(export_module.table(report))[-1]
+    assert sentence.startswith("Quantized layers round their inputs")
+
+
+def test_a_model_that_does_not_round_hardly_moves():
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    signature = Signature.of(model)
+    (batch, _) = signature.draw()
+    outputs = answers(model, signature, batch)
+    far = export_module.distance_when_shaken(model, signature, batch, outputs)
+    assert 0 < far < 1e-4 and not export_module.rounds_inputs(model)
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import real_sentences
 import serving
-import tensorflow as tf
 from real_sentences import create
 
 import keras_geolora
@@ -80,24 +78,7 @@ def test_strings_are_answered_as_by_the_task(served, data):
 @written_by_tensorflow
 def test_the_cpp_runtime_answers_without_python(served, tmp_path):
     folder, _, _, inputs, logits = served
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler on this machine")
-    library = pathlib.Path(tf.sysconfig.get_lib())
-    program = tmp_path / "ask"
-    subprocess.run(
-        [
-            compiler,
-            str(pathlib.Path(serving.__file__).with_name("ask_savedmodel.cc")),
-            f"-I{tf.sysconfig.get_include()}",
-            str(library / "libtensorflow_cc.so.2"),
-            str(library / "libtensorflow_framework.so.2"),
-            f"-Wl,-rpath,{library}",
-            "-o",
-            str(program),
-        ],
-        check=True,
-    )
+    program = serving.compiled_program(tmp_path)
     names_in, (operation, index) = serving.places(folder / "1", "logits")
     words = [
         f"{names_in[name][0]}={','.join(map(str, x[0]))}"

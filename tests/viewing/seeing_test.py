@@ -17,8 +17,9 @@ from keras_geolora.callbacks import (
     RankTensorBoard,
 )
 from keras_geolora.callbacks.reading import IntervalCallback
-from keras_geolora.layers.tree import adapted_layers
+from keras_geolora.layers.tree import adapted_layers, walk
 from keras_geolora.viewing.abbreviation import abbreviated
+from keras_geolora.viewing.folding import fold, pattern_of
 from keras_geolora.viewing.heat_map import heat_map
 from keras_geolora.viewing.summary import as_text, totals
 
@@ -600,26 +601,138 @@ def test_a_style_that_is_unknown_is_refused(style):
         adapted().geolora_summary(style=style)
 
 
-def test_the_table_fits_a_terminal():
-    rows = [
-        {
-            "path": path,
-            "kernel_shape": (768, 3072),
-            "experts": None,
-            "rank": 16,
-            "ranks": [16],
-            "max_rank": 16,
-            "parameters": 61456,
-            "singular_values": [0.1] * 16,
-            "orthogonality_error": 1e-7,
-            "discarded_share": 0.05,
-            "parameter_share": 0.01,
-            "budget_share": None,
-        }
-        for path in layers_of(12)
-    ]
-    lines = list(as_text(rows, "model", totals(rows, None, "parameters")))
-    assert max(map(len, lines)) <= 120
+def row_of(path, rank=16, shape=(768, 3072), **changed):
+    return {
+        "path": path,
+        "kernel_shape": shape,
+        "experts": None,
+        "rank": rank,
+        "ranks": [rank],
+        "max_rank": 16,
+        "parameters": rank * (sum(shape) + 1),
+        "singular_values": [0.1] * rank,
+        "orthogonality_error": 1e-7,
+        "discarded_share": 0.05,
+        "parameter_share": 0.01,
+        "budget_share": None,
+        **changed,
+    }
+
+
+@pytest.mark.parametrize("shown", [list, fold])
+def test_the_table_fits_a_terminal(shown):
+    rows = list(map(row_of, layers_of(12)))
+    sentences = totals(rows, None, "parameters")
+    assert max(map(len, as_text(shown(rows), "model", sentences))) <= 120
+
+
+def blocks(number, **options):
+    """A model with a block that repeats, of two layers, and one other layer."""
+    keras.utils.set_random_seed(0)
+
+    def block(i):
+        layers = [
+            keras.layers.Dense(8, name="up"),
+            keras.layers.Dense(8, name="down"),
+        ]
+        return keras.Sequential([keras.Input((8,)), *layers], name=f"block_{i}")
+
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            *map(block, range(number)),
+            keras.layers.Dense(8, name="head"),
+        ]
+    )
+    model.enable_geolora(**{"rank": 2, "max_rank": 4, **options})
+    return model
+
+
+def table_of(lines):
+    """The names and the other texts of a table that was printed."""
+    rules = [i for i, line in enumerate(lines) if set(line) == {"-"}]
+    cells = [line.split() for line in lines[rules[0] + 1 : rules[1]]]
+    return {name: texts for name, *texts in cells}
+
+
+def test_a_block_that_repeats_has_a_line_for_each_kind_of_layer():
+    ranks = {f"block_{i}/up": 1 + i % 4 for i in range(6)}
+    model = blocks(6, rank=4, rank_pattern=ranks)
+    rows, lines = printed(model)
+    assert len(rows) == 13 and "13 layers of 3 kinds" in lines[0]
+    table = table_of(lines)
+    assert list(table) == [".*/up", ".*/down", "head"]
+    number, kernel, rank, mean, *_ = table[".*/up"]
+    # 1, 2, 3, 4, 1, 2
+    assert (number, kernel, rank, mean) == ("6", "8x8", "1-4/4", "2.2")
+    assert table["head"][:4] == ["1", "8x8", "4/4", "4.0"]
+    _, lines = printed(model, style="markdown")
+    assert lines[4].startswith("| `.*/up` | 6 | 8x8 | 1-4/4 | 2.2 |")
+
+
+def test_every_layer_has_a_line_on_request():
+    rows, lines = printed(blocks(6), expand=True)
+    assert list(table_of(lines)) == [row["path"] for row in rows]
+
+
+def test_a_small_model_is_not_folded():
+    rows, lines = printed(blocks(5))
+    assert list(table_of(lines)) == [row["path"] for row in rows]
+
+
+@pytest.mark.parametrize("targets", ["all", ["block_[02].*", "head"]])
+def test_names_of_folded_lines_are_patterns_of_their_layers(targets):
+    model = blocks(14, targets=targets)
+    known = [path for path, _ in walk(model)]
+    for row in fold(model.geolora_summary(print_fn=None), known):
+        other = blocks(14, targets=row["path"])
+        assert len(adapted_layers(other)) == row["number"]
+
+
+def test_a_folded_line_sums_up_its_layers():
+    rows = [row_of("a_0/x", 3), row_of("a_1/x", 2), row_of("a_2/x", 1)]
+    rows[1]["singular_values"] = [0.4, 0.1]
+    (kind,) = fold(rows)
+    assert kind["ranks"] == (1, 3) and kind["mean_rank"] == 2
+    assert kind["parameters"] == 6 * (768 + 3072 + 1)
+    assert kind["parameter_share"] == pytest.approx(0.03)
+    assert kind["singular_values"] == pytest.approx([0.2, 0.2 / 3, 0.1 / 3])
+    assert kind["largest"] == 0.4 and kind["budget_share"] is None
+    rows[0]["discarded_share"] = None
+    assert fold(rows)[0]["discarded_share"] is None
+
+
+def test_kernels_of_other_shapes_are_other_kinds():
+    rows = [row_of(f"block_{i}", shape=(8, 8 * (1 + i // 2))) for i in range(4)]
+    found = {kind["path"]: kind["number"] for kind in fold(rows)}
+    assert found == {"block_(0|1)": 2, "block_(2|3)": 2}
+
+
+def test_layers_that_no_pattern_can_tell_apart_stay_alone():
+    diagonal = [row_of("a_0/b_0"), row_of("a_1/b_1")]
+    others = [row_of("a_0/b_1", shape=(8, 8))]
+    kinds = fold(diagonal + others)
+    assert [kind["number"] for kind in kinds] == [1, 1, 1]
+    assert kinds[0]["path"] == ".*/b_0"
+
+
+@pytest.mark.parametrize(
+    "others, pattern",
+    [
+        ([], ".*/query"),
+        (["head/query"], r".*/block_\d+/query"),
+        (["side/block_0/query"], r"main/block_\d+/query"),
+        (["main/block_7/query"], r".*/block_(0|1)/query"),
+    ],
+)
+def test_a_pattern_is_as_short_as_other_layers_allow(others, pattern):
+    paths = ["main/block_0/query", "main/block_1/query"]
+    assert pattern_of(paths, [*paths, *others]) == pattern
+
+
+def test_names_with_signs_of_expressions_are_patterns_too():
+    (kind,) = fold([row_of("up(1)/a.b")], ["up(1)/acb"])
+    assert kind["path"] == r".*/a\.b"
 
 
 def half_adapted():

@@ -1,0 +1,188 @@
+"""Ways to adapt a language model, compared on tasks that can be checked.
+
+    python benchmarks/language.py run --backend torch --tasks topics
+    python benchmarks/language.py table
+
+SmolLM2-135M-Instruct learns to answer instructions (`language_tasks.py`): 100
+steps of 8, the loss on the answers only, by each method of
+`language_contenders.py`. Reported are the loss on held-out answers, the share
+of answers that are right to the last token (greedy decoding would write
+them), and what is forgotten: the change of the loss on other text. The rate is
+chosen by the loss on further examples. Rows are added to
+`benchmarks/results/language.jsonl`; settings that are there are not run again.
+"""
+
+import argparse
+import json
+import statistics
+
+import measuring
+
+RESULT = "language"
+RATES = (3e-4, 1e-3, 3e-3)
+STEPS, BATCH = 100, 8
+KEY = ("task", "method", "rank", "rate", "seed", "steps")
+
+
+def main():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--backend", choices=measuring.BACKENDS, required=True)
+    run.add_argument("--tasks", nargs="+", default=["topics"])
+    run.add_argument("--methods", nargs="+")
+    run.add_argument("--ranks", nargs="+", type=int, default=[4])
+    run.add_argument("--rates", nargs="+", type=float, default=RATES)
+    run.add_argument("--seeds", nargs="+", type=int, default=[0])
+    run.add_argument("--steps", type=int, default=STEPS)
+    run.add_argument("--threads", type=int, default=0)
+    run.add_argument("--held-out", type=int, help="to try the script")
+    commands.add_parser("table")
+    args = parser.parse_args()
+    measuring.run_or_print(args, measure, print_table)
+
+
+def measure(args):
+    """Runs what is asked for and not there yet."""
+    import language_contenders
+    import language_tasks
+
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    folder = language_tasks.assets.smollm2_folder()
+    there = {key_of(row) for row in measured()}
+    sizes = (
+        language_tasks.TRAIN,
+        language_tasks.VALIDATION,
+        (args.held_out or language_tasks.HELD_OUT),
+    )
+    general = language_tasks.general_text()
+    for method in args.methods or language_contenders.METHODS:
+        make, options = language_contenders.METHODS[method]
+        for rank in args.ranks:
+            rows = [
+                dict(zip(KEY, key, strict=True))
+                for task in args.tasks
+                for rate in args.rates
+                for seed in args.seeds
+                if (key := (task, method, rank, rate, seed, args.steps))
+                and json.dumps(key) not in there
+            ]
+            if not rows:
+                continue
+            contender = make(folder, rank, args.steps, **options)
+            for row in rows:
+                parts = language_tasks.split(row["task"], row["seed"], sizes)
+                row |= run_once(contender, parts, general, row)
+                backend = "torch" if "peft" in method else args.backend
+                measuring.append(RESULT, row | measuring.environment(backend))
+
+
+def measured():
+    """Returns the rows there are."""
+    if not (measuring.RESULTS / f"{RESULT}.jsonl").exists():
+        return []
+    return measuring.rows(RESULT)
+
+
+def key_of(row):
+    """Returns what two rows of the same run have in common."""
+    return json.dumps([row[key] for key in KEY])
+
+
+def run_once(contender, parts, general, row):
+    """Returns what one training came to."""
+    import numpy as np
+
+    train, validation, held_out = parts
+    rng = np.random.default_rng(5000 + row["seed"])
+    order = np.concatenate(
+        [
+            rng.permutation(len(train[1]))
+            for _ in range(1 + row["steps"] * BATCH // len(train[1]))
+        ]
+    )
+    batches = [order[i * BATCH : (i + 1) * BATCH] for i in range(row["steps"])]
+    measuring.forget_peak()
+    before = measuring.resident_kib("VmRSS")
+    seconds, losses = measuring.seconds(
+        lambda: contender.train(train, batches, row["rate"], row["seed"])
+    )
+    peak = measuring.resident_kib("VmHWM") - before
+    loss, right = judged(contender, held_out)
+    return {
+        "loss": loss,
+        "right": right,
+        "validation": judged(contender, validation)[0],
+        "general": judged(contender, general)[0],
+        "train_loss": statistics.mean(losses[-10:]),
+        "ranks": contender.ranks(),
+        "parameters": contender.parameters(),
+        "effective": contender.effective(),
+        "seconds": round(seconds, 1),
+        "peak_mib": round(peak / 1024),
+    }
+
+
+def judged(contender, rows):
+    """Returns the mean loss of answers, and the share that is right."""
+    import numpy as np
+    from language_contenders import AT_ONCE
+
+    x, labels, weights = rows
+    total, right = 0.0, 0
+    for start in range(0, len(labels), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        logits = contender.logits({k: v[part] for k, v in x.items()})
+        chosen = weights[part] > 0
+        found, wanted = logits[chosen].astype("float64"), labels[part][chosen]
+        found -= found.max(axis=-1, keepdims=True)
+        sums = np.log(np.exp(found).sum(axis=-1))
+        total += float((sums - found[np.arange(len(wanted)), wanted]).sum())
+        wrong = logits.argmax(axis=-1) != labels[part]
+        right += int((~(wrong & chosen).any(axis=-1)).sum())
+    return total / float((weights > 0).sum()), right / len(labels)
+
+
+def print_table():
+    """Prints the results at the best rate of each method."""
+    found = {}
+    for row in measured():
+        by_rate = found.setdefault(
+            (row["task"], row["rank"], row["method"]), {}
+        )
+        by_rate.setdefault(row["rate"], []).append(row)
+    lines = []
+    for (task, rank, method), by_rate in sorted(found.items()):
+        rate = min(by_rate, key=lambda r: mean(by_rate[r], "validation"))
+        rows = by_rate[rate]
+        lines.append(
+            [
+                task,
+                rank,
+                method,
+                f"{rate:g}",
+                f"{mean(rows, 'loss'):.4f}",
+                f"{mean(rows, 'right'):.3f}",
+                f"{mean(rows, 'general'):.3f}",
+                f"{mean(rows, 'effective') / 1e3:.0f} k",
+                f"{mean(rows, 'seconds'):.0f}",
+                f"{mean(rows, 'peak_mib'):.0f}",
+                len(rows),
+            ]
+        )
+    header = ["task", "rank", "method", "rate", "loss", "right"]
+    header += ["other text", "parameters", "s", "MiB", "seeds"]
+    print(measuring.markdown(header, lines))
+
+
+def mean(rows, key):
+    """Returns the mean of a number over rows."""
+    return statistics.mean(row[key] for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Language models as SavedModels: tokens in, tokens out."""
+
+import sys
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import serving
+from moving import move
+
+import keras_geolora
+
+pytestmark = pytest.mark.usefixtures("forked")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A tiny language model with an adapter."""
+    keras.utils.set_random_seed(0)
+    words = [*map(chr, range(33, 127)), "Ġ", "su"]
+    vocabulary = {x: i for i, x in enumerate([*words, "<|endoftext|>"])}
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges=["s u"])
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=len(vocabulary),
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=16,
+        max_sequence_length=16,
+    )
+    model = keras_hub.models.GPT2CausalLM(
+        backbone, keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, 12)
+    )
+    model.enable_geolora(rank=2)
+    move(model)
+    return model
+
+
+def export(model, path, **options):
+    return keras_geolora.export(
+        model, path, generate=True, baseline=False, verbose=False, **options
+    )
+
+
+def test_tokens_are_generated_as_by_the_model(lm, tmp_path):
+    lm.compile(sampler="greedy")
+    report = export(lm, tmp_path, stop_token_ids=None)
+    entry = report["signatures"]["generate"]
+    assert entry["different_tokens"] == 0
+    assert entry["sampler"] == "GreedySampler"
+    assert report["form"] == "merged"
+    inputs = {
+        "token_ids": np.array([[3, 4, 5, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0], [1] + 6 * [0]]),
+    }
+    inputs = {name: x.astype("int32") for name, x in inputs.items()}
+    found = serving.load(tmp_path / "1", "generate")(inputs)["token_ids"]
+    preprocessor, lm.preprocessor = lm.preprocessor, None
+    expected = lm.generate(inputs, stop_token_ids=None)["token_ids"]
+    lm.preprocessor = preprocessor
+    np.testing.assert_array_equal(found, expected)
+    assert (found[:, 3:] != 0).any()
+    logits = serving.load(tmp_path / "1")(inputs)
+    assert next(iter(logits.values())).shape == (2, 7, 97)
+
+
+def test_text_goes_in_and_text_comes_out(lm, tmp_path):
+    lm.compile(sampler="greedy")
+    export(lm, tmp_path, preprocess=True)
+    ask = serving.load(tmp_path / "1", "generate")
+    prompts = ["such words", "su"]
+    found = [text.decode() for text in ask({"text": prompts})["text"]]
+    assert found == lm.generate(prompts)
+    assert all(map(str.startswith, found, prompts)) and found != prompts
+
+
+def test_sampled_text_is_another_one_each_time(lm, tmp_path):
+    lm.compile(sampler=keras_hub.samplers.TopPSampler(p=0.9, seed=3))
+    report = export(lm, tmp_path, preprocess=True)
+    entry = report["signatures"]["generate"]
+    assert entry["sampler"] == "TopPSampler"
+    assert "different_tokens" not in entry  # nothing to compare with
+    ask = serving.load(tmp_path / "1", "generate")
+    found = {ask({"text": ["su"]})["text"][0] for _ in range(4)}
+    assert len(found) == 4
+    assert all(text.startswith(b"su") for text in found)
+
+
+def test_what_cannot_generate_is_refused(lm, tmp_path):
+    dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="Only a `CausalLM`"):
+        export(dense, tmp_path)
+    with pytest.raises(ValueError, match="generate=False"):
+        keras_geolora.export(dense, tmp_path, stop_token_ids=None)
+    lm.compile(sampler="greedy")
+    with pytest.raises(ValueError, match=r"adapters \['default'\]"):
+        export(lm, tmp_path, adapters="all")
+    preprocessor, lm.preprocessor = lm.preprocessor, None
+    with pytest.raises(ValueError, match="stop_token_ids='auto'"):
+        export(lm, tmp_path)
+    lm.preprocessor = preprocessor
+    sampler, lm.sampler = lm.sampler, None
+    with pytest.raises(ValueError, match="without a sampler"):
+        export(lm, tmp_path)
+    lm.sampler = sampler
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_tokens_are_refused():
+    export_module = sys.modules["keras_geolora.serving.export"]
+    report = {"signatures": {"generate": {"different_tokens": 3}}}
+    with pytest.raises(keras_geolora.ExportError, match="3 different tokens"):
+        export_module.check_parity(report)
