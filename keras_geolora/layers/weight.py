@@ -37,6 +37,7 @@ from keras_geolora.layers.in_place import (
     reading_itself,
 )
 from keras_geolora.layers.kernel_view import KernelView
+from keras_geolora.layers.prepared import prepared_product_of
 
 # Sums of weights and updates in the running calls of this thread, by the ids of
 # variables.
@@ -156,6 +157,10 @@ class AdaptedWeight(AdaptedLayer, keras.layers.Layer):
         update = ops.cast(self.delta(), wide)
         return ops.cast(ops.add(ops.cast(kernel, wide), update), dtype)
 
+    def prepare(self, at_rest):
+        """Returns the sum, which stays the same for many calls."""
+        return self.sum() if self.acts else None
+
     def shown(self):
         """Returns what the owner, or another layer, reads in a call.
 
@@ -248,12 +253,18 @@ def sums_of(weights):
     Also where Keras knows of no call: in the backward pass of a layer that is
     computed again there.
     """
-    sums = {id(w.variable): w.sum() for w in weights if w.acts}
+    sums = {id(w.variable): sum_now(w) for w in weights if w.acts}
     token = SUMS.set({**SUMS.get(), **sums})
     try:
         yield
     finally:
         SUMS.reset(token)
+
+
+def sum_now(weight):
+    """Returns the sum of a weight and its update, which may be prepared."""
+    prepared = prepared_product_of(weight)
+    return weight.sum() if prepared is None else prepared
 
 
 def weights_in(owner):

@@ -20,6 +20,7 @@ from keras_geolora.layers.tree import (
     inside,
     layers_with_adapters,
 )
+from keras_geolora.layers.weight import AdaptedWeight
 from keras_geolora.model.checks import (
     check_adapted_and_enabled,
     check_name,
@@ -118,6 +119,9 @@ def plan_route(model, adapters="all", capacity=None, max_rank=None):
         for adapter in adaptation.adapters.values()
         for path, layer in adapter.layers.items()
     }
+    for path, layer in layers.items():
+        if isinstance(layer, AdaptedWeight):
+            refuse(path, "it is a weight that belongs to no layer of its own")
     base, keyed = fingerprint(model, layers), keyed_variables(model)
     contents = {
         name: Content.of_model(adaptation, name, keyed, base) for name in names

@@ -11,6 +11,7 @@ from keras_hub import models
 import keras_geolora
 from keras_geolora.files.adapter_format import AdapterFileError
 from keras_geolora.keras_internals import direct_layers
+from keras_geolora.layers.prepared import prepared_products
 from keras_geolora.layers.tree import adapted_layers
 from keras_geolora.layers.weight import AdaptedWeight
 
@@ -230,6 +231,29 @@ def test_formats_of_other_libraries_refuse_experts(tmp_path):
     model.enable_geolora(2, targets="experts")
     with pytest.raises(ValueError, match=r"Received: 3 such weights"):
         keras_geolora.export_peft(model, tmp_path / "peft")
+
+
+def test_rows_with_adapters_of_their_own_refuse_experts():
+    model, _ = pretrained()
+    model.enable_geolora(2, targets="experts")
+    with pytest.raises(ValueError, match="belongs to no layer of its own"):
+        model.route_geolora()
+
+
+def test_sums_of_experts_are_prepared_for_many_calls(monkeypatch):
+    model, inputs = pretrained()
+    model.enable_geolora(2, targets="experts")
+    move(model)
+    expected, count = outputs(model, inputs), []
+    form = AdaptedWeight.sum
+    monkeypatch.setattr(
+        AdaptedWeight, "sum", lambda self: count.append(self) or form(self)
+    )
+    with prepared_products(banks(model).values()):
+        assert len(count) == 3
+        for _ in range(2):
+            assert_same(outputs(model, inputs), expected)
+    assert len(count) == 3
 
 
 def test_buffers_of_experts_are_cut_to_the_largest_rank():
