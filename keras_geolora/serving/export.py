@@ -615,7 +615,7 @@ def table(report):
             f"{sum(row['operations'].values()):>10}  {products:>7}  "
             f"{row['milliseconds']:>6.1f} ms"
         )
-    far = max(row["rounding"] for row in report["signatures"].values())
+    far = max(row.get("rounding", 0.0) for row in report["signatures"].values())
     if far:
         yield (
             "Quantized layers round their inputs: weights that change by "

@@ -57,7 +57,11 @@ def classifier():
     move(model)
     norm = "embeddings_layer_norm"
     model.enable_geolora(
-        rank=2, name="norm", targets="all", modules_to_save=norm
+        rank=2,
+        name="norm",
+        targets="all",
+        exclude="position_embedding",
+        modules_to_save=norm,
     )
     move(model)
     model.enable_geolora(rank=3, name="bias", train_bias=True, scale=0.5)
