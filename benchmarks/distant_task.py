@@ -228,7 +228,7 @@ def cell(by_seed):
     text = f"{mean:.3f}"
     if scales[0] is not None:
         text += f" (steps times {statistics.mean(scales):.2f})"
-    return f"{text}, {len(by_seed)}"
+    return text
 
 
 if __name__ == "__main__":
