@@ -16,8 +16,9 @@ class EpochCut(keras.callbacks.Callback):
     that is validated, saved and returned has no directions that the next cut
     would remove. `fit` of a model with `enable_geolora` adds it automatically.
 
-    Epochs of fewer updates than the `cut_interval` of the optimizer, and than
-    20, end without a cut: new directions have not had time to grow. Adapters
+    New directions need time to grow. So of epochs with fewer than 20 updates,
+    and than the `cut_interval` of the optimizer, only those end with a cut in
+    which the number of updates passed a multiple of that. In the others adapters
     only return to the manifold (`optimizer.settle()`). Neither is there another
     cut if the last step of an epoch was one.
 
@@ -65,7 +66,8 @@ class EpochCut(keras.callbacks.Callback):
             interval = optimizer.cut_interval
             if updates % interval == 0:
                 continue  # the last step was a cut
-            if updates - before >= min(interval, ENOUGH):
+            enough = min(interval, ENOUGH)
+            if updates // enough > before // enough:
                 optimizer.cut()
             else:
                 optimizer.settle()

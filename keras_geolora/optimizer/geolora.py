@@ -78,8 +78,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
             values compete by their square per parameter. Or a schedule.
         cut_interval: Int, number of steps between two cuts. In between the
             rank only grows, which gives slow directions time. Defaults
-            to 100. `fit` of an adapted model also cuts at the end of every
-            epoch of at least this many, or 20, steps, before validation.
+            to 100. `fit` of an adapted model also cuts at the ends of epochs,
+            before validation, see `keras_geolora.callbacks.EpochCut`.
         max_update_ratio: Float, `None` or `"auto"`: the largest change of a
             layer in one step, relative to the Frobenius norm of its kernel.
             If the longest step so far, rescaled to the current rank, exceeds

@@ -257,3 +257,21 @@ def test_an_epoch_whose_last_step_was_a_cut_is_not_cut_again():
         assert not cuts
         model.fit(x[:24], y[:24], batch_size=4, verbose=0)
         assert len(cuts) == 1
+
+
+def test_short_epochs_end_with_a_cut_about_every_20_steps():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.enable_geolora(rank=2)
+    model.compile(GeoLoRA("sgd"), loss="mse")
+    x, y = np.zeros((12, 8)), np.zeros((12, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        cuts, updates = [], model.optimizer.iterations
+
+        def cut(self):
+            cuts.append(int(to_numpy([updates])[0]))
+
+        patch.setattr(GeoLoRA, "cut", cut)
+        # In parts, as a run that is interrupted: the count goes on.
+        for epochs in (2, 5):
+            model.fit(x, y, batch_size=1, epochs=epochs, verbose=0)
+    assert cuts == [24, 48, 60, 84]
