@@ -18,9 +18,9 @@ class EpochCut(keras.callbacks.Callback):
 
     New directions need time to grow. So of epochs with fewer than 20 updates,
     and than the `cut_interval` of the optimizer, only those end with a cut in
-    which the number of updates passed a multiple of that. In the others adapters
-    only return to the manifold (`optimizer.settle()`). Neither is there another
-    cut if the last step of an epoch was one.
+    which the number of updates passed a multiple of that. In the others
+    adapters only return to the manifold (`optimizer.settle()`). Neither is
+    there another cut if the last step of an epoch was one.
 
     Example:
 

@@ -263,7 +263,8 @@ def test_short_epochs_end_with_a_cut_about_every_20_steps():
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
     model.enable_geolora(rank=2)
     model.compile(GeoLoRA("sgd"), loss="mse")
-    x, y = np.zeros((12, 8)), np.zeros((12, 4))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 8)), rng.normal(size=(12, 4))
     with pytest.MonkeyPatch.context() as patch:
         cuts, updates = [], model.optimizer.iterations
 
