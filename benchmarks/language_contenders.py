@@ -11,6 +11,7 @@ afterwards to 95 % of the energy of each update.
 import copy
 import math
 
+import contenders
 import measuring
 import numpy as np
 from contenders import (
@@ -59,7 +60,7 @@ class OnKeras:
 
         keras.utils.set_random_seed(seed)
         measuring.restore(self._start)
-        draw_weights(self.model, seed, self.start_rank)
+        self.draw(seed)
         self.optimizer.learning_rate = rate
         x, labels, weights = rows
         return [
@@ -72,6 +73,10 @@ class OnKeras:
             )
             for batch in batches
         ]
+
+    def draw(self, seed):
+        """Draws the random weights of the adapters."""
+        draw_weights(self.model, seed, self.start_rank)
 
     def logits(self, x):
         """Returns the logits of a few rows."""
@@ -140,12 +145,11 @@ class Full(OnKeras):
     def adapt(self, optimizer):
         return optimizer
 
-    def train(self, rows, batches, rate, seed):
-        self.start_rank = None
-        return super().train(rows, batches, rate, seed)
+    def draw(self, seed):
+        """Draws nothing: all weights are pretrained."""
 
 
-class OnPEFT:
+class OnPEFT(contenders.OnPEFT):
     """A contender of PEFT on the model of transformers."""
 
     def __init__(self, folder, rank, steps, **options):
@@ -164,7 +168,9 @@ class OnPEFT:
         import torch
 
         torch.manual_seed(seed)
-        config = self.config(target_modules="all-linear", task_type="CAUSAL_LM")
+        config = self.config(
+            self.steps, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         self.model = peft.get_peft_model(copy.deepcopy(self.base), config)
         self.model.to(self.device).train()
         optimizer = torch.optim.AdamW(
@@ -219,37 +225,26 @@ class OnPEFT:
         with torch.no_grad():
             return self._logits(x).cpu().numpy()
 
-    def _factors(self, name):
-        return [
-            parameter
-            for path, parameter in self.model.named_parameters()
-            if f"lora_{name}." in path
-        ]
-
     def parameters(self):
         """Returns the number of trainable parameters."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return sum(parameter.numel() for parameter in trained)
 
-    def effective(self):
-        """Returns the number of parameters at the ranks found."""
-        return self.parameters()
-
-    def ranks(self):
-        """Returns the rank of every layer."""
-        return [len(A) for A in self._factors("A")]
-
 
 class PEFTLoRA(OnPEFT):
     """LoRA, rank-stabilised LoRA or DoRA, of scale 1 but for the second."""
 
-    def config(self, **shared):
+    def config(self, steps, **shared):
         import peft
 
         options = dict(self.options)
         times = options.pop("times", 1)
         alpha = self.rank * times
         return peft.LoraConfig(r=alpha, lora_alpha=alpha, **options, **shared)
+
+    def ranks(self):
+        """Returns the rank of every layer, maybe after a cut."""
+        return [len(A) for A in self._factors("A")]
 
 
 class PEFTCut(PEFTLoRA):
@@ -269,23 +264,8 @@ class PEFTCut(PEFTLoRA):
         self.model.to(self.device).eval()
 
 
-class PEFTAdaLoRA(OnPEFT):
-    """AdaLoRA, its allocator called in every step, from 1.5 times the rank."""
-
-    def config(self, **shared):
-        import peft
-
-        first = math.ceil(1.5 * self.rank)
-        return peft.AdaLoraConfig(
-            init_r=first,
-            target_r=self.rank,
-            lora_alpha=first,
-            tinit=self.steps // 10,
-            tfinal=self.steps * 3 // 10,
-            deltaT=max(1, self.steps // 50),
-            total_step=self.steps,
-            **shared,
-        )
+class PEFTAdaLoRA(OnPEFT, contenders.PEFTAdaLoRA):
+    """AdaLoRA as in `contenders.py`, with its penalty on every loss."""
 
     def penalty(self):
         import torch
@@ -298,20 +278,6 @@ class PEFTAdaLoRA(OnPEFT):
                 total, number = total + torch.norm(gram - eye), number + 1
         return weight * total / number
 
-    def ranks(self):
-        return [int((E != 0).sum()) for E in self._factors("E")]
-
-    def effective(self):
-        return sum(
-            rank * (A.shape[1] + B.shape[0] + 1)
-            for rank, A, B in zip(
-                self.ranks(),
-                self._factors("A"),
-                self._factors("B"),
-                strict=True,
-            )
-        )
-
 
 # Each with its options.
 METHODS = {
@@ -321,7 +287,7 @@ METHODS = {
     "peft_lora": (PEFTLoRA, {}),
     "peft_rslora": (PEFTLoRA, {"use_rslora": True}),
     "peft_dora": (PEFTLoRA, {"use_dora": True}),
-    "peft_adalora": (PEFTAdaLoRA, {}),
+    "peft_adalora": (PEFTAdaLoRA, {"scale": 1.0}),
     "peft_cut": (PEFTCut, {"times": 4}),
     "full": (Full, {}),
 }

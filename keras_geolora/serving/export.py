@@ -36,7 +36,7 @@ from keras_geolora.serving.generating import (
     described_generation,
     save_generated,
 )
-from keras_geolora.serving.routed_model import plan_route
+from keras_geolora.serving.routed_model import chosen_adapters, plan_route
 from keras_geolora.serving.signature import (
     ADAPTER,
     BASE_ANSWERS,
@@ -186,9 +186,10 @@ def export(
     check_layers(layers_with_adapters(model).values(), "Nothing was exported.")
     path = pathlib.Path(path)
     check_version(path, version)
-    names = chosen_adapters(
-        model, "all" if route and not adapters else adapters
-    )
+    asked = "all" if route and not adapters else adapters
+    names = []
+    if asked is not None:
+        names = chosen_adapters(model, asked, geolora_adapters(model))
     signature = Signature.of(model, input_signature)
     check_strings(model, signature)
     check_route(model, signature, names, route, capacity, max_rank)
@@ -271,21 +272,6 @@ def check_version(path, version):
             f"for the next free one. Received: version={version}",
             str(path / str(version)),
         )
-
-
-def chosen_adapters(model, adapters):
-    """Returns the names of the adapters that get their own signatures."""
-    if adapters is None:
-        return []
-    known = geolora_adapters(model)
-    names = known if adapters == "all" else adapters
-    if isinstance(names, str) or not names or not set(names) <= set(known):
-        raise ValueError(
-            "`adapters` must be a list of names of adapters of this model, or "
-            f"'all'. Received: adapters={adapters!r}; the adapters of model "
-            f"'{model.name}' are {known}"
-        )
-    return list(names)
 
 
 def check_route(model, signature, names, route, capacity, max_rank):

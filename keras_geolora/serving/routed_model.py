@@ -113,7 +113,8 @@ def plan_route(model, adapters="all", capacity=None, max_rank=None):
             f"'{model.name}', whose parts were adapted separately"
         )
     check_layers(layers_with_adapters(model).values(), "Nothing was made.")
-    names = chosen_adapters(model, adapters)
+    known = list(model.geolora_adaptation.adapters)
+    names = chosen_adapters(model, adapters, known)
     layers = {
         path: layer
         for adapter in adaptation.adapters.values()
@@ -402,9 +403,14 @@ class Lock(Untracked):
         super().__init__(threading.RLock())
 
 
-def chosen_adapters(model, adapters):
-    """Returns the names of existing adapters, `"all"` of them or a list."""
-    known = list(model.geolora_adaptation.adapters)
+def chosen_adapters(model, adapters, known):
+    """Returns the names of existing adapters, `"all"` of them or a list.
+
+    Args:
+        model: `keras.Model`.
+        adapters: List of names, or `"all"`.
+        known: List of the names of its adapters.
+    """
     names = known if adapters == "all" else adapters
     if isinstance(names, str) or not names or not set(names) <= set(known):
         raise ValueError(
