@@ -113,6 +113,10 @@ class Adaptation:
         self._pretrained = {}
         self.suspended = 0
         self.said_what_is_left = False
+        # The exception that stops the loading of weights.
+        self.refusal = ValueError
+        # Whether the compiled `generate` takes `P` and `Q` to be zero.
+        self.generates_at_rest = False
         self._paused = None
         # Last, so that an interrupt before it changes nothing.
         self.frozen = Freeze(scope)

@@ -89,8 +89,6 @@ class PausesAsAWhole:
 class AdaptedModel(PausesAsAWhole):
     """Mixin for the class of a model that carries adapters."""
 
-    # The exception that stops the loading of weights.
-    geolora_refusal = ValueError
     # Whether `compile` chose `jit_compile` automatically.
     geolora_auto_compiled = False
 
@@ -288,13 +286,13 @@ class AdaptedModel(PausesAsAWhole):
     def load_weights(self, *args, **kwargs):
         """Like `keras.Model.load_weights`, with the optimizer's state."""
         self._build_optimizer()
-        self.geolora_refusal = WeightsRefused
+        self.geolora_adaptation.refusal = WeightsRefused
         try:
             super().load_weights(*args, **kwargs)
         except WeightsRefused as error:
             raise ValueError(str(error)) from None
         finally:
-            self.geolora_refusal = ValueError
+            self.geolora_adaptation.refusal = ValueError
 
     def set_weights(self, weights):
         """Like `keras.Model.set_weights`; buffer widths may differ."""
@@ -314,7 +312,7 @@ class AdaptedModel(PausesAsAWhole):
         super().set_weights(weights)
 
     def _refuse_weights(self, message):
-        raise self.geolora_refusal(message)
+        raise self.geolora_adaptation.refusal(message)
 
     def _tell_what_is_left(self):
         """Says once what the adapters do not reach, if that is much."""
@@ -671,7 +669,6 @@ def make_plain(part, adaptation):
         become_plain(model)
         if hasattr(model, "geolora_owner"):
             del model.geolora_owner
-        vars(model).pop("geolora_at_rest", None)
     if hasattr(part, "geolora_adaptation"):
         del part.geolora_adaptation
     forget_traces(part)

@@ -23,20 +23,20 @@ def generation_of(plain_class):
         # `generate` calls this every time, so a training may lie in between.
         layers = adapted_layers(self).values()
         at_rest = all(layer.adapter.is_at_rest for layer in layers)
-        if at_rest != self.geolora_at_rest:
-            self.geolora_at_rest = at_rest
+        adaptation = self.geolora_adaptation
+        if at_rest != adaptation.generates_at_rest:
+            adaptation.generates_at_rest = at_rest
             self.generate_function = None
         return plain_class.make_generate_function(self)
 
     @functools.wraps(plain_class.generate_step)
     def generate_step(self, *args, **kwargs):
         layers = adapted_layers(self).values()
-        with prepared_products(layers, self.geolora_at_rest):
+        at_rest = self.geolora_adaptation.generates_at_rest
+        with prepared_products(layers, at_rest):
             return plain_class.generate_step(self, *args, **kwargs)
 
     return {
         "make_generate_function": make_generate_function,
         "generate_step": generate_step,
-        # Whether the compiled function takes `P` and `Q` to be zero.
-        "geolora_at_rest": False,
     }

@@ -157,4 +157,4 @@ def test_a_merged_model_remembers_nothing_of_it():
     model.compile(sampler="greedy")
     generate(model)
     model.merge_geolora()
-    assert "geolora_at_rest" not in vars(model)
+    assert not hasattr(model, "geolora_adaptation")
