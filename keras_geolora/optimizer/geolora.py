@@ -28,6 +28,7 @@ from keras_geolora.optimizer.groups import (
     find_adapters,
     plain_variables,
 )
+from keras_geolora.optimizer.precision import full_precision
 from keras_geolora.optimizer.retractions import (
     Program,
     is_due,
@@ -385,6 +386,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.apply([g for g, _ in pairs], [v for _, v in pairs])
         return self.iterations
 
+    @full_precision()
     def apply(self, grads, trainable_variables=None):
         """Takes one step.
 
@@ -530,6 +532,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if not cut and not was_due(updates, self.retraction_interval, turns):
             self._retract_all(0.0)
 
+    @full_precision()
     def _retract_all(self, tolerance):
         """Returns all adapters to the manifold, outside of a step."""
         groups = self._groups.content if self.built else ()

@@ -40,6 +40,7 @@ EXTERNAL_OF = {
     "serving.endpoint": {"tensorflow"},
     "serving.saved_model": {"tensorflow"},
     "distribution.tf_replicas": {"tensorflow"},
+    "optimizer.precision": {"jax", "torch"},
     "optimizer.retractions": {"jax"},
 }
 
