@@ -118,7 +118,7 @@ def run_once(contender, parts, general, row):
         "right": right,
         "validation": judged(contender, validation)[0],
         "general": judged(contender, general)[0],
-        "train_loss": statistics.mean(losses[-10:]),
+        "train_loss": statistics.mean(losses[-10:]) if losses else None,
         "ranks": contender.ranks(),
         "parameters": contender.parameters(),
         "effective": contender.effective(),

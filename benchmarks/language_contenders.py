@@ -231,6 +231,20 @@ class OnPEFT(contenders.OnPEFT):
         return sum(parameter.numel() for parameter in trained)
 
 
+class Untrained(OnPEFT):
+    """The pretrained model, which learns nothing."""
+
+    def train(self, rows, batches, rate, seed):
+        self.model = self.base.to(self.device).eval()
+        return []
+
+    def parameters(self):
+        return 0
+
+    def ranks(self):
+        return []
+
+
 class PEFTLoRA(OnPEFT):
     """LoRA, rank-stabilised LoRA or DoRA, of scale 1 but for the second."""
 
@@ -281,6 +295,7 @@ class PEFTAdaLoRA(OnPEFT, contenders.PEFTAdaLoRA):
 
 # Each with its options.
 METHODS = {
+    "untrained": (Untrained, {}),
     "geolora": (GeoLoRA, {}),
     "geolora, every step": (GeoLoRA, measuring.PAPER),
     "keras_lora": (KerasLoRA, {}),
