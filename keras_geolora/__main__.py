@@ -8,10 +8,10 @@ import sys
 import numpy as np
 
 from keras_geolora.files.adapter_format import read_adapter
-from keras_geolora.files.exported import Exported
+from keras_geolora.files.exported import exported_file
 from keras_geolora.files.gguf import base_of, write_gguf
-from keras_geolora.files.peft import write_peft
 from keras_geolora.files.peft_names import FAMILIES
+from keras_geolora.files.peft_writing import write_peft
 from keras_geolora.files.rounding import DTYPES
 from keras_geolora.files.servers import SERVERS
 
@@ -175,13 +175,12 @@ def convert_to_gguf(adapter, args):
 def adapter_in(description, tensors):
     """Returns the `Exported` of a file."""
     family = description.get("family") or description["backbone"]
-    return Exported(
+    return exported_file(
+        description,
+        tensors,
         {p: update(description, tensors, p) for p in paths(description)},
-        classes=description["classes"],
-        family=family if family in FAMILIES else None,
-        left=list(other_tensors(description, tensors)),
-        is_task=description["model"] != description["backbone"],
-        model_class=description["model"],
+        list(other_tensors(description, tensors)),
+        family if family in FAMILIES else None,
     )
 
 

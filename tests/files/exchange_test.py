@@ -17,13 +17,13 @@ from keras import ops
 
 import keras_geolora
 from keras_geolora import AdapterFileError
-from keras_geolora.files import peft as peft_files
-from keras_geolora.files import peft_names
+from keras_geolora.files import peft_names, peft_reading
 from keras_geolora.files.peft_names import (
     FAMILIES,
     family_of,
     module_names,
 )
+from keras_geolora.layers.factor import stacked
 from keras_geolora.layers.tree import adapted_layers, stable_paths
 
 pytestmark = [
@@ -113,6 +113,37 @@ MODELS = {
         },
     ),
 }
+EXPERTS = {
+    **GROUPED,
+    "tie_word_embeddings": False,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.5,
+}
+MODELS |= {
+    "Mixtral": (
+        transformers.MixtralModel,
+        {**EXPERTS, "num_local_experts": 3, "sliding_window": 8},
+    ),
+    "QwenMoe": (
+        transformers.Qwen2MoeModel,
+        {
+            **EXPERTS,
+            "num_experts": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+        },
+    ),
+    "Qwen3Moe": (
+        transformers.Qwen3MoeModel,
+        {
+            **EXPERTS,
+            "num_experts": 3,
+            "moe_intermediate_size": 12,
+            "head_dim": 4,
+        },
+    ),
+}
 # KerasHub has no converter for DeBERTa; what it means is tested by names.
 CONVERTED = [name for name in MODELS if name != "DebertaV3"]
 
@@ -129,13 +160,16 @@ def hugging_face(name, folder):
     model.save_pretrained(folder)
     path = folder / "config.json"
     known = {"rope_theta": 10000.0, **json.loads(path.read_text())}
+    if name == "Qwen3Moe":  # KerasHub knows another name
+        known["num_experts"] = known["num_local_experts"]
     path.write_text(json.dumps(known))
     # A checkpoint of a whole model has a prefix, which KerasHub expects.
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     prefix = {"GPT2": "", "ViT": "vit."}.get(name, model.base_model_prefix)
     prefix = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
     tensors = {f"{prefix}{key}": value for key, value in tensors.items()}
-    if name == "Mistral":  # KerasHub wants a head and rounds it
+    # KerasHub wants a head, and rounds that of Mistral.
+    if name == "Mistral" or name in ("Mixtral", "QwenMoe", "Qwen3Moe"):
         tensors["lm_head.weight"] = np.zeros((32, 16), "float32")
     safetensors.numpy.save_file(
         tensors, folder / "model.safetensors", {"format": "pt"}
@@ -172,6 +206,9 @@ def torch_hidden(model, name):
 def move(model):
     rng = np.random.default_rng(1)
     for layer in adapted_layers(model).values():
+        if layer.kernel_view.batch:
+            move_experts(layer, rng)
+            continue
         layer.adapter.S.assign(
             np.diag(rng.normal(size=layer.adapter.max_rank)) / 2
         )
@@ -179,6 +216,19 @@ def move(model):
         core = ops.convert_to_numpy(layer.adapter.S).copy()
         core[rank:] = core[:, rank:] = 0
         layer.adapter.S.assign(core)
+
+
+def move_experts(layer, rng):
+    """Gives the experts ranks of 1, 2, 1 ..."""
+    view, found = layer.kernel_view, []
+    for expert in range(view.count):
+        rank = 1 + expert % 2
+        U, V = (
+            np.linalg.qr(rng.normal(size=(size, rank)))[0]
+            for size in view.matrix_shape
+        )
+        found.append((U, np.diag(2 + rng.random(rank)), V))
+    layer.adapter.assign_factors(*stacked(found))
 
 
 @pytest.mark.parametrize("name", CONVERTED)
@@ -209,7 +259,8 @@ def test_every_linear_layer_of_a_family_has_a_name(family):
     backbone.enable_geolora(rank=1)
     short = family.removesuffix("Backbone")
     cls, options = MODELS[short]
-    modules = dict(cls(cls.config_class(**options)).named_modules())
+    model = cls(cls.config_class(**options))
+    modules = {*dict(model.named_modules()), *dict(model.named_parameters())}
     adapted = {id(layer) for layer in adapted_layers(backbone).values()}
     paths = [p for p, x in stable_paths(backbone).items() if id(x) in adapted]
     names = module_names(family_of(backbone), paths, None)
@@ -258,6 +309,34 @@ def test_adapters_of_peft_are_read(tmp_path, options):
         np.testing.assert_allclose(
             (U.T @ U)[: layer.rank, : layer.rank], np.eye(layer.rank), atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    "name, parameters, options",
+    [
+        ("Mixtral", ["gate_up_proj", "down_proj"], {}),
+        ("Mixtral", ["experts.down_proj"], {"use_rslora": True}),
+        (
+            "QwenMoe",
+            ["mlp.experts.gate_up_proj", "mlp.gate.weight"],
+            {"alpha_pattern": {"mlp.gate.weight": 2}},
+        ),
+    ],
+)
+def test_experts_of_peft_are_read(name, parameters, options, tmp_path):
+    hf = hugging_face(name, tmp_path)
+    model = keras_model(name, tmp_path)
+    adapted = peft_adapter(
+        tmp_path / "adapter",
+        hf,
+        target_modules=["q_proj"],
+        target_parameters=parameters,
+        **options,
+    )
+    keras_geolora.import_peft(model, tmp_path / "adapter")
+    expected = torch_hidden(adapted, name)
+    np.testing.assert_allclose(keras_hidden(model, name), expected, atol=1e-4)
+    assert not np.allclose(expected, torch_hidden(adapted.unload(), name))
 
 
 def test_bfloat16_adapters_are_read(tmp_path):
@@ -461,29 +540,41 @@ def test_two_layers_cannot_be_one_module(tmp_path):
         keras_geolora.export_peft(model, tmp_path, names=lambda path: "q")
 
 
-def test_what_trained_beside_is_named(tmp_path):
-    model = small()
-    model.enable_geolora(rank=2, train_bias=True)
-    with pytest.warns(UserWarning, match="'dense/bias'"):
-        keras_geolora.export_peft(model, tmp_path, names={"dense": "x"})
+@pytest.mark.parametrize(
+    "export", [keras_geolora.export_peft, keras_geolora.export_gguf]
+)
+def test_experts_whose_layout_is_not_known_are_refused(export, tmp_path):
+    model, _ = families.build("GptOssBackbone")
+    model.enable_geolora(rank=1, targets="experts")
+    with pytest.raises(ValueError, match="Received.*experts"):
+        export(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
-def test_an_embedding_has_no_counterpart(tmp_path):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Embedding(9, 4)])
-    model.enable_geolora(rank=2, targets="all")
-    with pytest.raises(ValueError, match="class Embedding.*exclude"):
-        keras_geolora.export_peft(model, tmp_path, names={"embedding": "x"})
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_servers_do_not_get_experts(server, tmp_path):
+    model, _ = families.build("MixtralBackbone")
+    model.enable_geolora(rank=1, targets=["experts", ".*query"])
+    with pytest.raises(ValueError, match=f"'{server}' and .*experts.down_proj"):
+        keras_geolora.export_peft(model, tmp_path / "adapter", server=server)
+
+
+def test_two_parameters_of_a_module_need_a_known_order(tmp_path):
+    model, _ = families.build("MixtralBackbone", num_layers=1)
+    model.enable_geolora(rank=1, targets=".*(gate|output)_dense")
+    with pytest.raises(ValueError, match="nests.*Received: 'one_.*one module"):
+        keras_geolora.export_peft(
+            model,
+            tmp_path,
+            names=lambda path: f"mlp.one_{path.rpartition('_')[0]}",
+        )
 
 
 @pytest.mark.parametrize(
     "options, word",
     [
         ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        (
-            {"modules_to_save": ["pooler"], "target_modules": ["query"]},
-            "modules_to_save",
-        ),
+        ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ],
 )
@@ -640,14 +731,14 @@ def test_an_export_while_an_adapter_is_read_is_noticed(tmp_path, monkeypatch):
     path = tmp_path / "adapter_config.json"
     ours = path.read_text()
     path.write_text(json.dumps(json.loads(ours) | {"lora_alpha": 20}))
-    read = peft_files.read_peft_weights
+    read = peft_reading.read_peft_weights
 
     def read_while_somebody_writes(*args):
         path.write_text(ours)
         return read(*args)
 
     monkeypatch.setattr(
-        peft_files, "read_peft_weights", read_while_somebody_writes
+        peft_reading, "read_peft_weights", read_while_somebody_writes
     )
     other = keras_geolora.import_peft(small(), tmp_path, names=SCORE)
     np.testing.assert_allclose(
