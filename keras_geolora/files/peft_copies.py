@@ -70,7 +70,6 @@ def copies_of(adapter, named, dotted):
         if "running_mean" in values:
             values["num_batches_tracked"] = np.array(0, "int64")
     tie(copies, adapter, dotted)
-    check_names(copies.saved, adapter.family, named)
     return copies
 
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 from keras_geolora.files.adapter_file import padded
 from keras_geolora.files.adapter_format import some
 from keras_geolora.files.family_names import LM_HEAD, TRANSPOSED
-from keras_geolora.files.peft_copies import TIED, copies_of
+from keras_geolora.files.peft_copies import TIED, check_names, copies_of
 from keras_geolora.files.peft_modules import (
     MERGE,
     head_of,
@@ -61,6 +61,7 @@ def write_peft(folder, adapter, names, prefix, base_model, pad, server, dtype):
     named = module_names(adapter.family, adapter.updates, names, others=others)
     modules = Modules(adapter, named, dotted)
     copies = copies_of(adapter, named, dotted)
+    check_names(copies.saved, adapter.family, named)
     if server:
         modules.serve(server, names)
     if server or pad:
