@@ -54,19 +54,28 @@ def export_peft(
     `peft.PeftModel.from_pretrained(hf_model, folder)`. Files of an earlier
     export are exchanged, both at once. A layer's update
     `scale * U S V.T` becomes `lora_A = U.T` and `lora_B = scale * V S`; the
-    ranks are in `rank_pattern`. What trained beside the factors, such as
-    biases and heads, has no place in the format; a warning lists it.
+    ranks are in `rank_pattern`. Experts become `target_parameters`, with the
+    largest rank for all experts of a parameter, embeddings `lora_embedding_A`
+    and `lora_embedding_B`, and convolutions two convolutions. An embedding
+    whose transpose computes the logits of a `CausalLM` is written for `lm_head`,
+    too.
+
+    What trained beside the factors is written as well: biases of adapted layers
+    (`bias="lora_only"`), and heads, norms and other layers as whole modules
+    (`modules_to_save`). A warning lists what has no name there.
 
     The module names of transformers 5 are known for the backbones Bert,
     Roberta, XLMRoberta, DebertaV3, DistilBert, Llama, Llama3, Mistral, Qwen,
-    Qwen3, Gemma, GPT2 and ViT.
+    Qwen3, Mixtral, QwenMoe, Qwen3Moe, Gemma, GPT2 and ViT, and for the heads of
+    their classifiers.
 
     Args:
         model: `keras.Model` on which `enable_geolora` was called.
         folder: String or path, created if it does not exist.
         name: String, the adapter. Defaults to the active one.
         names: Dict from layer paths to module names, or a callable
-            `path -> name`, for other families. Defaults to `None`.
+            `path -> name`, for other families. What a task has outside of its
+            backbone has a path that begins with `head:`. Defaults to `None`.
         prefix: String, the path of the backbone in the Hugging Face model: `""`
             for an `AutoModel`, `"bert"` or `"model"` in one with a head.
             Defaults to that of the model that corresponds to `model`: a task
@@ -130,7 +139,9 @@ def import_peft(model, folder, name=DEFAULT, names=None):
 
     Every product `B A` becomes orthonormal bases and singular values, by QR
     decompositions of the factors and a small singular value decomposition.
-    The adapter is activated and can train like any other.
+    The adapter is activated and can train like any other. Experts, embeddings,
+    convolutions, biases and modules that PEFT saved whole are read like those
+    that `export_peft` writes.
 
     Args:
         model: Built `keras.Model`, the same base model.
@@ -145,9 +156,9 @@ def import_peft(model, folder, name=DEFAULT, names=None):
     Raises:
         TypeError: If `model` is not a `keras.Model`.
         OSError: If a file is missing.
-        ValueError: If the adapter is not a LoRA adapter, has parts that are not
-            an update of the pretrained kernels, or does not fit the model. The
-            model is unchanged then.
+        ValueError: If the adapter is not a LoRA adapter, updates an embedding
+            and the head that is its transpose differently, adds tokens, or does
+            not fit the model. The model is unchanged then.
 
     Example:
 

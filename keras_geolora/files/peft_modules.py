@@ -44,17 +44,17 @@ def kind_of(path, class_name, adapter, module):
     """Returns the kind of the module of one layer."""
     if adapter.updates[path][0].ndim == 3:
         return "experts"
-    if "Conv" in class_name:
+    if "Conv" in class_name and "Transpose" not in class_name:
         check_convolution(path, adapter.convolutions.get(path))
         return "conv"
     if "Embedding" in class_name or path.endswith("/embeddings"):
         check_embedding(path, adapter.model_class)
         return "embedding"
-    if class_name == "AdaptedWeight":
+    if class_name == "AdaptedWeight" or "Conv" in class_name:
         raise ValueError(
-            "PEFT has no counterpart for an adapter of a weight that belongs "
-            f"to no layer of its own, but for experts and embeddings. {MERGE}. "
-            f"Received: adapted weight '{path}'"
+            "PEFT has no counterpart for an adapter of a transposed "
+            "convolution, or of a weight that belongs to no layer of its own, "
+            f"but for experts and embeddings. {MERGE}. Received: '{path}'"
         )
     if adapter.family in NAMED_IN_FULL and ".mlp." in module:
         return "parameter"

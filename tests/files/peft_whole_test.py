@@ -361,6 +361,7 @@ def test_what_peft_trained_is_read(name, options, tmp_path):
 # What cannot be exchanged.
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 @pytest.mark.parametrize(
     "options",
     [
@@ -378,6 +379,7 @@ def test_an_embedding_and_a_head_that_differ_are_refused(options, tmp_path):
     assert not adapted_layers(model)
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 @pytest.mark.parametrize("what", ["more", "other"])
 def test_other_pretrained_embeddings_are_refused(what, tmp_path):
     whole, model = llama(tmp_path)
@@ -396,6 +398,7 @@ def test_other_pretrained_embeddings_are_refused(what, tmp_path):
         keras_geolora.import_peft(backbone, tmp_path / "adapter")
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_copies_of_another_shape_are_refused(tmp_path):
     whole, model = bert(tmp_path)
     whole.classifier = torch.nn.Linear(16, 5)
@@ -409,6 +412,7 @@ def test_copies_of_another_shape_are_refused(tmp_path):
         keras_geolora.import_peft(model, tmp_path / "adapter")
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_a_dilated_convolution_is_refused(tmp_path):
     conv = keras.layers.Conv1D(6, 3, dilation_rate=2, name="conv")
     model = keras.Sequential([keras.Input((9, 4)), conv])
@@ -417,6 +421,7 @@ def test_a_dilated_convolution_is_refused(tmp_path):
         keras_geolora.export_peft(model, tmp_path, names={"conv": "0"})
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_a_weight_without_a_module_is_refused(tmp_path):
     layer = keras.layers.LSTM(4, name="lstm")
     model = keras.Sequential([keras.Input((3, 8)), layer])
@@ -425,6 +430,7 @@ def test_a_weight_without_a_module_is_refused(tmp_path):
         keras_geolora.export_peft(model, tmp_path, names=lambda path: "x")
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_the_embedding_of_a_masked_language_model_is_refused(tmp_path):
     backbone = bert(tmp_path)[1].backbone
     model = keras_hub.models.BertMaskedLM(backbone, preprocessor=None)
@@ -433,6 +439,7 @@ def test_the_embedding_of_a_masked_language_model_is_refused(tmp_path):
         keras_geolora.export_peft(model, tmp_path / "adapter")
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_a_name_that_peft_would_find_twice_is_refused(tmp_path):
     backbone = llama(tmp_path)[1].backbone
     adapt(backbone, ".*query", modules_to_save="sequence_output_layernorm")
@@ -441,6 +448,7 @@ def test_a_name_that_peft_would_find_twice_is_refused(tmp_path):
     keras_geolora.export_peft(backbone, tmp_path / "adapter", prefix="model")
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_a_part_of_a_module_cannot_be_saved(tmp_path):
     _, model = gpt2(tmp_path)
     adapt(model, ".*key", modules_to_save=".*query")
@@ -448,6 +456,7 @@ def test_a_part_of_a_module_cannot_be_saved(tmp_path):
         keras_geolora.export_peft(model, tmp_path / "adapter")
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_what_has_no_name_is_told(tmp_path):
     model = channels()
     adapt(model, "conv", modules_to_save=["norm"])
@@ -458,6 +467,7 @@ def test_what_has_no_name_is_told(tmp_path):
 # The command line knows what is in a file, not the model.
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_convert_writes_what_trained_beside(name, tmp_path):
     _, model = MODELS[name](tmp_path)
@@ -481,6 +491,7 @@ def test_convert_writes_what_trained_beside(name, tmp_path):
         np.testing.assert_array_equal(x, other[key])
 
 
+@pytest.mark.backend_independent("it writes and reads files")
 def test_convert_needs_the_model_for_convolutions(tmp_path, capsys):
     model = channels()
     model.enable_geolora(rank=1, targets="conv")
