@@ -56,9 +56,9 @@ def export_peft(
     `scale * U S V.T` becomes `lora_A = U.T` and `lora_B = scale * V S`; the
     ranks are in `rank_pattern`. Experts become `target_parameters`, with the
     largest rank for all experts of a parameter, embeddings `lora_embedding_A`
-    and `lora_embedding_B`, and convolutions two convolutions. An embedding
-    whose transpose computes the logits of a `CausalLM` is written for `lm_head`,
-    too.
+    and `lora_embedding_B`, and convolutions two convolutions. The embedding
+    of a `CausalLM`, whose transpose computes the logits, is written for
+    `lm_head`, too.
 
     What trained beside the factors is written as well: biases of adapted layers
     (`bias="lora_only"`), and heads, norms and other layers as whole modules
