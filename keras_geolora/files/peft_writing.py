@@ -1,5 +1,6 @@
 """Writes an adapter as PEFT does: a config, and tensors by their names."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -10,6 +11,7 @@ import safetensors.numpy
 
 from keras_geolora.files.adapter_file import padded
 from keras_geolora.files.adapter_format import some
+from keras_geolora.files.base_weights import HEAD
 from keras_geolora.files.family_names import LM_HEAD, TRANSPOSED
 from keras_geolora.files.peft_copies import TIED, check_names, copies_of
 from keras_geolora.files.peft_modules import (
@@ -57,6 +59,9 @@ def write_peft(folder, adapter, names, prefix, base_model, pad, server, dtype):
         has_head = adapter.is_task or server is not None
         prefix = prefix_in(adapter.family, has_head and names is None)
     dotted = f"{prefix}." if prefix else ""
+    if adapter.is_task and names is None and not prefix:
+        adapter = without_head(adapter)
+    task_type = task_type_of(adapter.model_class)
     others = {*adapter.beside, *adapter.biases} - set(adapter.updates)
     named = module_names(adapter.family, adapter.updates, names, others=others)
     modules = Modules(adapter, named, dotted)
@@ -76,7 +81,6 @@ def write_peft(folder, adapter, names, prefix, base_model, pad, server, dtype):
     for module, values in copies.saved.items():
         for parameter, value in values.items():
             tensors[f"{PREFIX}{module}.{parameter}"] = value
-    task_type = task_type_of(adapter.model_class)
     config = {
         **modules.config(),
         "bias": "lora_only" if copies.biases else "none",
@@ -99,6 +103,19 @@ def write_peft(folder, adapter, names, prefix, base_model, pad, server, dtype):
     described = json.dumps(config, indent=2).encode()
     write_together(folder, {WEIGHTS: [weights], CONFIG: [described]})
     return report
+
+
+def without_head(adapter):
+    """Returns the `Exported` of a task for a model without its head."""
+    heads = [path for path in adapter.beside if path.startswith(HEAD)]
+    values = {p: x for p, x in adapter.beside.items() if p not in heads}
+    left = [key for key in adapter.left if key.rpartition("/")[0] in heads]
+    return dataclasses.replace(
+        adapter,
+        model_class="",
+        beside=values,
+        unplaced=[*adapter.unplaced, *left],
+    )
 
 
 class Modules:

@@ -464,6 +464,29 @@ def test_what_has_no_name_is_told(tmp_path):
         keras_geolora.export_peft(model, tmp_path, names={"conv": "0"})
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_without_a_head_gets_none(name, tmp_path):
+    whole, model = MODELS[name](tmp_path)
+    adapt(model, ".*(query|token_embedding)")
+    if name == "bert":
+        with pytest.warns(UserWarning, match="'head:logits/kernel'"):
+            keras_geolora.export_peft(model, tmp_path / "adapter", prefix="")
+    else:
+        keras_geolora.export_peft(model, tmp_path / "adapter", prefix="")
+    tensors = safetensors.numpy.load_file(
+        tmp_path / "adapter/adapter_model.safetensors"
+    )
+    assert not [x for x in tensors if "lm_head" in x or "classifier" in x]
+    base = whole.base_model
+    peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    expected = here(model.backbone)
+    if name == "bert":
+        expected = expected["sequence_output"]
+    with torch.no_grad():
+        found = base(input_ids=torch.tensor(IDS).long()).last_hidden_state
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+
 # The command line knows what is in a file, not the model.
 
 
