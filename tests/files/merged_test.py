@@ -24,6 +24,7 @@ from hugging_face import (
 import keras_geolora
 from keras_geolora import AdapterFileError
 from keras_geolora.__main__ import main
+from keras_geolora.layers.tree import adapted_layers
 
 pytestmark = [
     # What transformers says of models that are tiny or random.
@@ -160,6 +161,23 @@ def test_the_dtype_stays_and_rounding_is_told(dtype, base, tmp_path):
     assert 0 < max(errors) < 1e-2
     found = logits_of(tmp_path / "merged")
     np.testing.assert_allclose(found, logits_here(model), atol=0.02)
+
+
+@pytest.mark.backend_independent("NumPy rounds")
+@pytest.mark.parametrize(
+    "dtype, lost", [("bfloat16", 1 / 6), ("float16", 1 / 48)]
+)
+def test_small_updates_lose_more(dtype, lost, base, tmp_path):
+    model = llama(base, dtype)
+    model.enable_geolora(rank=2, targets=".*query", seed=0)
+    for layer in adapted_layers(model).values():
+        kernel = keras.ops.convert_to_numpy(layer.kernel)
+        sigma = np.array([0.8, 0.6, 0, 0]) * np.linalg.norm(kernel) / 100
+        layer.adapter.S.assign(np.diag(sigma))
+    report = keras_geolora.export_merged_safetensors(
+        model, tmp_path / "merged", base
+    )
+    assert report["rounding_error"] == pytest.approx(lost, rel=0.2)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
