@@ -8,6 +8,7 @@ from keras_geolora.files.adapter_format import AdapterFileError
 from keras_geolora.files.averaging import average_geolora
 from keras_geolora.files.gguf import export_gguf
 from keras_geolora.files.keras_lora import import_keras_lora
+from keras_geolora.files.merged import export_merged_safetensors
 from keras_geolora.files.peft import export_peft, import_peft
 from keras_geolora.layers import (
     GeoLoRAConv1D,
@@ -66,6 +67,7 @@ __all__ = [
     "enable_geolora",
     "export",
     "export_gguf",
+    "export_merged_safetensors",
     "export_peft",
     "geolora_adapters",
     "geolora_disabled",

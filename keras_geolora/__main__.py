@@ -8,10 +8,11 @@ import sys
 import numpy as np
 
 from keras_geolora.files.adapter_format import read_adapter
-from keras_geolora.files.exported import Exported
+from keras_geolora.files.exported import exported_file
 from keras_geolora.files.gguf import base_of, write_gguf
-from keras_geolora.files.peft import write_peft
+from keras_geolora.files.merged import write_merged
 from keras_geolora.files.peft_names import FAMILIES
+from keras_geolora.files.peft_writing import write_peft
 from keras_geolora.files.rounding import DTYPES
 from keras_geolora.files.servers import SERVERS
 
@@ -32,14 +33,18 @@ def main(arguments=None):
 
     command = commands.add_parser("convert", help="write another format")
     command.add_argument("file")
-    command.add_argument("--to", choices=["peft", "gguf"], required=True)
+    command.add_argument(
+        "--to", choices=["peft", "gguf", "merged"], required=True
+    )
     command.add_argument(
         "--output",
         help="folder, by default the file name without its ending; "
         "for gguf a file, by default with this ending",
     )
     command.add_argument(
-        "--base", help="for gguf: the GGUF file of the base model"
+        "--base",
+        help="for gguf: the GGUF file of the base model; "
+        "for merged: its Hugging Face folder",
     )
     command.add_argument(
         "--names", help='JSON file: {"path of a layer": "name of a module"}'
@@ -118,31 +123,25 @@ def inspect(args):
 def convert(args):
     """Writes the adapter of a file in another format."""
     adapter = adapter_in(*read_adapter(args.file))
-    write = {"peft": convert_to_peft, "gguf": convert_to_gguf}[args.to]
+    write = {
+        "peft": convert_to_peft,
+        "gguf": convert_to_gguf,
+        "merged": convert_to_merged,
+    }[args.to]
     report = write(adapter, args)
     if args.server:
         print(f"serve it with --max-lora-rank {report['max_lora_rank']}")
-    if args.dtype != "float32":
+    if report["rounding_error"]:
         print(f"rounding changes an update by {report['rounding_error']:.1%}")
 
 
 def convert_to_peft(adapter, args):
     """Writes a folder for PEFT, and returns a report."""
     folder = args.output or pathlib.Path(args.file).with_suffix("")
-    names = None
-    if args.names is not None:
-        names = json.loads(pathlib.Path(args.names).read_text())
-        if not isinstance(names, dict) or not all(
-            isinstance(name, str) for name in names.values()
-        ):
-            raise ValueError(
-                f"'{args.names}' must map paths of layers to names, "
-                'for example {"dense": "classifier"}.'
-            )
     report = write_peft(
         folder,
         adapter,
-        names=names,
+        names=names_in(args),
         prefix=args.prefix,
         base_model=args.base_model,
         pad=args.pad,
@@ -161,27 +160,62 @@ def convert_to_gguf(adapter, args):
             "which llama.cpp orders rows. Add the GGUF file of the base model: "
             "--base model.gguf"
         )
-    for option in "names", "prefix", "base_model", "pad", "server":
-        if getattr(args, option):
-            raise ValueError(
-                f"--{option.replace('_', '-')} is for --to peft only."
-            )
+    refuse(args, "names", "prefix", "base_model", "pad", "server")
     path = args.output or pathlib.Path(args.file).with_suffix(".gguf")
     report = write_gguf(path, adapter, *base_of(args.base), args.dtype)
     print(f"wrote '{path}' for architecture '{report['architecture']}'")
     return report
 
 
+def convert_to_merged(adapter, args):
+    """Writes the folder of a merged model, and returns a report."""
+    if args.base is None:
+        raise ValueError(
+            "A merged model is made of its base. Add the Hugging Face folder "
+            "from which it was loaded: --base folder"
+        )
+    refuse(args, "prefix", "base_model", "pad", "server")
+    if args.dtype != "float32":
+        raise ValueError("A merged model keeps the dtype of its base.")
+    folder = args.output or pathlib.Path(args.file).with_suffix("")
+    report = write_merged(folder, adapter, args.base, names_in(args))
+    print(f"wrote '{folder}', in which {report['changed']} tensors are merged")
+    return report
+
+
+def names_in(args):
+    """Returns the names of modules that the user gave, or `None`."""
+    if args.names is None:
+        return None
+    names = json.loads(pathlib.Path(args.names).read_text())
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) for name in names.values()
+    ):
+        raise ValueError(
+            f"'{args.names}' must map paths of layers to names, "
+            'for example {"dense": "classifier"}.'
+        )
+    return names
+
+
+def refuse(args, *options):
+    """Raises if an option is given that is for PEFT."""
+    for option in options:
+        if getattr(args, option):
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for --to peft only."
+            )
+
+
 def adapter_in(description, tensors):
     """Returns the `Exported` of a file."""
     family = description.get("family") or description["backbone"]
-    return Exported(
+    return exported_file(
+        description,
+        tensors,
         {p: update(description, tensors, p) for p in paths(description)},
-        classes=description["classes"],
-        family=family if family in FAMILIES else None,
-        left=list(other_tensors(description, tensors)),
-        is_task=description["model"] != description["backbone"],
-        model_class=description["model"],
+        list(other_tensors(description, tensors)),
+        family if family in FAMILIES else None,
     )
 
 

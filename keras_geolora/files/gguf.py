@@ -8,7 +8,10 @@ import numpy as np
 
 from keras_geolora.files.adapter_format import AdapterFileError, some
 from keras_geolora.files.exported import exported
-from keras_geolora.files.peft import check_classes, pairs_of_modules
+from keras_geolora.files.peft_modules import (
+    check_products,
+    pairs_of_modules,
+)
 from keras_geolora.files.peft_names import module_names
 from keras_geolora.files.rounding import check_dtype, rounded
 from keras_geolora.model.checks import check_model
@@ -169,7 +172,7 @@ def check_exportable(adapter):
             "`convert_lora_to_gguf.py`. Received: a model of class "
             f"{adapter.model_class}, with layers {some(adapter.updates)}"
         )
-    check_classes(adapter.classes)
+    check_products(adapter.classes)
     if adapter.left:
         raise ValueError(
             "llama.cpp adds products of factors to its own copy of the base "

@@ -1,130 +1,21 @@
-"""What transformers calls the layers of KerasHub's backbones."""
+"""What transformers calls the layers of a model."""
 
 import re
 
 from keras_geolora.files.adapter_format import some
+from keras_geolora.files.base_weights import HEAD
+from keras_geolora.files.family_names import (
+    FAMILIES,
+    FIRST_BLOCK,
+    HEADS,
+    IN_A_TASK,
+    OTHERS,
+    TRANSPOSED,
+)
 from keras_geolora.model.parts import backbone_of
 
-ENCODER = {
-    "self_attention_layer/query": "attention.self.query",
-    "self_attention_layer/key": "attention.self.key",
-    "self_attention_layer/value": "attention.self.value",
-    "self_attention_layer/attention_output": "attention.output.dense",
-    "feedforward_intermediate_dense": "intermediate.dense",
-    "feedforward_output_dense": "output.dense",
-}
 
-
-DECODER = {
-    "self_attention/query": "self_attn.q_proj",
-    "self_attention/key": "self_attn.k_proj",
-    "self_attention/value": "self_attn.v_proj",
-    "self_attention/attention_output": "self_attn.o_proj",
-    "feedforward_gate_dense": "mlp.gate_proj",
-    "feedforward_intermediate_dense": "mlp.up_proj",
-    "feedforward_output_dense": "mlp.down_proj",
-}
-
-
-LLAMA = ("transformer_layer_", "layers.", DECODER)
-
-
-# The names in transformers 5 of the layers of KerasHub's backbones: the path of
-# a block up to its number, its name up to its number, and the layers of a
-# block. `[1/3]` is the second third of the columns of a kernel.
-FAMILIES = {
-    "BertBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
-    "RobertaBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
-    "XLMRobertaBackbone": ("transformer_layer_", "encoder.layer.", ENCODER),
-    "DebertaV3Backbone": (
-        "disentangled_attention_encoder_layer_",
-        "encoder.layer.",
-        {
-            **ENCODER,
-            "self_attention_layer/query": "attention.self.query_proj",
-            "self_attention_layer/key": "attention.self.key_proj",
-            "self_attention_layer/value": "attention.self.value_proj",
-        },
-    ),
-    "DistilBertBackbone": (
-        "transformer_layer_",
-        "transformer.layer.",
-        {
-            "self_attention_layer/query": "attention.q_lin",
-            "self_attention_layer/key": "attention.k_lin",
-            "self_attention_layer/value": "attention.v_lin",
-            "self_attention_layer/attention_output": "attention.out_lin",
-            "feedforward_intermediate_dense": "ffn.lin1",
-            "feedforward_output_dense": "ffn.lin2",
-        },
-    ),
-    "LlamaBackbone": LLAMA,
-    "MistralBackbone": LLAMA,
-    "QwenBackbone": LLAMA,
-    "Qwen3Backbone": LLAMA,
-    "GemmaBackbone": (
-        "decoder_block_",
-        "layers.",
-        {
-            "attention/query": "self_attn.q_proj",
-            "attention/key": "self_attn.k_proj",
-            "attention/value": "self_attn.v_proj",
-            "attention/attention_output": "self_attn.o_proj",
-            "ffw_gating": "mlp.gate_proj",
-            "ffw_gating_2": "mlp.up_proj",
-            "ffw_linear": "mlp.down_proj",
-        },
-    ),
-    "GPT2Backbone": (
-        "transformer_layer_",
-        "h.",
-        {
-            "self_attention/query": "attn.c_attn[0/3]",
-            "self_attention/key": "attn.c_attn[1/3]",
-            "self_attention/value": "attn.c_attn[2/3]",
-            "self_attention/attention_output": "attn.c_proj",
-            "feedforward_intermediate_dense": "mlp.c_fc",
-            "feedforward_output_dense": "mlp.c_proj",
-        },
-    ),
-    "ViTBackbone": (
-        "vit_encoder/transformer_block_",
-        "layers.",
-        {
-            "mha/query": "attention.q_proj",
-            "mha/key": "attention.k_proj",
-            "mha/value": "attention.v_proj",
-            "mha/attention_output": "attention.o_proj",
-            "mlp/dense": "mlp.fc1",
-            "mlp/dense_1": "mlp.fc2",
-        },
-    ),
-}
-
-
-OTHERS = {"BertBackbone": {"pooled_dense": "pooler.dense"}}
-
-
-FIRST_BLOCK = {"ViTBackbone": 1}
-
-
-# Where transformers' models of tasks keep the backbone. Decoders: `model`.
-IN_A_TASK = {
-    "BertBackbone": "bert",
-    "RobertaBackbone": "roberta",
-    "XLMRobertaBackbone": "roberta",
-    "DebertaV3Backbone": "deberta",
-    "DistilBertBackbone": "distilbert",
-    "GPT2Backbone": "transformer",
-    "ViTBackbone": "vit",
-}
-
-
-# Families whose kernels transformers stores like Keras, not transposed.
-TRANSPOSED = {"GPT2Backbone"}
-
-
-def module_names(family, layers, names, complete=True):
+def module_names(family, layers, names, complete=True, others=()):
     """Returns a dict from path to the name of the module in transformers.
 
     Args:
@@ -133,10 +24,12 @@ def module_names(family, layers, names, complete=True):
         layers: Paths of layers.
         names: As in `export_peft`.
         complete: Bool, whether a layer without a name is an error.
+        others: Paths of layers that may have no name.
     """
+    known = {*layers, *others}
     if names is not None:
         find = names if callable(names) else names.get
-        unknown = [] if callable(names) else sorted(set(names) - set(layers))
+        unknown = [] if callable(names) else sorted(set(names) - known)
         if unknown:
             raise ValueError(
                 "The keys of `names` must be paths of adapted layers. "
@@ -155,8 +48,8 @@ def module_names(family, layers, names, complete=True):
         def find(path):
             return name_in(family, path)
 
-    found = {path: find(path) for path in layers}
-    nameless = [path for path, name in found.items() if name is None]
+    found = {path: find(path) for path in (*layers, *others)}
+    nameless = [path for path in layers if found[path] is None]
     if nameless and complete:
         raise ValueError(
             "Every adapted layer needs the name of its module. Pass "
@@ -168,14 +61,28 @@ def module_names(family, layers, names, complete=True):
 
 def name_in(family, path):
     """Returns the name of the module at a path, or `None`."""
-    if path in OTHERS.get(family, {}):
-        return OTHERS[family][path]
+    if path.startswith(HEAD):
+        return HEADS.get(family, {}).get(path.removeprefix(HEAD))
+    # A table of positions is a weight of its layer.
+    place = path.removesuffix("/embeddings")
+    if place in OTHERS.get(family, {}):
+        return OTHERS[family][place]
     block, name, inner = FAMILIES[family]
     match = re.fullmatch(rf"{block}(\d+)/(.+)", path)
     if match is None or match[2] not in inner:
         return None
     number = int(match[1]) - FIRST_BLOCK.get(family, 0)
     return f"{name}{number}.{inner[match[2]]}"
+
+
+def is_transposed(family, module):
+    """Returns whether transformers stores a kernel like Keras, not transposed.
+
+    Args:
+        family: String, one of `FAMILIES`, or `None`.
+        module: String, the name of a module with a kernel.
+    """
+    return family in TRANSPOSED and re.search(r"\.c_\w+$", module) is not None
 
 
 def family_of(model):
@@ -218,7 +125,7 @@ def split_name(name):
     return match[1], part, count
 
 
-def rows_of_part(B, part, count):
+def rows_of_part(size, part, count):
     """Returns the slice of the rows of one part of a fused module."""
-    rows = len(B) // count
+    rows = size // count
     return slice(part * rows, (part + 1) * rows)

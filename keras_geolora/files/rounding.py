@@ -18,8 +18,9 @@ def rounded(A, B, dtype, module):
     """Returns two factors, rounded to a dtype, and the error of their product.
 
     Args:
-        A: Array of shape `(rank, input_dim)`.
-        B: Array of shape `(output_dim, rank)`.
+        A: Array of shape `(rank, input_dim)`, or with an axis of experts in
+            front.
+        B: Array of shape `(output_dim, rank)`, or the same.
         dtype: String, one of `DTYPES`.
         module: String, for messages.
 
@@ -37,11 +38,15 @@ def rounded(A, B, dtype, module):
             "float16 holds numbers up to 65504 only; bfloat16 holds all. "
             f"Received: dtype={dtype!r} and larger numbers in '{module}'"
         )
-    error = norm(np.hstack([B_low, -B]), np.vstack([A_low, A]))
+    error = norm(
+        np.concatenate([B_low, -B], axis=-1),
+        np.concatenate([A_low, A], axis=-2),
+    )
     whole = norm(B.astype("float64"), A.astype("float64"))
     return *lower, float(error / whole) if whole else 0.0
 
 
 def norm(B, A):
     """Returns the Frobenius norm of `B A`, without the product."""
-    return np.sqrt(max(np.sum((B.T @ B) * (A @ A.T)), 0.0))
+    square = (B.swapaxes(-1, -2) @ B) * (A @ A.swapaxes(-1, -2))
+    return np.sqrt(max(np.sum(square), 0.0))

@@ -13,12 +13,20 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
+from hugging_face import (
+    CONVERTED,
+    MODELS,
+    hugging_face,
+    keras_hidden,
+    keras_model,
+    move,
+    torch_hidden,
+)
 from keras import ops
 
 import keras_geolora
 from keras_geolora import AdapterFileError
-from keras_geolora.files import peft as peft_files
-from keras_geolora.files import peft_names
+from keras_geolora.files import peft_names, peft_reading
 from keras_geolora.files.peft_names import (
     FAMILIES,
     family_of,
@@ -30,155 +38,9 @@ pytestmark = [
     # What transformers and PEFT say of models that are tiny or random.
     pytest.mark.filterwarnings("ignore"),
 ]
-RNG = np.random.default_rng(0)
-IDS = RNG.integers(5, 30, (2, 6)).astype("int32")
-MASK = np.ones_like(IDS)
-IMAGES = RNG.random((2, 8, 8, 3)).astype("float32")
+RNG = np.random.default_rng(1)
 ROWS = RNG.normal(size=(3, 8)).astype("float32")
 SCORE = {"dense": "score"}
-
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 16,
-}
-GROUPED = {
-    **SMALL,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-# The KerasHub class, the class and the configuration in transformers.
-MODELS = {
-    # KerasHub approximates GELU.
-    "Bert": (transformers.BertModel, {**SMALL, "hidden_act": "gelu_new"}),
-    "Roberta": (transformers.RobertaModel, {**SMALL, "pad_token_id": 1}),
-    "XLMRoberta": (
-        transformers.XLMRobertaModel,
-        {**SMALL, "pad_token_id": 1},
-    ),
-    "DebertaV3": (
-        transformers.DebertaV2Model,
-        {
-            **SMALL,
-            "relative_attention": True,
-            "position_buckets": 4,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "position_biased_input": False,
-            "type_vocab_size": 0,
-        },
-    ),
-    "DistilBert": (
-        transformers.DistilBertModel,
-        {
-            "vocab_size": 32,
-            "dim": 16,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 24,
-            "max_position_embeddings": 16,
-        },
-    ),
-    "Llama": (transformers.LlamaModel, GROUPED),
-    "Mistral": (transformers.MistralModel, {**GROUPED, "sliding_window": 8}),
-    "Qwen": (transformers.Qwen2Model, GROUPED),
-    # Of larger weights another epsilon in KerasHub changes nothing.
-    "Qwen3": (
-        transformers.Qwen3Model,
-        {**GROUPED, "head_dim": 4, "initializer_range": 0.5},
-    ),
-    "Gemma": (transformers.GemmaModel, {**GROUPED, "head_dim": 4}),
-    "GPT2": (
-        transformers.GPT2Model,
-        {
-            "vocab_size": 32,
-            "n_embd": 16,
-            "n_layer": 2,
-            "n_head": 2,
-            "n_positions": 16,
-        },
-    ),
-    "ViT": (
-        transformers.ViTModel,
-        {
-            **{k: v for k, v in SMALL.items() if "size" in k or "num" in k},
-            "image_size": 8,
-            "patch_size": 4,
-            "layer_norm_eps": 1e-6,
-        },
-    ),
-}
-# KerasHub has no converter for DeBERTa; what it means is tested by names.
-CONVERTED = [name for name in MODELS if name != "DebertaV3"]
-
-
-def hugging_face(name, folder):
-    """A random model of transformers, which is saved to a folder."""
-    torch.manual_seed(0)
-    cls, options = MODELS[name]
-    config = cls.config_class(**options)
-    # Some of KerasHub's converters round weights to float16.
-    model = cls(config).half().float().eval()
-    if "Roberta" in name:  # KerasHub leaves it out
-        model.embeddings.token_type_embeddings.weight.data.zero_()
-    model.save_pretrained(folder)
-    path = folder / "config.json"
-    known = {"rope_theta": 10000.0, **json.loads(path.read_text())}
-    path.write_text(json.dumps(known))
-    # A checkpoint of a whole model has a prefix, which KerasHub expects.
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    prefix = {"GPT2": "", "ViT": "vit."}.get(name, model.base_model_prefix)
-    prefix = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-    tensors = {f"{prefix}{key}": value for key, value in tensors.items()}
-    if name == "Mistral":  # KerasHub wants a head and rounds it
-        tensors["lm_head.weight"] = np.zeros((32, 16), "float32")
-    safetensors.numpy.save_file(
-        tensors, folder / "model.safetensors", {"format": "pt"}
-    )
-    return model
-
-
-def keras_model(name, folder):
-    backbone = getattr(keras_hub.models, f"{name}Backbone")
-    return backbone.from_preset(str(folder))
-
-
-def keras_hidden(model, name):
-    if name == "ViT":
-        return np.array(model.predict(IMAGES, verbose=0))
-    inputs = {"token_ids": IDS, "padding_mask": MASK, "segment_ids": 0 * IDS}
-    inputs = {x.name: inputs[x.name] for x in model.inputs}
-    output = model.predict(inputs, verbose=0)
-    if isinstance(output, dict):
-        output = output["sequence_output"]
-    return np.array(output)
-
-
-def torch_hidden(model, name):
-    with torch.no_grad():
-        if name == "ViT":
-            pixels = torch.tensor(IMAGES).permute(0, 3, 1, 2)
-            return model(pixel_values=pixels).last_hidden_state.numpy()
-        ids, mask = torch.tensor(IDS).long(), torch.tensor(MASK).long()
-        output = model(input_ids=ids, attention_mask=mask)
-        return output.last_hidden_state.numpy()
-
-
-def move(model):
-    rng = np.random.default_rng(1)
-    for layer in adapted_layers(model).values():
-        layer.adapter.S.assign(
-            np.diag(rng.normal(size=layer.adapter.max_rank)) / 2
-        )
-        rank = layer.rank
-        core = ops.convert_to_numpy(layer.adapter.S).copy()
-        core[rank:] = core[:, rank:] = 0
-        layer.adapter.S.assign(core)
 
 
 @pytest.mark.parametrize("name", CONVERTED)
@@ -209,7 +71,8 @@ def test_every_linear_layer_of_a_family_has_a_name(family):
     backbone.enable_geolora(rank=1)
     short = family.removesuffix("Backbone")
     cls, options = MODELS[short]
-    modules = dict(cls(cls.config_class(**options)).named_modules())
+    model = cls(cls.config_class(**options))
+    modules = {*dict(model.named_modules()), *dict(model.named_parameters())}
     adapted = {id(layer) for layer in adapted_layers(backbone).values()}
     paths = [p for p, x in stable_paths(backbone).items() if id(x) in adapted]
     names = module_names(family_of(backbone), paths, None)
@@ -258,6 +121,34 @@ def test_adapters_of_peft_are_read(tmp_path, options):
         np.testing.assert_allclose(
             (U.T @ U)[: layer.rank, : layer.rank], np.eye(layer.rank), atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    "name, parameters, options",
+    [
+        ("Mixtral", ["gate_up_proj", "down_proj"], {}),
+        ("Mixtral", ["experts.down_proj"], {"use_rslora": True}),
+        (
+            "QwenMoe",
+            ["mlp.experts.gate_up_proj", "mlp.gate.weight"],
+            {"alpha_pattern": {"mlp.gate.weight": 2}},
+        ),
+    ],
+)
+def test_experts_of_peft_are_read(name, parameters, options, tmp_path):
+    hf = hugging_face(name, tmp_path)
+    model = keras_model(name, tmp_path)
+    adapted = peft_adapter(
+        tmp_path / "adapter",
+        hf,
+        target_modules=["q_proj"],
+        target_parameters=parameters,
+        **options,
+    )
+    keras_geolora.import_peft(model, tmp_path / "adapter")
+    expected = torch_hidden(adapted, name)
+    np.testing.assert_allclose(keras_hidden(model, name), expected, atol=1e-4)
+    assert not np.allclose(expected, torch_hidden(adapted.unload(), name))
 
 
 def test_bfloat16_adapters_are_read(tmp_path):
@@ -461,29 +352,41 @@ def test_two_layers_cannot_be_one_module(tmp_path):
         keras_geolora.export_peft(model, tmp_path, names=lambda path: "q")
 
 
-def test_what_trained_beside_is_named(tmp_path):
-    model = small()
-    model.enable_geolora(rank=2, train_bias=True)
-    with pytest.warns(UserWarning, match="'dense/bias'"):
-        keras_geolora.export_peft(model, tmp_path, names={"dense": "x"})
+@pytest.mark.parametrize(
+    "export", [keras_geolora.export_peft, keras_geolora.export_gguf]
+)
+def test_experts_whose_layout_is_not_known_are_refused(export, tmp_path):
+    model, _ = families.build("GptOssBackbone")
+    model.enable_geolora(rank=1, targets="experts")
+    with pytest.raises(ValueError, match="Received.*experts"):
+        export(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
-def test_an_embedding_has_no_counterpart(tmp_path):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Embedding(9, 4)])
-    model.enable_geolora(rank=2, targets="all")
-    with pytest.raises(ValueError, match="class Embedding.*exclude"):
-        keras_geolora.export_peft(model, tmp_path, names={"embedding": "x"})
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_servers_do_not_get_experts(server, tmp_path):
+    model, _ = families.build("MixtralBackbone")
+    model.enable_geolora(rank=1, targets=["experts", ".*query"])
+    with pytest.raises(ValueError, match=f"'{server}' and .*experts.down_proj"):
+        keras_geolora.export_peft(model, tmp_path / "adapter", server=server)
+
+
+def test_two_parameters_of_a_module_need_a_known_order(tmp_path):
+    model, _ = families.build("MixtralBackbone", num_layers=1)
+    model.enable_geolora(rank=1, targets=".*(gate|output)_dense")
+    with pytest.raises(ValueError, match="nests.*Received: 'one_.*one module"):
+        keras_geolora.export_peft(
+            model,
+            tmp_path,
+            names=lambda path: f"mlp.one_{path.rpartition('_')[0]}",
+        )
 
 
 @pytest.mark.parametrize(
     "options, word",
     [
         ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        (
-            {"modules_to_save": ["pooler"], "target_modules": ["query"]},
-            "modules_to_save",
-        ),
+        ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ],
 )
@@ -640,14 +543,14 @@ def test_an_export_while_an_adapter_is_read_is_noticed(tmp_path, monkeypatch):
     path = tmp_path / "adapter_config.json"
     ours = path.read_text()
     path.write_text(json.dumps(json.loads(ours) | {"lora_alpha": 20}))
-    read = peft_files.read_peft_weights
+    read = peft_reading.read_peft_weights
 
     def read_while_somebody_writes(*args):
         path.write_text(ours)
         return read(*args)
 
     monkeypatch.setattr(
-        peft_files, "read_peft_weights", read_while_somebody_writes
+        peft_reading, "read_peft_weights", read_while_somebody_writes
     )
     other = keras_geolora.import_peft(small(), tmp_path, names=SCORE)
     np.testing.assert_allclose(

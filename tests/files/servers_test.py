@@ -263,7 +263,7 @@ def test_other_layers_than_projections_are_refused(folder):
 def test_embeddings_are_refused(folder):
     backbone = decoder()
     backbone.enable_geolora(rank=1, targets=".*(query|embedding)")
-    with pytest.raises(ValueError, match="exclude=.*'token_embedding'"):
+    with pytest.raises(ValueError, match="exclude=.*'embed_tokens'"):
         keras_geolora.export_peft(backbone, folder, server="vllm")
 
 

@@ -226,11 +226,11 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
         other.load_geolora(tmp_path / "adapter.safetensors")
 
 
-def test_formats_of_other_libraries_refuse_experts(tmp_path):
+def test_llama_cpp_gets_no_experts(tmp_path):
     model, _ = pretrained()
     model.enable_geolora(2, targets="experts")
-    with pytest.raises(ValueError, match=r"Received: 3 such weights"):
-        keras_geolora.export_peft(model, tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"export_peft.*class MixtralBackb"):
+        keras_geolora.export_gguf(model, tmp_path / "adapter.gguf")
 
 
 def test_rows_with_adapters_of_their_own_refuse_experts():
