@@ -613,15 +613,17 @@ class AdaptedProduct(AdaptedLayer):
         # When torch recomputes a call for the backward pass, it omits
         # `training`.
         anew = training is None and is_computed_again(self)
+        many = merging_pays(
+            self._count_rows(inputs), *self.kernel_view.matrix_shape
+        )
         if not (anew or may_train(training)):
-            return self._product_with_sum
+            if many or is_sparse(inputs):
+                return self._product_with_sum
+            return self._product_of_few
         (kernel,) = self.kernels()
         if self.adapter.dropout.rate or kernel.trainable or is_sparse(inputs):
             return self._product_apart
-        rows = self._count_rows(inputs)
-        if merging_pays(rows, *self.kernel_view.matrix_shape):
-            return self._merged_product
-        return self._product_apart
+        return self._merged_product if many else self._product_apart
 
     def _count_rows(self, inputs):
         """Returns the number of input vectors; unknown sizes are infinite."""
@@ -636,6 +638,14 @@ class AdaptedProduct(AdaptedLayer):
         x = ops.add(x, self._update_product(inputs))
         bank = bank_of(self)
         return x if bank is None else bank.with_bias(x)
+
+    def _product_of_few(self, inputs):
+        factors = self.adapter.thin_factors()
+        return self._product_with_thin(inputs, self.kernel, *factors)
+
+    def _product_with_thin(self, inputs, kernel, A, B):
+        x = self._kernel_product(inputs, kernel)
+        return ops.add(x, self._thin_product(inputs, A, B))
 
     def _product_with_sum(self, inputs):
         # The same operations as in the Keras layer, so that compilers fuse them
@@ -655,12 +665,7 @@ class AdaptedProduct(AdaptedLayer):
             total = self.kernel_view.to_kernel(A @ B)
             total += kernel.value  # in place, where tensors can be changed
             return lambda inputs: self._kernel_product(inputs, total)
-
-        def product(inputs):
-            x = self._kernel_product(inputs, kernel)
-            return ops.add(x, self._thin_product(inputs, A, B))
-
-        return product
+        return lambda inputs: self._product_with_thin(inputs, kernel, A, B)
 
     def quantized_call(self, inputs, training=None):
         if self._acting_adapter is None:

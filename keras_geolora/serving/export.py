@@ -149,7 +149,9 @@ def export(
         adapters), `bytes`,
         `signatures` (by name: `adapter`, `inputs`, `outputs`, `operations`,
         `milliseconds`, `max_difference`, `allowed_difference`, and
-        `rounding`, how far outputs move as under `tolerance`, or 0), `base`
+        `rounding`, how far outputs move as under `tolerance`, or 0;
+        `"generate"` has `different_tokens`, and `ties`, rows in which two
+        tokens were too close for a comparison), `base`
         (`operations`, `bytes`, `milliseconds`) and `same_operations`.
 
     Raises:
