@@ -594,11 +594,11 @@ class AdaptedProduct(AdaptedLayer):
             return self._finished(prepared(inputs))
         with reading_itself(self):
             x = product(inputs)
-        return self._finished(x)
+        return self._finished(x, biased=product == self._product_of_few)
 
-    def _finished(self, x):
+    def _finished(self, x, biased=False):
         """Adds the bias to a product, and applies the activation."""
-        if self.bias is not None:
+        if self.bias is not None and not biased:
             x = ops.add(x, self._shaped_bias())
         if self.activation is not None:
             x = self.activation(x)
@@ -617,7 +617,7 @@ class AdaptedProduct(AdaptedLayer):
             self._count_rows(inputs), *self.kernel_view.matrix_shape
         )
         if not (anew or may_train(training)):
-            if many or is_sparse(inputs):
+            if many or is_sparse(inputs) or self._is_fused:
                 return self._product_with_sum
             return self._product_of_few
         (kernel,) = self.kernels()
@@ -639,13 +639,23 @@ class AdaptedProduct(AdaptedLayer):
         bank = bank_of(self)
         return x if bank is None else bank.with_bias(x)
 
-    def _product_of_few(self, inputs):
-        factors = self.adapter.thin_factors()
-        return self._product_with_thin(inputs, self.kernel, *factors)
+    @property
+    def _is_fused(self):
+        """Whether product, bias and activation are one operation.
 
-    def _product_with_thin(self, inputs, kernel, A, B):
-        x = self._kernel_product(inputs, kernel)
-        return ops.add(x, self._thin_product(inputs, A, B))
+        In TensorFlow's graphs they are, and this one has other last bits than
+        several.
+        """
+        linear = self.activation in (None, keras.activations.linear)
+        return keras.backend.backend() == "tensorflow" and not linear
+
+    def _product_of_few(self, inputs):
+        # The bias first: TensorFlow fuses it with the product, too.
+        x = self._kernel_product(inputs, self.kernel)
+        if self.bias is not None:
+            x = ops.add(x, self._shaped_bias())
+        factors = self.adapter.thin_factors()
+        return ops.add(x, self._thin_product(inputs, *factors))
 
     def _product_with_sum(self, inputs):
         # The same operations as in the Keras layer, so that compilers fuse them
@@ -665,7 +675,12 @@ class AdaptedProduct(AdaptedLayer):
             total = self.kernel_view.to_kernel(A @ B)
             total += kernel.value  # in place, where tensors can be changed
             return lambda inputs: self._kernel_product(inputs, total)
-        return lambda inputs: self._product_with_thin(inputs, kernel, A, B)
+
+        def product(inputs):
+            x = self._kernel_product(inputs, kernel)
+            return ops.add(x, self._thin_product(inputs, A, B))
+
+        return product
 
     def quantized_call(self, inputs, training=None):
         if self._acting_adapter is None:
