@@ -13,14 +13,18 @@ A B A B, against the same model with
 
 - `merged`: one adapter, merged: the operations of the model without adapters;
 - `beside`: one adapter of rank 8, beside the kernels, which is how
-  `export(..., adapters=[...])` serves several by a signature each.
+  `export(..., adapters=[...])` serves several by a signature each;
+- `adapted`, on JAX and PyTorch: the model with one adapter of rank 8, as it is
+  after a training.
 
-Rows are added to `benchmarks/results/routed_serving.jsonl`; ratios are those of
-medians within one run. With `--folder` SavedModels are kept, and taken from
-there if they exist.
+Rows are added to `benchmarks/results/routed_serving.jsonl`; a ratio is the
+median of those of the rounds, which a busy machine disturbs less than it does
+medians of seconds. With `--folder` SavedModels are kept, and taken from there
+if they exist.
 """
 
 import pathlib
+import statistics
 import sys
 import tempfile
 
@@ -33,6 +37,7 @@ RANKS = (8, 4, 2, 1)
 BATCHES = (1, 16, 64)
 LENGTH = 48
 RESULT = "routed_serving"
+BASES = {"merged", "beside", "adapted"}
 
 
 def main():
@@ -82,8 +87,24 @@ def time_batch(args, functions, batch):
             "length": LENGTH,
             "rounds": args.rounds,
             "seconds": found,
+            "ratio": {base: ratios(times, base) for base in BASES & {*times}},
         },
     )
+
+
+def ratios(times, base):
+    """Returns the median of the ratios of the rounds, by name.
+
+    Args:
+        times: Dict from name to list of seconds.
+        base: Name of what the others are compared with.
+    """
+    return {
+        name: statistics.median(
+            one / other for one, other in zip(x, times[base], strict=True)
+        )
+        for name, x in times.items()
+    }
 
 
 def mix(count, batch):
@@ -166,7 +187,11 @@ def prepared_models(folder, counts):
         layer.keeps_update_apart = True
     merged = classifier(1)
     merged.merge_geolora(reversible=False)
-    functions = {"merged": (alone(merged), 0), "beside": (alone(beside), 0)}
+    functions = {
+        "merged": (alone(merged), 0),
+        "beside": (alone(beside), 0),
+        "adapted": (alone(classifier(1)), 0),
+    }
     for count in counts:
         model = classifier(count).route_geolora()
         functions[f"routed_{count}"] = routed(model), count
@@ -174,22 +199,24 @@ def prepared_models(folder, counts):
 
 
 def print_table():
-    """Prints ratios of medians; the last run of a kind counts."""
+    """Prints the last run of every backend and batch."""
     latest = {}
     for row in measuring.rows(RESULT):
         latest[row["backend"], row["batch"]] = row
-    for base in ("beside", "merged"):
+    for base in sorted(BASES):
         print(f"\nTimes the latency of one adapter, {base}:\n")
         lines = []
         for (backend, batch), row in sorted(latest.items()):
-            median = {n: x["median"] for n, x in row["seconds"].items()}
-            ratios = [
-                f"{x / median[base]:.2f}"
-                for n, x in median.items()
-                if n.startswith("routed")
+            if base not in row["ratio"]:
+                continue
+            found = [
+                f"{x:.2f}"
+                for name, x in row["ratio"][base].items()
+                if name.startswith("routed")
             ]
             name = measuring.BACKEND_NAMES[backend]
-            lines.append([name, batch, f"{1e3 * median[base]:.1f}", *ratios])
+            median = 1e3 * row["seconds"][base]["median"]
+            lines.append([name, batch, f"{median:.1f}", *found])
         counts = [n[7:] for n in row["seconds"] if n.startswith("routed")]
         header = ["backend", "rows", "ms", *(f"N = {n}" for n in counts)]
         print(measuring.markdown(header, lines))

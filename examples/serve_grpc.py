@@ -37,24 +37,15 @@ def main(args):
 
     questions = sentences[: args.requests]
     expected = classifier.predict(questions, verbose=0)
-    server = subprocess.Popen(
-        [sys.executable, str(SERVER), str(folder), "--port", "0"],
-        env=dict(os.environ, CUDA_VISIBLE_DEVICES="-1"),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    server, ask = start(folder)
     try:
-        line = server.stdout.readline()
-        if not line:
-            sys.exit(f"The server ended with status {server.wait()}.")
-        print(f"\n{line.rstrip()}")
-        ask = client(f"127.0.0.1:{line.rsplit(':')[-1].strip()}", folder.name)
         for sentence in questions[:3]:
-            logits = ask([sentence])[0]
+            logits = ask({"text": [sentence]})[1]["logits"][0]
             praise = 1 / (1 + np.exp(logits[0] - logits[1]))
             print(f"  {praise:4.0%}  {sentence}")
         with concurrent.futures.ThreadPoolExecutor(32) as pool:
-            answers = list(pool.map(lambda text: ask([text])[0], questions))
+            found = pool.map(lambda text: ask({"text": [text]}), questions)
+            answers = [outputs["logits"][0] for _, outputs in found]
     finally:
         server.terminate()
         server.wait()
@@ -97,8 +88,28 @@ def fine_tuned(examples):
     return classifier, sentences
 
 
+def start(folder):
+    """Starts a server for a folder; returns it and a `client` of it."""
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER), str(folder), "--port", "0"],
+        env=dict(os.environ, CUDA_VISIBLE_DEVICES="-1"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    line = server.stdout.readline()
+    if not line:
+        sys.exit(f"The server ended with status {server.wait()}.")
+    print(f"\n{line.rstrip()}")
+    address = f"127.0.0.1:{line.rsplit(':')[-1].strip()}"
+    return server, client(address, folder.name)
+
+
 def client(address, model):
-    """Returns a function that asks a server of TF Serving's kind."""
+    """Returns a function that asks a server of TF Serving's kind.
+
+    It takes the inputs by name, and returns the version that answered and the
+    outputs by name.
+    """
     import grpc
     import tensorflow as tf
     from tensorflow_serving.apis import (
@@ -109,13 +120,17 @@ def client(address, model):
     channel = grpc.insecure_channel(address)
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
 
-    def ask(texts):
+    def ask(inputs):
         request = predict_pb2.PredictRequest()
         request.model_spec.name = model
-        texts = [text.encode() for text in texts]
-        request.inputs["text"].CopyFrom(tf.make_tensor_proto(texts))
+        for name, x in inputs.items():
+            request.inputs[name].CopyFrom(tf.make_tensor_proto(x))
         response = stub.Predict(request, timeout=60)
-        return tf.make_ndarray(response.outputs["logits"])
+        outputs = response.outputs.items()
+        return (
+            response.model_spec.version.value,
+            {name: tf.make_ndarray(x) for name, x in outputs},
+        )
 
     return ask
 

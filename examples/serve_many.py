@@ -25,7 +25,6 @@ import time
 
 import numpy as np
 
-HERE = pathlib.Path(__file__).parent
 QUESTIONS, THREADS, PATIENCE = 200, 32, 120
 
 
@@ -137,50 +136,10 @@ def exchange(folder, files):
 
 def start_grpc(args, folder):
     """Starts the server that speaks gRPC; returns it and how to ask it."""
-    server = subprocess.Popen(
-        [sys.executable, str(HERE / "savedmodel_server.py"), str(folder)]
-        + ["--port", "0"],
-        env=dict(os.environ, CUDA_VISIBLE_DEVICES="-1"),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    line = server.stdout.readline()
-    if not line:
-        sys.exit(f"The server ended with status {server.wait()}.")
-    print(line.rstrip())
-    ask = client(f"127.0.0.1:{line.rsplit(':')[-1].strip()}", folder.name)
+    import serve_grpc
+
+    server, ask = serve_grpc.start(folder)
     return server, lambda inputs: ask(inputs)[1]["logits"][0]
-
-
-def client(address, model):
-    """Returns a function that asks a server of TF Serving's kind.
-
-    It takes the inputs by name, and returns the version that answered and the
-    outputs by name.
-    """
-    import grpc
-    import tensorflow as tf
-    from tensorflow_serving.apis import (
-        predict_pb2,
-        prediction_service_pb2_grpc,
-    )
-
-    channel = grpc.insecure_channel(address)
-    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-
-    def ask(inputs):
-        request = predict_pb2.PredictRequest()
-        request.model_spec.name = model
-        for name, x in inputs.items():
-            request.inputs[name].CopyFrom(tf.make_tensor_proto(x))
-        response = stub.Predict(request, timeout=60)
-        outputs = response.outputs.items()
-        return (
-            response.model_spec.version.value,
-            {name: tf.make_ndarray(x) for name, x in outputs},
-        )
-
-    return ask
 
 
 def start_rest(args, folder):

@@ -594,11 +594,11 @@ class AdaptedProduct(AdaptedLayer):
             return self._finished(prepared(inputs))
         with reading_itself(self):
             x = product(inputs)
-        return self._finished(x)
+        return self._finished(x, biased=product == self._product_of_few)
 
-    def _finished(self, x):
+    def _finished(self, x, biased=False):
         """Adds the bias to a product, and applies the activation."""
-        if self.bias is not None:
+        if self.bias is not None and not biased:
             x = ops.add(x, self._shaped_bias())
         if self.activation is not None:
             x = self.activation(x)
@@ -613,15 +613,17 @@ class AdaptedProduct(AdaptedLayer):
         # When torch recomputes a call for the backward pass, it omits
         # `training`.
         anew = training is None and is_computed_again(self)
+        many = merging_pays(
+            self._count_rows(inputs), *self.kernel_view.matrix_shape
+        )
         if not (anew or may_train(training)):
-            return self._product_with_sum
+            if many or is_sparse(inputs) or self._is_fused:
+                return self._product_with_sum
+            return self._product_of_few
         (kernel,) = self.kernels()
         if self.adapter.dropout.rate or kernel.trainable or is_sparse(inputs):
             return self._product_apart
-        rows = self._count_rows(inputs)
-        if merging_pays(rows, *self.kernel_view.matrix_shape):
-            return self._merged_product
-        return self._product_apart
+        return self._merged_product if many else self._product_apart
 
     def _count_rows(self, inputs):
         """Returns the number of input vectors; unknown sizes are infinite."""
@@ -636,6 +638,24 @@ class AdaptedProduct(AdaptedLayer):
         x = ops.add(x, self._update_product(inputs))
         bank = bank_of(self)
         return x if bank is None else bank.with_bias(x)
+
+    @property
+    def _is_fused(self):
+        """Whether product, bias and activation are one operation.
+
+        In TensorFlow's graphs they are, and this one has other last bits than
+        several.
+        """
+        linear = self.activation in (None, keras.activations.linear)
+        return keras.backend.backend() == "tensorflow" and not linear
+
+    def _product_of_few(self, inputs):
+        # The bias first: TensorFlow fuses it with the product, too.
+        x = self._kernel_product(inputs, self.kernel)
+        if self.bias is not None:
+            x = ops.add(x, self._shaped_bias())
+        factors = self.adapter.thin_factors()
+        return ops.add(x, self._thin_product(inputs, *factors))
 
     def _product_with_sum(self, inputs):
         # The same operations as in the Keras layer, so that compilers fuse them

@@ -30,6 +30,7 @@ from keras_geolora.layers.products import (
     may_train,
     merged_product,
     sparse_product,
+    thin_factors,
     transposed,
     wide_factors,
 )
@@ -288,22 +289,27 @@ class LowRankAdapter(keras.layers.Layer):
         """
         return low_rank_matrix(self._factors(), self.scale)
 
-    def thin_factors(self, at_rest):
+    def thin_factors(self, at_rest=False):
         """Returns `A` and `B`, of which `A @ B` is the update, scaled.
 
         Args:
-            at_rest: Bool, whether `P` and `Q` are known to be zero. Otherwise
-                the factors have twice as many columns and rows.
+            at_rest: Bool, whether `P` and `Q` are known to be zero, and nobody
+                asks for gradients. Otherwise the factors have twice as many
+                columns and rows, and the geometric gradients. Defaults to
+                `False`.
 
         Returns:
             Tensors `(input_dim, max_rank)` and `(max_rank, output_dim)` of the
-            compute dtype, without the geometric gradients.
+            compute dtype.
         """
         factors = self._factors()
-        A, B = wide_factors(*(factors[:3] if at_rest else factors))
-        B = ops.transpose(B)
+        if at_rest or self.P is None:
+            A, B = wide_factors(*factors[:3])
+            A = A * self.scale
+        else:
+            A, B = thin_factors(factors, self.scale)
         return tuple(
-            ops.cast(x, self.compute_dtype) for x in (A * self.scale, B)
+            ops.cast(x, self.compute_dtype) for x in (A, ops.transpose(B))
         )
 
     @property

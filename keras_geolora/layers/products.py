@@ -350,6 +350,35 @@ def low_rank_rows(ids, factors, scale, dtype):
     return with_gradients(forward, backward, numbers, factors=factors)
 
 
+def thin_factors(factors, scale):
+    """Computes factors of an update, with the geometric gradients.
+
+    Unlike `low_rank_product` this has no part in derivatives for the inputs of
+    a layer, which are of any kind and order therefore.
+
+    Args:
+        factors: Tuple of tensors, with `P` and `Q`.
+        scale: Float.
+
+    Returns:
+        Tensors `A` and `B` of shape `(input_dim, 2 * max_rank)` and
+        `(output_dim, 2 * max_rank)`; the update is `A @ B.T`.
+    """
+    input_dim, max_rank = factors[0].shape
+
+    def forward(*factors):
+        A, B = wide_factors(*factors)
+        return ops.concatenate([A * scale, B]), None
+
+    def backward(G, _, *factors):
+        # The first half of A has K as a factor, the second half of B has L.
+        grad_K = G[:input_dim, :max_rank] * scale
+        return geometric(grad_K, G[input_dim:, max_rank:], factors)
+
+    both = with_gradients(forward, backward, factors=factors)
+    return both[:input_dim], both[input_dim:]
+
+
 def low_rank_matrix(factors, scale):
     """Computes the matrix of an update, with the geometric gradients.
 

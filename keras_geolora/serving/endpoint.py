@@ -99,7 +99,7 @@ class GeneratingEndpoint(Endpoint):
     out as well.
 
     Args:
-        model: `CausalLM` of KerasHub, without adapters.
+        model: `CausalLM` of KerasHub, whose active adapter, if any, acts.
         job: Dict, the description of the job.
     """
 

@@ -117,8 +117,7 @@ def export(
             `token_ids` and `padding_mask`, filled up to the length that is
             wanted, and returns both. With `preprocess=True` it takes `text`,
             generates up to the `sequence_length` of the preprocessor, and
-            returns `text` as well. The adapter must be one that can be merged.
-            Defaults to `False`.
+            returns `text` as well. Defaults to `False`.
         stop_token_ids: As in `CausalLM.generate`, with `generate`. Defaults to
             `"auto"`, the end tokens of the model's preprocessor.
         preprocess: Bool, whether to include the preprocessor of a KerasHub
@@ -150,7 +149,9 @@ def export(
         adapters), `bytes`,
         `signatures` (by name: `adapter`, `inputs`, `outputs`, `operations`,
         `milliseconds`, `max_difference`, `allowed_difference`, and
-        `rounding`, how far outputs move as under `tolerance`, or 0), `base`
+        `rounding`, how far outputs move as under `tolerance`, or 0;
+        `"generate"` has `different_tokens`, and `ties`, rows in which two
+        tokens were too close for a comparison), `base`
         (`operations`, `bytes`, `milliseconds`) and `same_operations`.
 
     Raises:
@@ -591,6 +592,8 @@ def table(report):
             f"{row[key]:.1e}" if key in row else ""
             for key in ("max_difference", "allowed_difference")
         )
+        if "different_tokens" in row:
+            far = f"{row['different_tokens']} tokens"
         products = sum(
             number
             for operation, number in row["operations"].items()

@@ -110,6 +110,35 @@ def test_dense_adds_the_update_to_the_kernel():
     )
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_a_fresh_adapter_changes_no_bit_of_few_rows_either(activation):
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(16, activation) for _ in range(3)]
+    model = keras.Sequential([keras.Input((16,)), *layers])
+    for layer in layers:
+        layer.bias.assign(random((16,)))
+    x = random((2, 16))
+    before = model.predict_on_batch(x)
+    model.enable_geolora(rank=2)
+    after = model.predict_on_batch(x)
+    np.testing.assert_array_equal(after, before)
+
+
+def test_no_update_is_formed_for_few_rows(monkeypatch):
+    def delta(self):
+        raise AssertionError("an update was formed")
+
+    layer = GeoLoRADense(16, rank=2)
+    layer.build((None, 16))
+    move(layer)
+    kernel = ops.convert_to_numpy(layer.kernel + layer.delta())
+    x = random((2, 16))
+    monkeypatch.setattr(adapted_module.LowRankAdapter, "delta", delta)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer(x)), x @ kernel, atol=2e-6
+    )
+
+
 def test_without_a_rank_it_is_the_keras_layer():
     ours, theirs = GeoLoRADense(5), keras.layers.Dense(5)
     x = random((2, 8))

@@ -1,11 +1,11 @@
 """Generation with adapters, which prepares what every token needs."""
 
-import keras
 import keras_hub
 import numpy as np
 import pytest
 from keras import ops
 from moving import move
+from small_models import llama
 
 from keras_geolora import LowRankAdapter
 from keras_geolora.layers.prepared import prepared_products
@@ -14,24 +14,8 @@ from keras_geolora.layers.tree import adapted_layers
 VOCABULARY, LENGTH, PROMPT = 32, 12, 4
 
 
-def language_model(dtype="float32", **options):
-    """A llama whose kernels have one shape, but that of the vocabulary."""
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        dtype=dtype,
-        **options,
-    )
-    return keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
-
-
 def adapted(**options):
-    model = language_model(**options)
+    model = llama(**options)
     model.enable_geolora(rank=2, seed=0)
     move(model)
     return model
@@ -43,10 +27,14 @@ def tokens():
 
 
 class LastBits(keras_hub.samplers.Sampler):
-    """Chooses a token by the last bits of a probability."""
+    """Chooses a token by some bits of a probability, by default the last."""
+
+    def __init__(self, bits=28):
+        super().__init__()
+        self.bits = bits
 
     def get_next_token(self, probabilities):
-        bits = ops.cast(probabilities[:, 0] * 2**28, "int32")
+        bits = ops.cast(probabilities[:, 0] * 2**self.bits, "int32")
         return ops.mod(bits, VOCABULARY)
 
 
@@ -89,7 +77,7 @@ def return_to_rest(model):
 
 
 def test_a_fresh_adapter_changes_no_bit():
-    model = language_model()
+    model = llama()
     model.compile(sampler=LastBits())
     before = generate(model)
     assert len(np.unique(before[:, PROMPT:])) > 5
@@ -143,7 +131,7 @@ def test_generation_goes_with_a_training_that_goes_on():
 
 
 def test_a_quantized_model_generates_with_its_adapter():
-    model = language_model()
+    model = llama()
     model.quantize("int8")
     model.enable_geolora(rank=2, seed=0)
     move(model)
@@ -158,3 +146,28 @@ def test_a_merged_model_remembers_nothing_of_it():
     generate(model)
     model.merge_geolora()
     assert not hasattr(model, "geolora_adaptation")
+
+
+def test_a_function_that_is_kept_goes_with_a_training_that_goes_on():
+    model, ids = adapted(), tokens()
+    # The last ones differ where one function is compiled and another is not.
+    model.compile(sampler=LastBits(12))
+    mask = np.zeros_like(ids)
+    mask[:, :PROMPT] = 1
+    prompt = {"token_ids": ids, "padding_mask": mask}
+    kept = model.make_generate_function()
+
+    def check(function):
+        found = ops.convert_to_numpy(function(prompt, None)["token_ids"])
+        np.testing.assert_array_equal(found, generate(model))
+        return found
+
+    before = check(kept)
+    np.testing.assert_array_equal(check(model.generate_step), before)
+    leave_rest(model)
+    assert not np.array_equal(check(kept), before)
+    # Nobody has looked at `P` and `Q` here.
+    np.testing.assert_array_equal(check(model.generate_step), check(kept))
+    return_to_rest(model)
+    model.merge_geolora()
+    check(kept)

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 import serving
+import small_models
 from moving import move
 
 import keras_geolora
@@ -28,12 +28,7 @@ pytestmark = pytest.mark.usefixtures("forked")
 
 
 def tokens(rows, length, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "token_ids": rng.integers(50, size=(rows, length)).astype("int32"),
-        "segment_ids": np.zeros((rows, length), "int32"),
-        "padding_mask": np.ones((rows, length), "int32"),
-    }
+    return small_models.tokens(rows, length, np.random.default_rng(seed))
 
 
 def train(model):
@@ -47,18 +42,7 @@ def train(model):
 @pytest.fixture(scope="module")
 def classifier():
     """A tiny classifier with two adapters, of which "one" is active."""
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        max_sequence_length=32,
-    )
-    model = keras_hub.models.BertTextClassifier(
-        backbone, num_classes=2, preprocessor=None
-    )
+    model = small_models.classifier()
     model.enable_geolora(rank=2, name="two")
     move(model)
     model.enable_geolora(rank=2, name="one")
@@ -253,26 +237,14 @@ def test_a_model_without_a_graph_says_what_goes_in(tmp_path):
 
 
 def test_a_language_model_without_adapters_takes_text(tmp_path):
-    words = [*map(chr, range(33, 127)), "Ġ", "su"]
-    vocabulary = {x: i for i, x in enumerate([*words, "<|endoftext|>"])}
-    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges=["s u"])
-    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, 8)
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(vocabulary),
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        max_sequence_length=8,
-    )
-    model = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
+    model = small_models.writer(8)
     report = keras_geolora.export(
         model, tmp_path, preprocess=True, baseline=False, verbose=False
     )
     assert report["form"] == "none"
     assert "no adapters" in next(export_module.table(report))
     found = serving.load(report["path"])({"text": ["such words"]})
-    (inputs, _, _) = preprocessor(["such words"])
+    (inputs, _, _) = model.preprocessor(["such words"])
     (found,) = found.values()
     expected = keras.ops.convert_to_numpy(model(inputs))
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -7,31 +7,23 @@ import keras_hub
 import numpy as np
 import pytest
 import serving
+import small_models
+import tensorflow as tf
 from moving import move
 
 import keras_geolora
+from keras_geolora.serving.generating import gaps
 
 pytestmark = pytest.mark.usefixtures("forked")
+written_by_tensorflow = pytest.mark.backend_independent(
+    "TensorFlow compares what it has written"
+)
 
 
 @pytest.fixture(scope="module")
 def lm():
     """A tiny language model with an adapter."""
-    keras.utils.set_random_seed(0)
-    words = [*map(chr, range(33, 127)), "Ġ", "su"]
-    vocabulary = {x: i for i, x in enumerate([*words, "<|endoftext|>"])}
-    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges=["s u"])
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(vocabulary),
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        max_sequence_length=16,
-    )
-    model = keras_hub.models.GPT2CausalLM(
-        backbone, keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, 12)
-    )
+    model = small_models.writer(12)
     model.enable_geolora(rank=2)
     move(model)
     return model
@@ -105,6 +97,63 @@ def test_what_cannot_generate_is_refused(lm, tmp_path):
         export(lm, tmp_path)
     lm.sampler = sampler
     assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_model_generates_with_its_adapter_beside(tmp_path):
+    lm = small_models.llama()
+    lm.quantize("int8")
+    lm.enable_geolora(rank=2)
+    move(lm)
+    lm.compile(sampler="greedy")
+    report = export(lm, tmp_path, stop_token_ids=None)
+    assert report["form"] == "beside the kernels"
+    assert report["signatures"]["generate"]["different_tokens"] == 0
+
+
+def compared(found, gaps, allowed):
+    """Compares tokens with `[[1, 2, 3, 4], [5, 6, 0, 0]]`."""
+    from keras_geolora.serving.saved_model import Samples
+
+    samples = Samples.__new__(Samples)
+    samples.allowed = allowed
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    outputs = {
+        "token_ids": tf.constant(found),
+        "padding_mask": tf.constant(mask),
+    }
+    expected = {
+        "token_ids": np.array([[1, 2, 3, 4], [5, 6, 0, 0]]),
+        "padding_mask": mask,
+        "gaps": np.array(gaps),
+    }
+    return samples.compare_tokens(lambda: outputs, [({}, expected)])
+
+
+@written_by_tensorflow
+def test_tokens_may_differ_from_where_two_were_about_as_likely():
+    gaps = [[0, 9, 0.3, 9], [0, 9, 9, 9]]
+    same, other = [5, 6, 7, 8], [5, 7, 0, 0]
+    found = compared([[1, 2, 8, 8], same], gaps, allowed=0.2)
+    assert found == {"different_tokens": 0, "ties": 1}
+    found = compared([[1, 2, 8, 8], same], gaps, allowed=0.1)
+    assert found == {"different_tokens": 2, "ties": 0}
+    found = compared([[1, 2, 8, 8], other], gaps, allowed=0.2)
+    assert found == {"different_tokens": 1, "ties": 1}
+
+
+def test_only_the_most_likely_token_has_a_gap():
+    lm = small_models.llama()
+    x = {
+        "token_ids": np.array([[3, 1, 4]]),
+        "padding_mask": np.ones((1, 3), "int32"),
+    }
+    lm.compile(sampler="beam")
+    assert np.isinf(keras.ops.convert_to_numpy(gaps(lm, x))).all()
+    lm.compile(sampler="greedy")
+    logits = np.sort(keras.ops.convert_to_numpy(lm(x, training=False)))[0]
+    found = keras.ops.convert_to_numpy(gaps(lm, x))
+    expected = (logits[:, -1] - logits[:, -2])[:2]
+    np.testing.assert_allclose(found[0, 1:], expected, atol=1e-6)
 
 
 def test_other_tokens_are_refused():

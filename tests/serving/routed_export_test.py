@@ -273,7 +273,7 @@ def test_200_requests_during_a_swap_are_all_answered_right(
     served, copied, tmp_path
 ):
     import savedmodel_server
-    import serve_many
+    import serve_grpc
 
     folder, _, _, words, before, files = served
     _, _, _, after = copied
@@ -303,7 +303,7 @@ def test_200_requests_during_a_swap_are_all_answered_right(
         return version
 
     try:
-        client = serve_many.client(f"127.0.0.1:{port}", folder.name)
+        client = serve_grpc.client(f"127.0.0.1:{port}", folder.name)
         with concurrent.futures.ThreadPoolExecutor(32) as pool:
             versions = list(pool.map(ask, range(200)))
         assert swapped.is_set()

@@ -1,9 +1,9 @@
 """A model whose rows have adapters of their own: equal to one at a time."""
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
+import small_models
 from moving import move
 
 import keras_geolora
@@ -30,29 +30,10 @@ def check(routed, x, found, mix, atol=1e-5):
     np.testing.assert_allclose(got, expected, atol=atol)
 
 
-def tokens(rows, length):
-    return {
-        "token_ids": RNG.integers(50, size=(rows, length)).astype("int32"),
-        "segment_ids": np.zeros((rows, length), "int32"),
-        "padding_mask": np.ones((rows, length), "int32"),
-    }
-
-
 @pytest.fixture(scope="module")
 def classifier():
     """A classifier whose adapters differ in rank, layers and what trains."""
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        max_sequence_length=32,
-    )
-    model = keras_hub.models.BertTextClassifier(
-        backbone, num_classes=2, preprocessor=None
-    )
+    model = small_models.classifier()
     model.enable_geolora(rank=1, name="linear")
     move(model)
     norm = "embeddings_layer_norm"
@@ -76,7 +57,7 @@ def routed(classifier):
 
 @pytest.fixture(scope="module")
 def asked(classifier):
-    x = tokens(8, 6)
+    x = small_models.tokens(8, 6, RNG)
     return x, answers(classifier, x, ["linear", "norm", "bias"])
 
 

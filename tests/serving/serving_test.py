@@ -106,12 +106,13 @@ def test_200_requests_at_once_are_answered_over_grpc(served, data):
     try:
         ask = serve_grpc.client(f"127.0.0.1:{port}", folder.name)
         with concurrent.futures.ThreadPoolExecutor(32) as pool:
-            found = list(pool.map(lambda text: ask([text])[0], texts))
+            found = list(pool.map(lambda text: ask({"text": [text]}), texts))
+        found = [outputs["logits"][0] for _, outputs in found]
         np.testing.assert_allclose(
             found, np.resize(logits, (200, 2)), atol=1e-5
         )
         lost = serve_grpc.client(f"127.0.0.1:{port}", "other")
         with pytest.raises(grpc.RpcError, match="Servable not found: other"):
-            lost(["text"])
+            lost({"text": ["text"]})
     finally:
         server.stop(None).wait()
