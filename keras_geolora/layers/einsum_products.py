@@ -193,6 +193,21 @@ def kernel_product(labels, x, kernel):
     return ops.sum(ops.einsum(product, x, kernel), axis=0)
 
 
+def sum_pays(rows, input_dim, output_dim):
+    """Returns whether forming the sum is likely faster than two products.
+
+    A compiler that joins operations adds while it multiplies; elsewhere the sum
+    of all matrices is written and read twice (`benchmarks/experts.py`).
+
+    Args:
+        rows: Number of inputs of a matrix.
+        input_dim: Int.
+        output_dim: Int.
+    """
+    price = 1 if keras.backend.backend() == "jax" else 4
+    return rows * (input_dim + output_dim) >= price * input_dim * output_dim
+
+
 def is_torch():
     """Returns whether operations run at once, one by one."""
     return keras.backend.backend() == "torch"

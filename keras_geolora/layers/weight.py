@@ -31,7 +31,11 @@ from keras_geolora.layers.adapted import (
     check_adaptable,
 )
 from keras_geolora.layers.adapter_bank import is_routed
-from keras_geolora.layers.einsum_products import Labels, einsum_product
+from keras_geolora.layers.einsum_products import (
+    Labels,
+    einsum_product,
+    sum_pays,
+)
 from keras_geolora.layers.in_place import (
     READERS,
     become_adapted,
@@ -42,7 +46,7 @@ from keras_geolora.layers.in_place import (
 from keras_geolora.layers.kernel_view import KernelView
 from keras_geolora.layers.linked import linked
 from keras_geolora.layers.prepared import prepared_product_of
-from keras_geolora.layers.products import may_train, merging_pays, transposed
+from keras_geolora.layers.products import may_train, transposed
 
 # Sums of weights and updates in the running calls of this thread, by the ids of
 # variables.
@@ -220,7 +224,7 @@ class AdaptedWeight(AdaptedLayer, keras.layers.Layer):
             factors = transposed(*factors)
         with reading_itself(self):
             kernel = ops.stop_gradient(ops.cast(self.variable.value, x.dtype))
-        merged = self.compute_dtype == "float32" and merging_pays(
+        merged = self.compute_dtype == "float32" and sum_pays(
             labels.count_rows(x.shape), *view.matrix_shape
         )
         return einsum_product(

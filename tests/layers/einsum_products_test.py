@@ -45,7 +45,7 @@ OWNERS = {"usual": Experts, "backwards": Backwards, "otherwise": Otherwise}
 @pytest.fixture(params=["sum", "apart"])
 def form(request, monkeypatch):
     pays = request.param == "sum"
-    monkeypatch.setattr(weight_module, "merging_pays", lambda *sizes: pays)
+    monkeypatch.setattr(weight_module, "sum_pays", lambda *sizes: pays)
 
 
 @pytest.mark.usefixtures("form")
