@@ -100,6 +100,19 @@ def in_layer_call():
     return context.entry_layer is not PROBE
 
 
+def training_now():
+    """Returns what the running calls say about `training`.
+
+    `True` where none is known: torch may be computing a call again, for its
+    backward pass.
+    """
+    context = PROBE._get_call_context()
+    PROBE._maybe_reset_call_context()
+    if context.entry_layer is PROBE:
+        return True
+    return context.get_value("training")
+
+
 def direct_layers(layer):
     """Returns the layers that a layer holds directly."""
     return layer._flatten_layers(include_self=False, recursive=False)

@@ -97,7 +97,9 @@ def last_derivative(*factors):
 
 def transposed(U, S, V, *beyond):
     """Returns the factors of the transpose of an update."""
-    return V, ops.transpose(S), U, *reversed(beyond)
+    *each, row, column = range(len(S.shape))
+    # Not `T`, which the variables of TensorFlow do not accept.
+    return V, ops.transpose(S, (*each, column, row)), U, *reversed(beyond)
 
 
 def wide_factors(U, S, V, *beyond):

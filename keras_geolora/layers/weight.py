@@ -21,6 +21,7 @@ from keras_geolora.keras_internals import (
     direct_layers,
     in_layer_call,
     renew_torch_parameters,
+    training_now,
     unlocked,
 )
 from keras_geolora.layers.adapted import (
@@ -28,6 +29,12 @@ from keras_geolora.layers.adapted import (
     AdaptedLayer,
     adapter_name,
     check_adaptable,
+)
+from keras_geolora.layers.adapter_bank import is_routed
+from keras_geolora.layers.einsum_products import (
+    Labels,
+    einsum_product,
+    sum_pays,
 )
 from keras_geolora.layers.in_place import (
     READERS,
@@ -37,12 +44,18 @@ from keras_geolora.layers.in_place import (
     reading_itself,
 )
 from keras_geolora.layers.kernel_view import KernelView
+from keras_geolora.layers.linked import linked
 from keras_geolora.layers.prepared import prepared_product_of
+from keras_geolora.layers.products import may_train, transposed
 
 # Sums of weights and updates in the running calls of this thread, by the ids of
 # variables.
 SUMS = contextvars.ContextVar(
     "keras_geolora_sums", default=types.MappingProxyType({})
+)
+# Weights whose sums are not formed before a call, likewise.
+APART = contextvars.ContextVar(
+    "keras_geolora_apart", default=types.MappingProxyType({})
 )
 
 
@@ -167,10 +180,56 @@ class AdaptedWeight(AdaptedLayer, keras.layers.Layer):
         Returns:
             Tensor, the sum, or `None`, the weight itself.
         """
-        found = SUMS.get().get(id(self.variable))
-        if found is None and self.acts and in_layer_call():
+        key = id(self.variable)
+        found = SUMS.get().get(key)
+        called = key in APART.get() or in_layer_call()
+        if found is None and self.acts and called:
             found = self.sum()
         return found
+
+    @property
+    def has_rule(self):
+        """Bool, whether `einsum` can work at all, in training."""
+        return (
+            bool(self.kernel_view.batch)
+            and self.acts
+            and not is_routed()
+            and self.adapter.P is not None
+            and not self.variable.trainable
+            and prepared_product_of(self) is None
+        )
+
+    def einsum(self, equation, x):
+        """Returns `ops.einsum(equation, x, weight + update)`, for training.
+
+        The gradient of the sum is not formed, and the sum only where it pays.
+
+        Args:
+            equation: String.
+            x: Tensor.
+
+        Returns:
+            Tensor, or `None` if there is no rule for these.
+        """
+        found = Labels.of(equation, self.kernel_view)
+        if found is None or isinstance(x, keras.KerasTensor):
+            return None
+        labels, is_transposed = found
+        x = ops.convert_to_tensor(x)
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        if dtype != self.compute_dtype or len(x.shape) != len(labels.inputs):
+            return None
+        factors, view = self.adapter._factors(), self.kernel_view
+        if is_transposed:
+            factors = transposed(*factors)
+        with reading_itself(self):
+            kernel = ops.stop_gradient(ops.cast(self.variable.value, x.dtype))
+        merged = self.compute_dtype == "float32" and sum_pays(
+            labels.count_rows(x.shape), *view.matrix_shape
+        )
+        return einsum_product(
+            labels, x, kernel, factors, self.adapter.scale, merged
+        )
 
     @property
     def acts(self):
@@ -236,29 +295,49 @@ class AdaptedOwner:
 @functools.cache
 def owner_class(plain):
     """Returns the class of an owner, given that of the plain layer."""
+    with_rules = linked(plain.call, rule_of)
 
     @functools.wraps(plain.call)
     def call(self, *args, **kwargs):
-        with sums_of(weights_in(self)):
-            return plain.call(self, *args, **kwargs)
+        weights, apart, function = weights_in(self), [], plain.call
+        if with_rules is not None and may_train(training_now()):
+            apart = [weight for weight in weights if weight.has_rule]
+            function = with_rules if apart else function
+        with sums_of(weights, apart):
+            return function(self, *args, **kwargs)
 
     members = {"plain_class": plain, "__module__": __name__, "call": call}
     return type(f"GeoLoRA{plain.__name__}", (AdaptedOwner, plain), members)
 
 
+def rule_of(operand):
+    """Returns the `AdaptedWeight` that multiplies by a variable, or `None`."""
+    return APART.get().get(id(operand))
+
+
 @contextlib.contextmanager
-def sums_of(weights):
+def sums_of(weights, apart=()):
     """Makes reading weights give the sums with their updates, for a block.
 
     Also where Keras knows of no call: in the backward pass of a layer that is
     computed again there.
+
+    Args:
+        weights: List of `AdaptedWeight`s.
+        apart: List of those among them whose sums are not formed beforehand.
     """
-    sums = {id(w.variable): sum_now(w) for w in weights if w.acts}
-    token = SUMS.set({**SUMS.get(), **sums})
+    sums = {
+        id(w.variable): sum_now(w) for w in weights if w.acts and w not in apart
+    }
+    tokens = (
+        SUMS.set({**SUMS.get(), **sums}),
+        APART.set({**APART.get(), **{id(w.variable): w for w in apart}}),
+    )
     try:
         yield
     finally:
-        SUMS.reset(token)
+        SUMS.reset(tokens[0])
+        APART.reset(tokens[1])
 
 
 def sum_now(weight):

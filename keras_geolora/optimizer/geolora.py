@@ -561,11 +561,25 @@ class GeoLoRA(keras.optimizers.Optimizer):
             or `None` if this optimizer does not train the adapter (yet). The
             largest one of a bank.
         """
+        shares = self.discarded_shares(adapter)
+        return shares and max(shares)
+
+    def discarded_shares(self, adapter):
+        """Returns what the last truncation of each matrix discarded.
+
+        Args:
+            adapter: `keras_geolora.LowRankAdapter`.
+
+        Returns:
+            List with a float as in `discarded_share` for each matrix of a bank,
+            or a single one; or `None` if this optimizer does not train the
+            adapter (yet).
+        """
         group = self._group_of(adapter)
         if group is None:
             return None
         shares = ops.convert_to_numpy(group.discarded)[group.rows(adapter)]
-        return float(shares.max())
+        return shares.tolist()
 
     def step_scale(self, adapter):
         """Returns the factor by which `max_update_ratio` scales steps.

@@ -78,8 +78,9 @@ def geolora_summary(
             long paths.
         optimizer: The `GeoLoRA` of a custom training loop, which knows what
             was dropped and the budget. Defaults to that of `model.compile`.
-        expand: Bool, whether to print a row for every layer of a large model.
-            Defaults to `False`.
+        expand: Bool, whether to print a row for every layer of a large model;
+            or `"experts"`, to print one for every expert, too. Defaults to
+            `False`.
 
     Returns:
         List of dicts, one for each adapted layer, also if the table is folded,
@@ -93,7 +94,7 @@ def geolora_summary(
         (a dict of the ranks before they were clipped, or empty).
 
     Raises:
-        ValueError: If no layer is adapted, or `style` is unknown.
+        ValueError: If no layer is adapted, or `style` or `expand` is unknown.
 
     Example:
 
@@ -114,6 +115,11 @@ def geolora_summary(
     if style not in ("text", "markdown"):
         raise ValueError(
             f"`style` must be 'text' or 'markdown'. Received: style={style!r}"
+        )
+    if expand not in (True, False, "experts"):
+        raise ValueError(
+            "`expand` must be `True`, `False` or 'experts'. Received: "
+            f"expand={expand!r}"
         )
     layers = adapted_layers(model)
     if not layers:
@@ -138,16 +144,22 @@ def geolora_summary(
         budget = int(ops.convert_to_numpy(budget))
         budget = budget if budget < UNLIMITED else None  # not yet
     total = sum(row["parameters"] for row in rows) or 1
-    for row in rows:
-        used = sum(row["ranks"]) if unit == "ranks" else row["parameters"]
-        row["parameter_share"] = row["parameters"] / total
-        row["budget_share"] = used / budget if budget else None
+    add_shares(rows, total, budget, unit)
     if print_fn is not None:
         write = as_text if style == "text" else as_markdown
         shown = rows
         if len(rows) > FEW_ROWS and not expand:
             known = add_raw_weights(dict(walk(model)), model)
             shown = folded_if_shorter(rows, known)
+        if expand == "experts":
+            shown = sum(
+                (
+                    rows_of_experts(row, layers[row["path"]].adapter, optimizer)
+                    for row in rows
+                ),
+                [],
+            )
+            add_shares(shown, total, budget, unit)
         sentences = [
             *totals(rows, budget, unit),
             Reach.of(model).sentence(),
@@ -165,29 +177,60 @@ def folded_if_shorter(rows, known):
     return folded if len(folded) < len(rows) else rows
 
 
+def add_shares(rows, total, budget, unit):
+    """Adds the shares of all parameters, and of the budget if there is one."""
+    for row in rows:
+        used = sum(row["ranks"]) if unit == "ranks" else row["parameters"]
+        row["parameter_share"] = row["parameters"] / total
+        row["budget_share"] = used / budget if budget else None
+
+
 def describe(path, adapter, optimizer=None):
     """Returns the row of one adapter, without its shares of the total."""
-    U, S, V = adapter.trimmed()
-    blocks = matrices([U, S, V], adapter.count)
+    shares = optimizer and optimizer.discarded_shares(adapter)
+    blocks = matrices(adapter.trimmed(), adapter.count)
+    row = row_of(path, adapter, blocks, shares)
+    return {**row, "experts": adapter.count}
+
+
+def rows_of_experts(row, adapter, optimizer=None):
+    """Returns a row for each expert, or that of an adapter without any."""
+    if adapter.count is None:
+        return [row]
+    shares = optimizer and optimizer.discarded_shares(adapter)
+    blocks = matrices(adapter.trimmed(), adapter.count)
+    return [
+        row_of(f"{row['path']}[{i}]", adapter, [block], shares and [shares[i]])
+        for i, block in enumerate(blocks)
+    ]
+
+
+def row_of(path, adapter, blocks, shares):
+    """Returns the row of some of the matrices of an adapter.
+
+    Args:
+        path: String.
+        adapter: `LowRankAdapter`.
+        blocks: List of `U, S, V`, the arrays of each matrix.
+        shares: List of what was discarded of each, or `None`.
+    """
     ranks = [used_columns(U) for U, _, _ in blocks]
-    sigma = np.array([S.diagonal() for _, S, _ in blocks])
+    sigma = np.array([S.diagonal() for _, S, _ in blocks]).max(axis=0)
     return {
         "path": path,
         "kernel_shape": (adapter.input_dim, adapter.output_dim),
-        "experts": adapter.count,
-        "rank": S.shape[-1],
+        "experts": None,
+        "rank": max(ranks),
         "ranks": ranks,
         "max_rank": adapter.max_rank,
         "parameters": sum(ranks) * adapter.parameters_per_rank,
-        "singular_values": (abs(adapter.scale) * sigma.max(axis=0)).tolist(),
+        "singular_values": (abs(adapter.scale) * sigma)[: max(ranks)].tolist(),
         "orthogonality_error": max(
             manifold.basis_error(basis, rank)
             for (U, _, V), rank in zip(blocks, ranks, strict=True)
             for basis in (U, V)
         ),
-        "discarded_share": (
-            None if optimizer is None else optimizer.discarded_share(adapter)
-        ),
+        "discarded_share": shares and max(shares),
     }
 
 

@@ -601,6 +601,51 @@ def test_a_style_that_is_unknown_is_refused(style):
         adapted().geolora_summary(style=style)
 
 
+@pytest.mark.parametrize("expand", ["all", None, 2])
+def test_what_cannot_be_expanded_is_refused(expand):
+    with pytest.raises(ValueError, match=f"Received: expand={expand!r}"):
+        adapted().geolora_summary(expand=expand)
+
+
+class Experts(keras.layers.Layer):
+    def build(self, shape):
+        self.maps = self.add_weight(name="maps", shape=(3, 8, 8))
+
+    def call(self, x):
+        return keras.ops.sum(keras.ops.einsum("bi,eio->ebo", x, self.maps), 0)
+
+
+def test_experts_have_rows_of_their_own_on_request():
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            Experts(name="experts"),
+            keras.layers.Dense(8, name="dense"),
+        ]
+    )
+    model.enable_geolora(2, targets="all-linear", seed=0)
+    compile_(model, GeoLoRA(keras.optimizers.Adam(1e-2), rank_budget=8))
+    take_a_step(model, X, Y)
+    adapter = adapted_layers(model)["experts/maps"].adapter
+    U, S, V = (np.array(x) for x in adapter.trimmed())
+    U[1, :, 1:] = S[1, 1:] = S[1, :, 1:] = V[1, :, 1:] = 0
+    S[0, 0, 0], S[2, 0, 0] = 0.5, 3.0
+    adapter.assign_factors(U, S, V)
+    rows, lines = printed(model, expand="experts", style="markdown")
+    assert [row["path"] for row in rows] == ["experts/maps", "dense"]
+    assert rows[0]["experts"] == 3 and rows[0]["ranks"] == [2, 1, 2]
+    table = [line for line in lines if line.startswith("| `")]
+    cells = [[cell.strip(" `") for cell in x.split("|")[1:]] for x in table]
+    assert [row[0] for row in cells] == [
+        *(f"experts/maps[{i}]" for i in range(3)),
+        "dense",
+    ]
+    assert [row[2] for row in cells[:3]] == ["2/4", "1/4", "2/4"]
+    assert cells[0][4] == "0.50" and cells[2][4] == "3.0"
+    assert [row[7] for row in cells[:3]] == ["34", "17", "34"]
+    assert [row[8] for row in cells[:3]] == ["25.0%", "12.5%", "25.0%"]
+
+
 def row_of(path, rank=16, shape=(768, 3072), **changed):
     return {
         "path": path,
