@@ -148,7 +148,10 @@ def judged(contender, rows):
 
 
 def print_table():
-    """Prints the results at the best rate of each method."""
+    """Prints the results at every rate; the best one of a method has a star.
+
+    The best is that of the lowest loss on the examples to choose by.
+    """
     found = {}
     for row in measured():
         by_rate = found.setdefault(
@@ -156,27 +159,27 @@ def print_table():
         )
         by_rate.setdefault(row["rate"], []).append(row)
     lines = []
-    for (task, rank, method), by_rate in sorted(found.items()):
-        rate = min(by_rate, key=lambda r: mean(by_rate[r], "validation"))
-        rows = by_rate[rate]
-        lines.append(
-            [
-                task,
-                rank,
-                method,
-                f"{rate:g}",
-                f"{mean(rows, 'loss'):.4f}",
-                f"{mean(rows, 'right'):.3f}",
-                f"{mean(rows, 'general'):.3f}",
-                f"{mean(rows, 'effective') / 1e3:.0f} k",
-                f"{mean(rows, 'seconds'):.0f}",
-                f"{mean(rows, 'peak_mib'):.0f}",
-                len(rows),
-            ]
-        )
+    for setting, by_rate in sorted(found.items()):
+        best = min(by_rate, key=lambda r: mean(by_rate[r], "validation"))
+        for rate, rows in sorted(by_rate.items()):
+            star = "*" if rate == best else ""
+            lines.append([*setting, f"{rate:g}{star}", *in_numbers(rows)])
     header = ["task", "rank", "method", "rate", "loss", "right"]
     header += ["other text", "parameters", "s", "MiB", "seeds"]
     print(measuring.markdown(header, lines))
+
+
+def in_numbers(rows):
+    """Returns the means over the seeds of a setting, as strings."""
+    return [
+        f"{mean(rows, 'loss'):.3f}",
+        f"{mean(rows, 'right'):.3f}",
+        f"{mean(rows, 'general'):.2f}",
+        f"{mean(rows, 'effective') / 1e3:.0f} k",
+        f"{mean(rows, 'seconds'):.0f}",
+        f"{mean(rows, 'peak_mib'):.0f}",
+        len(rows),
+    ]
 
 
 def mean(rows, key):
