@@ -177,6 +177,11 @@ def values_of(copies, named, layouts, family, folder):
                     f"'{name}' in '{folder}' has shape {value.shape}, but the "
                     f"model has shape {layout.torch_shape}. Nothing was loaded."
                 )
+            if not np.isfinite(value.astype("float32")).all():
+                raise AdapterFileError(
+                    f"'{name}' in '{folder}' has values that are not finite. "
+                    "Nothing was loaded."
+                )
             if key in found:
                 raise AdapterFileError(
                     f"'{folder}' has more than one parameter that could be "

@@ -103,7 +103,8 @@ def here(model):
         "padding_mask": np.ones_like(IDS),
         "segment_ids": 0 * IDS,
     }
-    return model.predict({x.name: inputs[x.name] for x in model.inputs})
+    outputs = model({x.name: inputs[x.name] for x in model.inputs})
+    return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
 
 def there(whole):
@@ -410,6 +411,23 @@ def test_copies_of_another_shape_are_refused(tmp_path):
     )
     with pytest.raises(AdapterFileError, match=r"classifier.* \(5, 16\)"):
         keras_geolora.import_peft(model, tmp_path / "adapter")
+
+
+@pytest.mark.backend_independent("it writes and reads files")
+def test_copies_that_are_not_finite_are_refused(tmp_path):
+    model = channels()
+    adapt(model, "conv", modules_to_save="last")
+    keras_geolora.export_peft(model, tmp_path, names={"conv": "0", "last": "4"})
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["base_model.model.4.bias"] *= np.nan
+    safetensors.numpy.save_file(tensors, path)
+    fresh = channels()
+    with pytest.raises(AdapterFileError, match="'4.bias'.*not finite"):
+        keras_geolora.import_peft(
+            fresh, tmp_path, names={"conv": "0", "last": "4"}
+        )
+    assert not adapted_layers(fresh)
 
 
 @pytest.mark.backend_independent("it writes and reads files")
