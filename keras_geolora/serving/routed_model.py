@@ -182,7 +182,21 @@ class RoutedModel(keras.Model):
             }
         )
         self._put(plan.contents)
+        resting = in_adapters(model)
+        self.acting = Untracked(
+            [v for v in self.variables if id(v) not in resting]
+        )
         self.built = True
+
+    @property
+    def variables(self):
+        """The variables that act: no adapter of the model, but the banks.
+
+        JAX is handed all of them in every call, and a model may have thousands
+        that belong to its adapters.
+        """
+        acting = vars(self).get("acting")
+        return super().variables if acting is None else list(acting.value)
 
     def _add_bank(self, path, layer, own):
         """Adds the bank of an adapted layer, whose bias may be its `own`."""
@@ -246,8 +260,7 @@ class RoutedModel(keras.Model):
     def add(self, name, path=None):
         """Puts an adapter into its place, or a free one.
 
-        An adapter that has a place gets new values. Nothing is traced again,
-        except on JAX where the model has got more adapters since.
+        An adapter that has a place gets new values. Nothing is traced again.
 
         Args:
             name: String, the name of the adapter.
@@ -380,6 +393,16 @@ class RoutedModel(keras.Model):
             "by `save_geolora`, and call `model.route_geolora()` again. "
             f"Received: model '{self.model.name}'"
         )
+
+
+def in_adapters(model):
+    """Returns the ids of the variables of all adapters of a model."""
+    return {
+        id(variable)
+        for layer in layers_with_adapters(model).values()
+        for adapter in layer.adapters_by_name().values()
+        for variable in adapter.variables
+    }
 
 
 def array_of(variable):

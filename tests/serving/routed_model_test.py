@@ -8,6 +8,7 @@ from moving import move
 
 import keras_geolora
 from keras_geolora.layers.adapter_bank import check_rows
+from keras_geolora.layers.factor import factor_of
 
 RNG = np.random.default_rng(0)
 
@@ -93,6 +94,14 @@ def test_another_mix_needs_no_new_trace(classifier, routed, asked, tmp_path):
     assert routed.predict_function is before
     if keras.backend.backend() != "torch":  # which runs the call every time
         assert not calls
+
+
+def test_calls_are_given_no_adapters_of_the_model(classifier, routed):
+    assert any(factor_of(v) for v in classifier.variables)
+    assert not any(factor_of(v) for v in routed.variables)
+    own = {id(v) for v in routed.variables}
+    assert {id(v) for bank in routed.banks for v in bank.variables} <= own
+    assert {id(v) for v in classifier.get_layer("logits").variables} <= own
 
 
 def test_an_adapter_is_replaced_by_what_it_has_learned_since(routed, asked):
