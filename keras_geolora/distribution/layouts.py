@@ -12,6 +12,7 @@ from that of the kernel instead:
 | `V`, `Q`        | (output_dim, max_rank) | rows as the columns of the kernel |
 | `S`             | (max_rank, max_rank)   | replicated                        |
 | `K`, `S`, `L`   | as `U`, `S`, `V`       | as any of these, stacked          |
+| of experts      | one more axis in front | that as the axis of the experts   |
 | all other state |                        | replicated                        |
 
 Under any other distribution, and without one, this module does nothing.
@@ -48,21 +49,29 @@ def layout_of(variable):
     return distribution.get_variable_layout(variable)
 
 
-def stacked_layout(layouts):
+def stacked_layout(layouts, banks):
     """Returns the layout of stacked variables.
 
     The stack is sharded along an axis if any of the variables is: a shard of
     a replicated variable costs no device more than the whole. So the stacks,
     and with them the names and the number of variables in a file, do not
-    depend on layouts.
+    depend on layouts. The axis of the stack is sharded if those of all its
+    parts are, as of experts, and alike.
 
     Args:
         layouts: List of `TensorLayout`s, or of `None`s.
+        banks: List of bools, whether a variable has an axis in front that
+            becomes a part of that of the stack.
     """
     if layouts[0] is None:
         return None
-    axes = [None]
-    for names in itertools.zip_longest(*(layout.axes for layout in layouts)):
+    apart = [
+        (layout.axes[0], layout.axes[1:]) if bank else (None, layout.axes)
+        for layout, bank in zip(layouts, banks, strict=True)
+    ]
+    first, *others = {name for name, _ in apart}
+    axes = [None if others else first]
+    for names in itertools.zip_longest(*(rest for _, rest in apart)):
         new = (name for name in names if name and name not in axes)
         axes.append(next(new, None))
     return keras.distribution.TensorLayout(axes, layouts[0].device_mesh)
@@ -111,8 +120,9 @@ def factor_layouts(layer, adapter, kernel, axes):
         layer: String, the path of the layer.
         adapter: String, the name of the adapter in it.
         kernel: Variable or tensor, the kernel that the layer computes with.
-        axes: Pair of lists, the axes of the kernel that become the rows and
-            the columns of its matrix.
+        axes: Lists of the axes of the kernel that become the rows and the
+            columns of its matrix, and, of experts, of those along which there
+            are several matrices.
 
     Returns:
         Dict from the paths of the factors to their `TensorLayout`s;
@@ -122,7 +132,7 @@ def factor_layouts(layer, adapter, kernel, axes):
     distribution = model_parallel()
     if distribution is None:
         return {}
-    rows, columns = kernel_sharding(distribution, kernel, axes)
+    rows, columns, *each = kernel_sharding(distribution, kernel, axes)
     layouts = {}
     shardings = {"U": rows, "S": None, "V": columns, "P": rows, "Q": columns}
     for role, sharding in shardings.items():
@@ -130,7 +140,7 @@ def factor_layouts(layer, adapter, kernel, axes):
         layout = stated_layout(distribution, layer, path)
         if layout is None:
             layout = keras.distribution.TensorLayout(
-                (sharding, None), distribution.device_mesh
+                (*each, sharding, None), distribution.device_mesh
             )
         layouts[path] = layout
     return layouts
@@ -143,13 +153,13 @@ def kernel_sharding(distribution, kernel, axes):
         distribution: `ModelParallel`.
         kernel: Variable. The layout of a tensor, which quantized layers
             compute, is not known.
-        axes: Pair of lists of axes of the kernel.
+        axes: Lists of axes of the kernel, as in `factor_layouts`.
 
     Returns:
-        Pair of the mesh axis, or `None`, of the rows and of the columns.
+        List of the mesh axis, or `None`, of each of these.
     """
     if not isinstance(kernel, keras.Variable):
-        return None, None
+        return [None for _ in axes]
     names = distribution.get_variable_layout(kernel).axes
     names += (None,) * (len(kernel.shape) - len(names))
 
@@ -158,8 +168,7 @@ def kernel_sharding(distribution, kernel, axes):
         long = [axis for axis in axes if kernel.shape[axis] > 1]
         return names[long[0]] if long else None
 
-    rows, columns = map(leading, axes)
-    return rows, columns
+    return list(map(leading, axes))
 
 
 def stated_layout(distribution, layer, path):

@@ -186,6 +186,18 @@ def is_bank(layer):
     return isinstance(layer, AdaptedWeight) and bool(layer.kernel_view.batch)
 
 
+def biases_beside(weight):
+    """Returns the names of the biases of the layer that owns a weight."""
+    names = (name for name, _ in variables_of(weight.source.owner))
+    return [name for name in names if name.endswith("bias")]
+
+
+def held_by_models(model):
+    """Returns the paths of the weights that models hold directly."""
+    models = (x for x in (model, *inside(model)) if isinstance(x, keras.Model))
+    return [v.path for x in models for v in trainable_from_birth(x)]
+
+
 def shared_variables(model):
     """Returns the ids of variables that more than one layer holds."""
     seen, shared = set(), set()

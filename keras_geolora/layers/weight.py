@@ -146,9 +146,7 @@ class AdaptedWeight(AdaptedLayer, keras.layers.Layer):
 
     def adapter_layouts(self, name):
         view = self.kernel_view
-        if view.batch:  # replicated
-            return {}
-        axes = view.rows, view.columns
+        axes = [view.rows, view.columns, *([view.batch] if view.batch else [])]
         return factor_layouts(
             self.path, adapter_name(name), self.variable, axes
         )

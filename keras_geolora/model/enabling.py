@@ -8,6 +8,7 @@ from keras_geolora.layers.adapted import DEFAULT, AdaptedLayer
 from keras_geolora.layers.clipping import clipped
 from keras_geolora.layers.factor import check_layers
 from keras_geolora.layers.options import AdapterOptions
+from keras_geolora.layers.raw_weights import biases_beside
 from keras_geolora.layers.tree import adapted_layers, layers_with_adapters
 from keras_geolora.model.adapted_model import (
     add_adapter,
@@ -24,7 +25,7 @@ from keras_geolora.model.checks import (
 from keras_geolora.model.compiled_functions import after_a_change, forget_traces
 from keras_geolora.model.parts import adaptations_of, adapted_parts, backbone_of
 from keras_geolora.model.substitution import value_of
-from keras_geolora.model.targeting import Layers
+from keras_geolora.model.targeting import Layers, is_weight
 
 
 def enable_geolora(
@@ -155,6 +156,8 @@ def enable_geolora(
             "`train_bias` must be `True` or `False`. Received: "
             f"train_bias={train_bias!r}"
         )
+    if train_bias:
+        check_biases(chosen)
     ranks = dict.fromkeys(chosen, rank)
     for pattern, other in reversed((rank_pattern or {}).items()):
         found = layers.named(pattern, "rank_pattern")
@@ -442,3 +445,25 @@ class Merged:
 def digest(variable):
     """Returns a hash of the bytes of a variable."""
     return hashlib.sha256(value_of(variable).tobytes()).digest()
+
+
+def check_biases(chosen):
+    """Refuses to train biases beside weights that belong to no own layer.
+
+    Args:
+        chosen: Dict from path to layer or `AdaptedWeight`.
+    """
+    beside = {
+        path: names
+        for path, layer in chosen.items()
+        if is_weight(layer) and (names := biases_beside(layer))
+    }
+    if beside:
+        path, names = next(iter(beside.items()))
+        raise ValueError(
+            "`train_bias=True` means the biases of layers with a kernel, and "
+            "reaches none beside weights that belong to no layer of their own. "
+            "Leave these out with `exclude`, or train their whole layer with "
+            f"`modules_to_save`. Received: train_bias=True, '{path}' beside "
+            f"{names}" + (f", ... ({len(beside)} in all)" * (len(beside) > 1))
+        )

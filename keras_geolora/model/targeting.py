@@ -4,7 +4,11 @@ import re
 
 import keras
 
-from keras_geolora.layers.raw_weights import add_raw_weights, is_bank
+from keras_geolora.layers.raw_weights import (
+    add_raw_weights,
+    held_by_models,
+    is_bank,
+)
 from keras_geolora.layers.registry import (
     LINEAR,
     adapted_class,
@@ -126,6 +130,7 @@ class Layers:
 
     def __init__(self, model, whole=None, weight_axes=None):
         self.name = model.name
+        self.held_by_models = held_by_models(model)
         given = WeightAxes(weight_axes)
         self.paths = add_raw_weights(dict(walk(model)), model, given)
         given.check_used(model.name)
@@ -238,10 +243,16 @@ class Layers:
             for path, layer in list(self.candidates.items())[:8]
         ]
         more = ", ..." if len(self.candidates) > 8 else ""
+        held = ""
+        if self.held_by_models:
+            held = (
+                " Weights that a model holds directly cannot be adapted; make "
+                f"them in a layer: {', '.join(self.held_by_models[:8])}."
+            )
         return (
             f"Layers that can be adapted: {', '.join(some)}{more} "
             f"({len(self.candidates)} in all). Words that select many layers: "
-            f"{', '.join(map(repr, WORDS))}."
+            f"{', '.join(map(repr, WORDS))}.{held}"
         )
 
     def _refusal(self, layer):

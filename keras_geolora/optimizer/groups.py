@@ -346,7 +346,8 @@ def alike_stacked(variables, counts, name):
     """Creates one variable for several of one shape, stacked."""
     size = sum(count or 1 for count in counts)
     shape = size, *variables[0].shape[-2:]
-    layout = stacked_layout([layout_of(v) for v in variables])
+    banks = [count is not None for count in counts]
+    layout = stacked_layout([layout_of(v) for v in variables], banks)
     return empty(shape, variables[0].dtype, name, layout)
 
 

@@ -12,6 +12,8 @@ from keras import distribution
 
 import keras_geolora
 from keras_geolora import GeoLoRA, GeoLoRADense
+from keras_geolora.distribution.layouts import stacked_layout
+from keras_geolora.layers.tree import adapted_layers
 
 DEVICES = 8
 LIMIT = 240  # seconds
@@ -303,6 +305,91 @@ def test_the_state_is_spread_as_the_factors():
     assert len(own) > 6
     kinds = {axes(v) for v in own if "bias" not in v.path}
     assert kinds == {(), (None,)}
+
+
+class Experts(keras.layers.Layer):
+    """A mixture as KerasHub writes it: every expert sees every row."""
+
+    def build(self, shape):
+        self.maps = self.add_weight(name="maps", shape=(8, 12, 4))
+
+    def call(self, x):
+        return keras.ops.sum(keras.ops.einsum("ti,eio->eto", x, self.maps), 0)
+
+
+def mixture(**options):
+    keras.utils.set_random_seed(0)
+    model = one_layer(Experts(name="experts"), (12,))
+    model.enable_geolora(rank=2, max_rank=4, targets="experts", seed=0)
+    (layer,) = adapted_layers(model).values()
+    model.compile(GeoLoRA(keras.optimizers.Adam(1e-2), **options), loss="mse")
+    return model, layer
+
+
+# Layout of the experts, and those of their U, S and V.
+SPREAD_EXPERTS = {
+    "experts": (("model", None, None), *[("model", None, None)] * 3),
+    "experts, by less": (("model",), *[("model", None, None)] * 3),
+    "rows": ((None, "model", None), (None, "model", None), *[(None,) * 3] * 2),
+    "columns": (
+        (None, None, "model"),
+        *[(None,) * 3] * 2,
+        (None, "model", None),
+    ),
+    "both": (
+        ("batch", None, "model"),
+        *[("batch", None, None)] * 2,
+        ("batch", "model", None),
+    ),
+    "nothing": ((None,) * 3, *[(None,) * 3] * 3),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("case", SPREAD_EXPERTS)
+def test_experts_are_spread_as_their_kernels_and_train(case):
+    layout, *expected = SPREAD_EXPERTS[case]
+    x, y = rows()
+    with spread({".*experts/maps": layout}).scope():
+        model, layer = mixture(cut_interval=4)
+        assert list(factor_axes(layer).values()) == expected
+        model.fit(x[:64], y[:64], 16, shuffle=False, verbose=0)
+        # It trains as it was spread.
+        assert list(factor_axes(layer).values()) == expected
+        (group,) = model.optimizer._groups.content
+        K, S, L = (v[0] for v in group.unknowns.variables)
+        assert [axes(v) for v in (K, S, L)] == expected
+        delta = np.array(layer.delta())
+    model, layer = mixture(cut_interval=4)
+    model.fit(x[:64], y[:64], 16, shuffle=False, verbose=0)
+    alone = np.array(layer.delta())
+    assert np.linalg.norm(alone) > 1e-5
+    assert np.linalg.norm(alone - delta) <= 1e-3 * np.linalg.norm(alone)
+
+
+def test_a_stack_is_spread_along_itself_only_if_all_its_parts_are():
+    class Layout:
+        def __init__(self, *axes):
+            self.axes, self.device_mesh = axes, None
+
+    def stacked(*layouts):
+        banks = [len(layout.axes) == 3 for layout in layouts]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                distribution, "TensorLayout", lambda axes, mesh: tuple(axes)
+            )
+            return stacked_layout(list(layouts), banks)
+
+    bank, other = Layout("model", "batch", None), Layout("batch", None)
+    assert stacked(bank, bank) == ("model", "batch", None)
+    assert stacked(bank, other) == (None, "batch", None)
+    assert stacked(bank, Layout(None, None, None)) == (None, "batch", None)
+    assert stacked(other, other) == (None, "batch", None)
+    assert stacked(bank, Layout("model", "model", None)) == (
+        "model",
+        "batch",
+        None,
+    )
 
 
 @on_devices

@@ -374,3 +374,30 @@ def test_a_user_says_what_the_axes_of_a_weight_are(tmp_path):
 def test_axes_that_make_no_sense_are_refused(axes, error, message):
     with pytest.raises(error, match=message):
         model_of(Grouped).enable_geolora(targets="all", weight_axes=axes)
+
+
+def test_biases_beside_weights_are_not_passed_over_in_silence():
+    message = r"'moe/gate' beside \['bias'\], ... \(2 in all\)"
+    with pytest.raises(ValueError, match=message):
+        model_of().enable_geolora(targets="experts", train_bias=True)
+    model_of("listed").enable_geolora(targets="all", train_bias=True)
+
+
+def test_a_weight_that_a_model_holds_is_named():
+    class Holder(keras.Model):
+        def __init__(self):
+            super().__init__(name="holder")
+            self.dense = keras.layers.Dense(INPUTS)
+            self.own = self.add_weight(name="own", shape=(INPUTS, INPUTS))
+
+        def call(self, x):
+            return ops.matmul(self.dense(x), self.own)
+
+    model = Holder()
+    model(plain.random((2, INPUTS)))
+    with pytest.raises(ValueError, match=r"make them in a layer: .*own\."):
+        model.enable_geolora(targets=".*own")
+    lines = []
+    model.enable_geolora(targets="all")
+    model.geolora_summary(print_fn=lines.append)
+    assert any("No adapter reaches" in x and "own" in x for x in lines)
