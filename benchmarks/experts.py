@@ -37,8 +37,6 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -127,22 +125,8 @@ def settings(args):
 
 def memory(args):
     """Measures the memory of each method in a process of its own."""
-    found = {}
-    for method in args.methods:
-        command = [sys.executable, __file__, "memory_of", "--methods", method]
-        for option, value in {
-            "backend": args.backend,
-            **settings(args),
-        }.items():
-            command += [f"--{option}", str(value)]
-        output = subprocess.run(
-            command,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **GIVE_BACK},
-        )
-        found[method] = json.loads(output.stdout.splitlines()[-1])
+    options = {"backend": args.backend, **settings(args)}
+    found = measuring.memory_alone(__file__, args.methods, options, GIVE_BACK)
     measuring.append(
         RESULT,
         {
@@ -158,16 +142,8 @@ def memory_of(args):
     """Prints the memory of one method, as JSON in the last line."""
     (method,) = args.methods
     step = STEPS[method](args)
-    measuring.forget_peak()
-    before = measuring.resident_kib("VmRSS")
-    step()  # compiles, and makes the state of the optimizer
-    measuring.forget_peak()
-    for _ in range(3):
-        step()
-    peak = measuring.resident_kib("VmHWM")
-    print(
-        json.dumps({"rise": (peak - before) // 1024, "process": peak // 1024})
-    )
+    measuring.forget_peak()  # gives back what building the model needed
+    print(json.dumps(measuring.memory_of_steps(step)))
 
 
 def tokens_of(args):

@@ -11,6 +11,8 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
 import time
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -162,6 +164,50 @@ def forget_peak():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_alone(script, methods, options, environment=None):
+    """Measures the memory of each method in a process of its own.
+
+    Args:
+        script: String, the file with a command `memory_of` that prints what
+            `memory_of_steps` returns.
+        methods: List of names.
+        options: Dict from option of the script to value.
+        environment: Dict of more variables of these processes.
+
+    Returns:
+        Dict from method to what the script printed.
+    """
+    found = {}
+    for method in methods:
+        command = [sys.executable, script, "memory_of", "--methods", method]
+        for option, value in options.items():
+            command += [f"--{option.replace('_', '-')}", str(value)]
+        output = subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        found[method] = json.loads(output.stdout.splitlines()[-1])
+    return found
+
+
+def memory_of_steps(step):
+    """Returns the MiB by which steps raise the process, and its largest size.
+
+    The first step, which compiles and makes the state of the optimizer, does
+    not count.
+    """
+    before = resident_kib("VmRSS")
+    step()
+    forget_peak()
+    for _ in range(3):
+        step()
+    peak = resident_kib("VmHWM")
+    return {"rise": (peak - before) // 1024, "process": peak // 1024}
 
 
 def remember(variables):

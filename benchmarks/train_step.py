@@ -18,8 +18,6 @@ allocator called in every step, as its manual says. Rows are added to
 import argparse
 import json
 import os
-import subprocess
-import sys
 
 import measuring
 
@@ -98,18 +96,8 @@ def settings(args):
 
 def memory(args):
     """Measures the memory of each method in a process of its own."""
-    found = {}
-    for method in args.methods:
-        command = [sys.executable, __file__, "memory_of", "--methods", method]
-        for option, value in {
-            "backend": args.backend,
-            **settings(args),
-        }.items():
-            command += [f"--{option.replace('_', '-')}", str(value)]
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True
-        )
-        found[method] = json.loads(output.stdout.splitlines()[-1])
+    options = {"backend": args.backend, **settings(args)}
+    found = measuring.memory_alone(__file__, args.methods, options)
     measuring.append(
         RESULT,
         {
@@ -125,15 +113,7 @@ def memory_of(args):
     """Prints the memory of one method, as JSON in the last line."""
     (method,) = args.methods
     step = STEPS[method](args)
-    before = measuring.resident_kib("VmRSS")
-    step()  # compiles, and makes the state of the optimizer
-    measuring.forget_peak()
-    for _ in range(3):
-        step()
-    peak = measuring.resident_kib("VmHWM")
-    print(
-        json.dumps({"rise": (peak - before) // 1024, "process": peak // 1024})
-    )
+    print(json.dumps(measuring.memory_of_steps(step)))
 
 
 def keras_step(prepare):

@@ -72,7 +72,7 @@ class PeftFile:
 
     def _sort(self, key, tensor):
         """Keeps a tensor that is no factor."""
-        module, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        module, _, parameter = key.rpartition(".")
         module, is_base = re.subn(r"\.base_layer$", "", module)
         if is_base and parameter == "weight":
             self.bases[module] = tensor

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 from moving import move
+from small_models import llama
 
 import keras_geolora
 from keras_geolora.model.forgotten import check_tokenizer
@@ -17,17 +18,7 @@ X = {
 
 
 def language_model(quantized=None, **options):
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=32,
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        **options,
-    )
-    model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    model = llama(**options)
     if quantized:
         model.quantize(config=quantized)
     return model

@@ -14,6 +14,7 @@ from hugging_face import (
     IDS,
     MASK,
     MODELS,
+    SMALL,
     hugging_face,
     keras_hidden,
     keras_model,
@@ -65,15 +66,6 @@ def test_transformers_and_keras_hub_load_the_merged_model(name, base, tmp_path):
 
 
 # Checkpoints of several files, in half precision, with heads.
-
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 16,
-}
 
 
 def llama(base, dtype="float32", tied=False, **options):
