@@ -199,8 +199,6 @@ class GeoLoRA(OnKeras):
         interval=1,
         cut=20,
     ):
-        from keras import ops
-
         import keras_geolora
         from keras_geolora.layers.tree import adapted_layers
 
@@ -214,17 +212,14 @@ class GeoLoRA(OnKeras):
             sum(layer.kernel_view.matrix_shape)
             for layer in self.layers.values()
         )
-
-        def fall_to_budget(step):
-            left = 1.0 - ops.cast(step, "float32") / (falling * self.steps)
-            return budget * (1 + (room - 1) * ops.maximum(left, 0.0) ** 3)
-
         if room == 1:
             budget = None
+        elif falling:
+            budget = falling_budget(budget, room, falling * self.steps)
         return keras_geolora.GeoLoRA(
             inner,
             tolerance,
-            parameter_budget=fall_to_budget if falling else budget,
+            parameter_budget=budget,
             max_update_ratio=ratio,
             retraction_interval=interval,
             cut_interval=cut,
@@ -238,6 +233,20 @@ class GeoLoRA(OnKeras):
             layer.rank * layer.adapter.parameters_per_rank
             for layer in self.layers.values()
         )
+
+
+def falling_budget(budget, room, steps):
+    """Returns a budget that falls from `room` times as much within the steps.
+
+    As the cube of the steps left, like the schedule of AdaLoRA.
+    """
+    from keras import ops
+
+    def budget_at(step):
+        left = ops.maximum(1.0 - ops.cast(step, "float32") / steps, 0.0)
+        return budget * (1 + (room - 1) * left**3)
+
+    return budget_at
 
 
 class PlainLoRA(OnKeras):

@@ -34,7 +34,7 @@ class OnKeras:
         import instructions
         import keras
 
-        self.rank = rank
+        self.rank, self.steps = rank, steps
         self.model, _ = instructions.load(folder)
         self.layers = {}
         optimizer = self.adapt(make_adamw(steps), **options)
@@ -97,9 +97,13 @@ class OnKeras:
 
 
 class GeoLoRA(OnKeras):
-    """This library, with the parameters that LoRA of the rank has."""
+    """This library, with the parameters that LoRA of the rank has.
 
-    def adapt(self, inner, room=2, **options):
+    With `falling`, the budget begins at `room` times as much, and falls within
+    that share of the steps.
+    """
+
+    def adapt(self, inner, room=2, falling=0.0, **options):
         import keras_geolora
         from keras_geolora.layers.tree import adapted_layers
 
@@ -112,6 +116,10 @@ class GeoLoRA(OnKeras):
             sum(layer.kernel_view.matrix_shape)
             for layer in self.layers.values()
         )
+        if falling:
+            budget = contenders.falling_budget(
+                budget, room, falling * self.steps
+            )
         return keras_geolora.GeoLoRA(inner, parameter_budget=budget, **options)
 
     def train(self, *args):
@@ -298,6 +306,8 @@ METHODS = {
     "untrained": (Untrained, {}),
     "geolora": (GeoLoRA, {}),
     "geolora, every step": (GeoLoRA, measuring.PAPER),
+    "geolora, no bound": (GeoLoRA, {"max_update_ratio": None}),
+    "geolora, falling budget": (GeoLoRA, {"falling": 0.6}),
     "keras_lora": (KerasLoRA, {}),
     "peft_lora": (PEFTLoRA, {}),
     "peft_rslora": (PEFTLoRA, {"use_rslora": True}),
