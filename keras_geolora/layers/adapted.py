@@ -614,7 +614,9 @@ class AdaptedProduct(AdaptedLayer):
         # `training`.
         anew = training is None and is_computed_again(self)
         many = merging_pays(
-            self._count_rows(inputs), *self.kernel_view.matrix_shape
+            self._count_rows(inputs),
+            *self.kernel_view.matrix_shape,
+            self.adapter.max_rank,
         )
         if not (anew or may_train(training)):
             if many or is_sparse(inputs) or self._is_fused:

@@ -280,14 +280,23 @@ def may_train(training):
     return bool(training) if is_known(training) else True
 
 
-def merging_pays(rows, input_dim, output_dim):
+def merging_pays(rows, input_dim, output_dim, columns):
     """Returns whether `merged_product` is likely faster than two products.
 
     A separate low-rank product processes all rows of inputs and outputs once
     more, the sum all entries of the kernel. On torch the sum takes new memory
-    every time. `benchmarks/train_step.py --form` compares the two.
+    every time, however many columns the factors have.
+    `benchmarks/train_step.py --form` compares the two.
+
+    Args:
+        rows: Number of inputs, infinite if unknown.
+        input_dim: Int.
+        output_dim: Int.
+        columns: Int, those of a factor.
     """
-    price = 4 if keras.backend.backend() == "torch" else 1
+    price = 1
+    if keras.backend.backend() == "torch":
+        price = 4 / 3 + 20 / columns
     return rows * (input_dim + output_dim) >= price * input_dim * output_dim
 
 
