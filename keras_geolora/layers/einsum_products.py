@@ -7,6 +7,7 @@ sum, as large as the kernel, is never formed.
 """
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -56,8 +57,14 @@ class Labels:
             Pair of `Labels` and of whether the product is that with the
             transposed matrices; or `None`.
         """
-        letters = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation.replace(" ", ""))
         axes = view.batch, view.rows, view.columns
+        return cls._read(equation, axes)
+
+    @classmethod
+    @functools.cache
+    def _read(cls, equation, axes):
+        """Does so for the axes of a view, once for each equation."""
+        letters = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation.replace(" ", ""))
         if letters is None or [len(a) for a in axes] != [1, 1, 1]:
             return None
         inputs, kernel, outputs = letters.groups()
