@@ -240,13 +240,11 @@ def falling_budget(budget, room, steps):
 
     As the cube of the steps left, like the schedule of AdaLoRA.
     """
-    from keras import ops
+    import keras
 
-    def budget_at(step):
-        left = ops.maximum(1.0 - ops.cast(step, "float32") / steps, 0.0)
-        return budget * (1 + (room - 1) * left**3)
-
-    return budget_at
+    return keras.optimizers.schedules.PolynomialDecay(
+        room * budget, steps, budget, power=3
+    )
 
 
 class PlainLoRA(OnKeras):
