@@ -124,7 +124,7 @@ def einsum_product(labels, x, kernel, factors, scale, merged, known=None):
         labels: `Labels`.
         x: Tensor, the inputs.
         kernel: Tensor, the matrices, of the dtype of `x`. A constant.
-        factors: Tuple of the factors of a bank, all five of them. For the
+        factors: Tuple of the five factors of a batched adapter. For the
             product with transposed matrices, those of the transpose.
         scale: Float.
         merged: Bool, whether to form the sum of matrices and updates. Else the
@@ -214,7 +214,7 @@ def is_torch():
 
 
 def einsum_gradients(labels, x, g, factors, scale, xU, gV):
-    """Returns the geometric gradients of the factors of a bank.
+    """Returns the geometric gradients of the factors of a batched adapter.
 
     Args:
         labels: `Labels`.
