@@ -46,15 +46,15 @@ class Labels:
 
     @classmethod
     def of(cls, equation, view):
-        """Returns the letters of a product, or `None` if it is no such one.
+        """Returns the letters of a product, or `None` if it is of another form.
 
         Args:
             equation: String, as in `ops.einsum`, of inputs and kernel.
             view: `KernelView` of the kernel.
 
         Returns:
-            Pair of `Labels` and of whether the product is that with the
-            transposed matrices; or `None`.
+            Pair of `Labels` and a bool, whether the matrices are transposed;
+            or `None`.
         """
         letters = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation.replace(" ", ""))
         axes = view.batch, view.rows, view.columns

@@ -187,7 +187,7 @@ class AdaptedWeight(AdaptedLayer, keras.layers.Layer):
 
     @property
     def has_rule(self):
-        """Bool, whether `einsum` can work at all, in training."""
+        """Bool, whether `einsum` applies to this weight in training."""
         return (
             bool(self.kernel_view.batch)
             and self.acts

@@ -25,8 +25,8 @@ def generation_of(plain_class):
 
     @functools.wraps(plain_class.make_generate_function)
     def make_generate_function(self):
-        # It is not the compiled function, which a training makes invalid if it
-        # was compiled without `P` and `Q`; and somebody may keep it.
+        # Not the compiled function itself: somebody may keep that, and after
+        # training it is wrong if it was compiled without `P` and `Q`.
         return functools.partial(generated, self, plain_class)
 
     @functools.wraps(plain_class.generate_step)
