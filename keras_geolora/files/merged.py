@@ -323,7 +323,7 @@ class Merge:
                     key = self._find(module, names)
                     self._check(key, value.shape, module)
                     self.copies[key] = value
-                elif module != LM_HEAD:  # a tied one is no tensor
+                elif module != LM_HEAD:  # a tied one is not in the file
                     self.added[names[0]] = value
 
     def _find(self, what, names):

@@ -71,7 +71,7 @@ class PeftFile:
             self._add(stem, kind, pair)
 
     def _sort(self, key, tensor):
-        """Keeps a tensor that is no factor."""
+        """Keeps a tensor that is not a factor."""
         module, _, parameter = key.rpartition(".")
         module, is_base = re.subn(r"\.base_layer$", "", module)
         if is_base and parameter == "weight":

@@ -293,8 +293,8 @@ class LowRankAdapter(keras.layers.Layer):
         """Returns `A` and `B`, of which `A @ B` is the update, scaled.
 
         Args:
-            at_rest: Bool, whether `P` and `Q` are known to be zero, and nobody
-                asks for gradients. Otherwise the factors have twice as many
+            at_rest: Bool, whether `P` and `Q` are known to be zero, and no
+                gradients are needed. Otherwise the factors have twice as many
                 columns and rows, and the geometric gradients. Defaults to
                 `False`.
 
