@@ -145,7 +145,7 @@ def main():
 
 
 def options_of(method, args):
-    """Returns a list of the options with which a method shall run."""
+    """Returns a list of the options with which a method is run."""
     if method == "geolora":
         fixed = {"room": args.room, "interval": args.interval, "cut": args.cut}
         if args.falling:
@@ -302,7 +302,7 @@ def settings(schedule):
 
 
 def complete_rows():
-    """Returns the rows that are not of somebody who tried the script."""
+    """Returns the rows with the full number of examples, no trial runs."""
     rows, sizes = measured(), {}
     for row in rows:
         sizes[row["task"]] = max(sizes.get(row["task"], 0), row["train"])

@@ -15,7 +15,7 @@ can be varied alone, at time 2, with plain gradient descent:
   several tolerances in every step;
 - `late`: from a matrix of rank 3 with singular values 1, 0.7 and 0.5, beside
   which the directions that are missing are small; no cut or cuts, in every
-  step or, as is the default of the library, in every 20th;
+  step or, as was the default of version 0.1.0, in every 20th;
 - `epsilon`: from zero, with a full-rank matrix added to the one asked for,
   rank 6 at most;
 - `small`: from a matrix of rank 6 whose smallest singular value

@@ -395,7 +395,7 @@ NAMES = {
 def draw(file):
     """Draws the parameters over epochs, from every rank."""
     settings = found()
-    columns = 2 if len(settings) <= 4 else 3
+    columns = 2
     rows = -(-len(settings) // columns)
     figure, axes = measuring.figure(rows, columns, width=5 * columns)
     for axis in list(axes.flat)[len(settings) :]:

@@ -143,7 +143,7 @@ def exchange(folder, stage, names):
 def can_link(stage):
     """Returns whether links can be made, and makes `now`, the one in between.
 
-    Windows allows them to few users, and file systems such as FAT to nobody.
+    Windows allows them to few users, and file systems such as FAT to none.
     """
     try:
         os.symlink("old", stage / "now", target_is_directory=True)

@@ -14,5 +14,5 @@ A module has `ENGINES`, a dict from names to classes with
   that it holds, for those of this process;
 - `exchanged(model, x, y, batch)`: list of the sizes in bytes of what replicas
   exchange in one step, one number for each tensor;
-- `close()`: leaves the others in peace.
+- `close()`: ends the connection to other processes.
 """

@@ -88,8 +88,8 @@ class ModelParallel(Spread):
         mesh = keras.distribution.DeviceMesh(
             (replicas, self.devices_of_replica), ["batch", "model"]
         )
-        # For the pretrained model, by somebody who did not think of adapters:
-        # these keys mean all weights of a layer that are no bias.
+        # Written for the pretrained model, without adapters in mind: these keys
+        # match all weights of a layer except the bias.
         layouts = keras.distribution.LayoutMap(mesh)
         layouts["(?!.*(bias|output)).*(first|third).*"] = (None, "model")
         layouts["(?!.*(bias|output)).*(second|logits).*"] = ("model", None)

@@ -6,7 +6,7 @@ from keras import ops
 
 
 class Single:
-    """What `engines` asks for, where there is nobody else."""
+    """One replica, in one process."""
 
     def __init__(self, args):
         del args

@@ -5,7 +5,7 @@ import keras
 from keras_geolora.callbacks.reading import updates_of
 from keras_geolora.optimizer.of_model import geolora_optimizers
 
-# So many updates give new directions time to grow.
+# As many updates give new directions time to grow.
 ENOUGH = 20
 
 
@@ -16,11 +16,10 @@ class EpochCut(keras.callbacks.Callback):
     that is validated, saved and returned has no directions that the next cut
     would remove. `fit` of a model with `enable_geolora` adds it automatically.
 
-    New directions need time to grow. So of epochs with fewer than 20 updates,
-    and than the `cut_interval` of the optimizer, only those end with a cut in
-    which the number of updates passed a multiple of that. In the others
-    adapters only return to the manifold (`optimizer.settle()`). Neither is
-    there another cut if the last step of an epoch was one.
+    New directions need time to grow. So an epoch ends with a cut only if the
+    number of all updates passes a multiple of 20 in it, or of `cut_interval` if
+    that is smaller. After other epochs adapters only return to the manifold
+    (`optimizer.settle()`). There is no second cut if the last step was one.
 
     Example:
 

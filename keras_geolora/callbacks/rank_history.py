@@ -29,7 +29,7 @@ class RankHistory(IntervalCallback):
             `keras_geolora.plot_ranks`. Optional; needs `matplotlib`.
         interval: Int, number of batches between two readings. Each of them
             waits for the device and copies a basis of every layer. Defaults
-            to 20, the `cut_interval` of `GeoLoRA`; in between ranks only grow.
+            to 20, the most steps for which `GeoLoRA` keeps ranks by default.
 
     Attributes:
         steps: List of ints, the number of updates at each reading.

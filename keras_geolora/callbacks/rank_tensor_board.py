@@ -39,7 +39,7 @@ class RankTensorBoard(IntervalCallback):
             `keras.callbacks.TensorBoard` for example. Defaults to `"logs"`.
         interval: Int, number of batches between two readings. Each of them
             waits for the device and copies a basis of every layer. Defaults
-            to 20, the `cut_interval` of `GeoLoRA`; in between ranks only grow.
+            to 20, the most steps for which `GeoLoRA` keeps ranks by default.
         histogram_freq: Int, number of epochs between two histograms; 0 for
             none. Defaults to 1.
 

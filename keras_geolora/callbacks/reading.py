@@ -9,9 +9,9 @@ class IntervalCallback(keras.callbacks.Callback):
     """Reads something at intervals while `fit` runs.
 
     Before the first batch, every `interval` batches, and at the end of every
-    epoch. Like updates, batches are counted across epochs, so that an interval
-    equal to the `cut_interval` of `GeoLoRA` coincides with its cuts. Readings
-    before and after the cut at the end of an epoch have the same step.
+    epoch. Like updates, batches are counted across epochs, so that readings can
+    coincide with the cuts of `GeoLoRA`. Readings before and after the cut at
+    the end of an epoch have the same step.
     """
 
     def __init__(self, interval):

@@ -49,25 +49,25 @@ def layout_of(variable):
     return distribution.get_variable_layout(variable)
 
 
-def stacked_layout(layouts, banks):
+def stacked_layout(layouts, batched):
     """Returns the layout of stacked variables.
 
     The stack is sharded along an axis if any of the variables is: a shard of
     a replicated variable costs no device more than the whole. So the stacks,
     and with them the names and the number of variables in a file, do not
-    depend on layouts. The axis of the stack is sharded if those of all its
-    parts are, as of experts, and alike.
+    depend on layouts. The axis of the stack is sharded if every part has such
+    an axis, as experts do, and all are sharded alike.
 
     Args:
         layouts: List of `TensorLayout`s, or of `None`s.
-        banks: List of bools, whether a variable has an axis in front that
-            becomes a part of that of the stack.
+        batched: List of bools, whether a variable has an axis of matrices in
+            front, which becomes a part of the axis of the stack.
     """
     if layouts[0] is None:
         return None
     apart = [
-        (layout.axes[0], layout.axes[1:]) if bank else (None, layout.axes)
-        for layout, bank in zip(layouts, banks, strict=True)
+        (layout.axes[0], layout.axes[1:]) if has_axis else (None, layout.axes)
+        for layout, has_axis in zip(layouts, batched, strict=True)
     ]
     first, *others = {name for name, _ in apart}
     axes = [None if others else first]

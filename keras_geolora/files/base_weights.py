@@ -7,7 +7,7 @@ from keras_geolora.layers.tree import stable_paths
 from keras_geolora.model.parts import backbone_of
 from keras_geolora.model.substitution import value_of
 
-# The prefix of keys of variables that are in a task, not in its backbone.
+# The prefix of the keys of variables that a task has outside its backbone.
 HEAD = "head:"
 
 

@@ -1,4 +1,4 @@
-"""What of an adapter goes into other formats: products of factors."""
+"""An adapter as other formats need it: products of factors by path."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ class Exported:
         classes: Dict from path to the name of the Keras layer's class.
         family: String, the name of the backbone's class in `FAMILIES`, or
             `None`.
-        left: List of strings, what trained beside the factors.
+        left: List of the keys of what trained beside the factors.
         is_task: Bool, whether it is the adapter of a task, not of a backbone.
         model_class: String, the name of the model's class.
         beside: Dict from path to a dict from parameter to array: what trained

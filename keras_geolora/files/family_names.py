@@ -1,7 +1,7 @@
 """What transformers 5 calls the layers of KerasHub's backbones, as data.
 
-A path is that of a layer in KerasHub, a name that of a module in the model of
-transformers without a head. `[1/3]` is the second third of the columns of a
+Keys are paths of layers in KerasHub, values are names of modules in the model
+of transformers without a head. `[1/3]` is the second third of the columns of a
 kernel, and of the bias.
 """
 
@@ -38,19 +38,19 @@ LLAMA = ("transformer_layer_", "layers.", DECODER)
 def experts_of(block, moe):
     """Returns the names of a block with experts.
 
-    The parameters of experts are no modules: `mlp.experts.gate_up_proj` has a
-    matrix for each expert.
+    The experts are parameters, not modules: `mlp.experts.gate_up_proj` has a
+    matrix for each of them.
 
     Args:
         block: Dict from path to name, of a block without experts.
         moe: String, the path of the layer with the experts.
     """
-    bank = f"{moe}/experts/expert_feedforward"
+    experts = f"{moe}/experts/expert_feedforward"
     shared = f"{moe}/shared_expert_dense/feedforward"
     return {
         **block,
-        f"{bank}_gate_dense": "mlp.experts.gate_up_proj",
-        f"{bank}_output_dense": "mlp.experts.down_proj",
+        f"{experts}_gate_dense": "mlp.experts.gate_up_proj",
+        f"{experts}_output_dense": "mlp.experts.down_proj",
         f"{moe}/sparse_feedforward_gate_dense": "mlp.gate",
         f"{moe}/shared_expert_gate_dense": "mlp.shared_expert_gate",
         f"{shared}_gate_dense": "mlp.shared_expert.gate_proj",

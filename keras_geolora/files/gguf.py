@@ -50,8 +50,8 @@ def export_gguf(model, path, name=None, dtype="float32"):
     `lora_b = scale * V S`, named after that of the kernel, such as
     `blk.0.attn_q.weight.lora_a`. Ranks may differ.
 
-    Known are KerasHub's Llama, Llama3, Mistral, Qwen, Qwen3, Gemma and Gemma 2.
-    The file is written by the package `gguf`:
+    The families are KerasHub's Llama, Llama3, Mistral, Qwen, Qwen3, Gemma and
+    Gemma 2. The package `gguf` writes the file:
     `pip install "keras_geolora[gguf]"`.
 
     Args:
@@ -64,14 +64,14 @@ def export_gguf(model, path, name=None, dtype="float32"):
 
     Returns:
         Dict: `architecture`, what llama.cpp calls the family; `rank`, the
-        largest one; `dtype`; `rounding_error`, the largest over all layers of
-        the norm of an update's error relative to the norm of the update.
+        largest one; `dtype`; `rounding_error`, the largest relative error of
+        an update after rounding, in the Frobenius norm.
 
     Raises:
         TypeError: If `model` is not a `keras.Model`.
         ValueError: If there is no such adapter, its bases are not orthonormal,
             the family is another one, or the adapter has parts that llama.cpp
-            would leave out, such as trained biases.
+            would ignore, such as trained biases.
         ModuleNotFoundError: If `gguf` is not installed.
         OSError: If the file cannot be written; an older one is unchanged.
 

@@ -31,7 +31,7 @@ from keras_geolora.model.checks import check_model
 from keras_geolora.whole_files import write_together
 
 CONFIG = "config.json"
-# Weights in other formats, which would be those of the base.
+# Endings of files with weights. They are not copied: they are of the base.
 OTHER_WEIGHTS = (
     ".bin",
     ".ckpt",
@@ -50,13 +50,13 @@ def export_merged_safetensors(model, folder, base, name=None, names=None):
     """Writes the merged model as a Hugging Face folder, from that of its base.
 
     `transformers.AutoModel.from_pretrained(folder)` reads it, and every server
-    of such models. The files of the base are copied; of its weights, those that
-    an adapter updates become `base + scale * U S V.T`, and those that trained
-    beside it are replaced. Tensors keep their names, shapes and dtypes, and are
-    read and written one by one. The model itself is not merged.
+    of such models. The files of the base are copied. Adapted weights become
+    `base + scale * U S V.T`, and what trained beside them is replaced. Tensors
+    keep their names, shapes and dtypes, and are read and written one by one.
+    The model itself is not merged.
 
-    Known are the families of `export_peft`; `names` are for others. An earlier
-    export is exchanged, all files at once.
+    The families are those of `export_peft`; pass `names` for others. All files
+    of an earlier export are replaced at once.
 
     Args:
         model: `keras.Model` on which `enable_geolora` was called.
@@ -68,10 +68,11 @@ def export_merged_safetensors(model, folder, base, name=None, names=None):
         names: As in `export_peft`.
 
     Returns:
-        Dict: `changed`, the number of tensors; `added`, the names of those that
-        the base does not have, such as a new head; `rounding_error`, the
-        largest over all updated tensors of the norm of what rounding to the
-        dtype of the base changes, relative to the norm of the update.
+        Dict: `changed`, the number of changed tensors; `added`, the names of
+        those that the base does not have, such as a new head;
+        `rounding_error`, the largest over all updated tensors of the error of
+        rounding to the dtype of the base, relative to the update, in the
+        Frobenius norm.
 
     Raises:
         TypeError: If `model` is not a `keras.Model`.
@@ -268,8 +269,8 @@ class Merge:
             left, right = right.swapaxes(0, 1), left.swapaxes(0, 1)
         elif name == "AdaptedWeight":
             raise ValueError(
-                "Of the adapted weights that belong to no layer of their own, "
-                "only experts and embeddings have a known place. Leave it out: "
+                "A weight that belongs to no layer of its own can only be "
+                "merged if it is an expert or an embedding. Leave it out: "
                 f"`enable_geolora(exclude=...)`. Received: '{path}'"
             )
         flip = is_transposed(self.adapter.family, module) and not is_embedding
@@ -304,9 +305,9 @@ class Merge:
         """Finds the tensors of what trained beside the factors."""
         if copies.nameless:
             raise ValueError(
-                "A merged model has all that trained. Name the layers of these "
-                f"variables with `names`. Received: {some(copies.nameless)} "
-                "without a name"
+                "A merged model must contain all that trained. Pass `names` "
+                "for the layers of these variables. Received: "
+                f"{some(copies.nameless)} without a name"
             )
         heads = {
             split_name(self.named[path])[0]
@@ -322,7 +323,7 @@ class Merge:
                     key = self._find(module, names)
                     self._check(key, value.shape, module)
                     self.copies[key] = value
-                elif module != LM_HEAD:  # a tied one is no tensor
+                elif module != LM_HEAD:  # a tied one is not in the file
                     self.added[names[0]] = value
 
     def _find(self, what, names):
@@ -388,7 +389,7 @@ def config_with_labels(path, added):
 
 
 def check_target(folder, base, files):
-    """Refuses a folder in which a model of other files would be found."""
+    """Refuses the folder of the base, and one with other weights in it."""
     if folder.exists() and folder.resolve() == base.resolve():
         raise ValueError(
             "The merged model needs a folder of its own. Received: the base, "
@@ -401,6 +402,6 @@ def check_target(folder, base, files):
     ]
     if others:
         raise ValueError(
-            "Readers would find weights of another model in the folder. "
+            "The folder has weights that readers would load instead. "
             f"Choose an empty one. Received: '{folder}' with {some(others)}"
         )

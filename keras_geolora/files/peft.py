@@ -1,4 +1,4 @@
-"""Adapters of Hugging Face PEFT, to and fro."""
+"""Writes adapters of Hugging Face PEFT, and reads them."""
 
 import pathlib
 
@@ -26,7 +26,7 @@ from keras_geolora.files.products import add_products
 from keras_geolora.files.rounding import norm
 from keras_geolora.files.torch_layout import is_convolution, layouts_in
 from keras_geolora.layers.adapted import DEFAULT
-from keras_geolora.layers.raw_weights import is_bank, with_raw_weights
+from keras_geolora.layers.raw_weights import is_batched, with_raw_weights
 from keras_geolora.layers.registry import kernel_view
 from keras_geolora.model.checks import (
     check_can_adapt,
@@ -51,18 +51,20 @@ def export_peft(
     """Writes an adapter as a LoRA adapter of Hugging Face PEFT.
 
     The folder gets `adapter_config.json` and `adapter_model.safetensors`, for
-    `peft.PeftModel.from_pretrained(hf_model, folder)`. Files of an earlier
-    export are exchanged, both at once. A layer's update
-    `scale * U S V.T` becomes `lora_A = U.T` and `lora_B = scale * V S`; the
-    ranks are in `rank_pattern`. Experts become `target_parameters`, with the
-    largest rank for all experts of a parameter, embeddings `lora_embedding_A`
-    and `lora_embedding_B`, and convolutions two convolutions. The embedding
-    of a `CausalLM`, whose transpose computes the logits, is written for
-    `lm_head`, too.
+    `peft.PeftModel.from_pretrained(hf_model, folder)`. Both files of an earlier
+    export are replaced at once. The update of a layer, `scale * U S V.T`,
+    becomes `lora_A = U.T` and `lora_B = scale * V S`; ranks are in
+    `rank_pattern`. Other layers are written as follows:
+
+    - experts as `target_parameters`; all experts of a parameter get the
+      largest of their ranks,
+    - embeddings as `lora_embedding_A` and `lora_embedding_B`; that of a
+      `CausalLM`, whose transpose computes the logits, for `lm_head`, too,
+    - convolutions as two convolutions.
 
     What trained beside the factors is written as well: biases of adapted layers
     (`bias="lora_only"`), and heads, norms and other layers as whole modules
-    (`modules_to_save`). A warning lists what has no name there.
+    (`modules_to_save`). A warning lists what has no name in PEFT.
 
     The module names of transformers 5 are known for the backbones Bert,
     Roberta, XLMRoberta, DebertaV3, DistilBert, Llama, Llama3, Mistral, Qwen,
@@ -85,24 +87,24 @@ def export_peft(
             config. Defaults to `None`.
         pad: Bool, whether to pad all layers with zeros to the largest rank, for
             readers that expect one rank. Defaults to `False`.
-        server: String, `"vllm"` or `"sglang"`, whose rules the files shall
-            keep: padded ranks, whole packs of projections, the names of a
-            model with its head, and nothing that the server would leave out.
-            Both read the same files. Defaults to `None`.
+        server: String, `"vllm"` or `"sglang"`, the server that is to load the
+            files. All layers get one rank, projections that the server fuses
+            are written together, and modules have their names in the model
+            with its head. What the server would ignore is refused. Both
+            servers read the same files. Defaults to `None`.
         dtype: String, `"float32"`, `"float16"` or `"bfloat16"`, of the factors.
             Defaults to `"float32"`, which loses nothing.
 
     Returns:
         Dict: `rank`, the largest one; `dtype`; `rounding_error`, the largest
-        over all modules of the norm of an update's error relative to the norm
-        of the update; with `server` also `max_lora_rank`, what to start the
-        server with.
+        relative error of an update after rounding, in the Frobenius norm; with
+        `server` also `max_lora_rank`, what to start the server with.
 
     Raises:
         TypeError: If `model` is not a `keras.Model`.
         ValueError: If there is no such adapter, its bases are not
             orthonormal, a layer has no name or no counterpart in PEFT's LoRA,
-            a server would leave a part out, or a number is too large for
+            the server would ignore a part, or a number is too large for
             `dtype`.
         OSError: If a file cannot be written.
 
@@ -189,8 +191,8 @@ def import_peft(model, folder, name=DEFAULT, names=None):
     others = {key.rpartition("/")[0] for key in layouts} - set(layers)
     family = family_of(model)
     named = module_names(family, layers, names, complete=False, others=others)
-    banks = {path for path, layer in layers.items() if is_bank(layer)}
-    parameters = {split_name(named[p])[0] for p in banks & set(named)}
+    experts = {path for path, layer in layers.items() if is_batched(layer)}
+    parameters = {split_name(named[p])[0] for p in experts & set(named)}
     file = PeftFile(config, tensors, parameters)
     modules = dict(file.modules)
     heads = [] if LM_HEAD in named.values() else list(filter(is_head, modules))
@@ -228,7 +230,7 @@ def import_peft(model, folder, name=DEFAULT, names=None):
 
 
 def carriers(scope):
-    """Returns a dict from path to layer of what PEFT can have factors for.
+    """Returns a dict from path to layer, of layers that PEFT can adapt.
 
     Args:
         scope: The model, or its backbone.
@@ -239,7 +241,7 @@ def carriers(scope):
         if kernel_view(layer) is not None
         and (
             plain_class_name(layer) != "AdaptedWeight"
-            or is_bank(layer)
+            or is_batched(layer)
             or path.endswith("/embeddings")
         )
     }
@@ -247,7 +249,7 @@ def carriers(scope):
 
 def kind_and_shape(layer):
     """Returns the arguments of `Factors.pair` for a layer."""
-    if is_bank(layer):
+    if is_batched(layer):
         return "experts", kernel_view(layer).count, None
     if kernel_view(layer).name == "embeddings":
         return "embedding", None, None
@@ -281,7 +283,7 @@ def check_heads(model, layers, updates, heads, folder):
 
 
 def check_copied_heads(model, layers, values, strange, file, folder):
-    """Refuses an embedding and a head with different copies, likewise.
+    """Refuses an embedding and a head with different copies.
 
     Returns:
         `strange`, without the head of an embedding that is tied.

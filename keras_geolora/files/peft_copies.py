@@ -1,7 +1,7 @@
-"""What trained beside the factors, as PEFT has it: copies of whole modules.
+"""What trained beside the factors, as PEFT stores it.
 
-`modules_to_save` of a config are modules of which the file has every parameter,
-and `bias="lora_only"` says that it has the biases of adapted modules.
+Modules in `modules_to_save` are in the file with all their parameters. With
+`bias="lora_only"` the biases of adapted modules are, too.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Copies:
     Attributes:
         biases: Dict from module to array, of adapted modules.
         saved: Dict from module to a dict from parameter to array.
-        nameless: List of strings, what has no place.
+        nameless: List of strings, the variables that have no name in PEFT.
     """
 
     biases: dict = dataclasses.field(default_factory=dict)
@@ -86,7 +86,7 @@ def placed(adapter, named, path, parameter):
 
 
 def joined(adapter, named, module, parameter, blocks):
-    """Returns the value of a parameter of which layers hold parts.
+    """Returns the value of a parameter that several layers hold in parts.
 
     Args:
         adapter: `Exported`.
@@ -125,17 +125,17 @@ def tie(copies, adapter, dotted):
 
 
 def check_names(saved, family, named):
-    """Refuses names that PEFT would also take for those of other modules."""
+    """Refuses names of saved modules that PEFT would also match to others."""
     inner = FAMILIES[family][2].values() if family else ()
     others = {split_name(name)[0] for name in (*inner, *named.values())}
     for module in saved:
         same = {x for x in others if x.endswith(module) and x != module}
         if same - {x for x in others if x.endswith(f".{module}")}:
             raise ValueError(
-                "PEFT takes every module whose name ends with that of a saved "
-                "one for a copy, too. Export for the model with its head: "
+                "PEFT would also replace every other module whose name ends "
+                "like that of a saved one. Export for the model with its head: "
                 f"adapt the task, or pass `prefix`. Received: saved module "
-                f"'{module}', and another one like '{min(same)}'"
+                f"'{module}', and another one, '{min(same)}'"
             )
 
 

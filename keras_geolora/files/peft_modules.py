@@ -1,4 +1,4 @@
-"""The factors of layers, as modules of PEFT have them.
+"""The factors of layers, as PEFT stores them for its modules.
 
 | kind | module of PyTorch | `A` | `B` |
 | --- | --- | --- | --- |
@@ -22,8 +22,8 @@ MERGE = (
     "Leave it out with `enable_geolora(exclude=...)`, write "
     "`model.save_geolora(path)`, or merge and export the whole model"
 )
-# Families with experts, of which PEFT takes every module that is called like a
-# projection for one of them. As parameters they are named in full.
+# In these families PEFT mistakes every module that is named like a projection
+# of the experts for one of these. Parameters are targeted by their full names.
 NAMED_IN_FULL = "MixtralBackbone", "QwenMoeBackbone", "Qwen3MoeBackbone"
 
 
@@ -52,9 +52,9 @@ def kind_of(path, class_name, adapter, module):
         return "embedding"
     if class_name == "AdaptedWeight" or "Conv" in class_name:
         raise ValueError(
-            "PEFT has no counterpart for an adapter of a transposed "
-            "convolution, or of a weight that belongs to no layer of its own, "
-            f"but for experts and embeddings. {MERGE}. Received: '{path}'"
+            "PEFT has no counterpart for the adapter of a transposed "
+            "convolution, or of a weight that belongs to no layer of its own "
+            f"(except experts and embeddings). {MERGE}. Received: '{path}'"
         )
     if adapter.family in NAMED_IN_FULL and ".mlp." in module:
         return "parameter"
@@ -87,7 +87,7 @@ def check_embedding(path, model_class):
 
 
 def check_products(classes):
-    """Raises if a layer is none that multiplies rows with its kernel.
+    """Refuses layers that do not multiply rows by their kernel.
 
     Args:
         classes: Dict from path to the name of the layer's class.
@@ -145,7 +145,7 @@ def head_of(pair):
     return B.T, A.T
 
 
-# What is in a file.
+# The tensors of a file.
 
 
 def tensors_of(key, pair, kind, convolution=None):
@@ -195,9 +195,9 @@ def rank_of(pair, kind, convolution=None):
 
 
 def nesting(parameters):
-    """Returns where PEFT has the factors of the parameters of one module.
+    """Returns where PEFT stores the factors of the parameters of a module.
 
-    It wraps the module once for each, in the order in which it has them.
+    PEFT wraps the module once for each parameter, in the module's order.
 
     Args:
         parameters: Names of parameters.
@@ -207,8 +207,8 @@ def nesting(parameters):
     """
     if len(parameters) > 1 and not set(parameters) <= set(EXPERTS):
         raise ValueError(
-            "Of the parameters of one module PEFT nests the factors, in an "
-            f"order that is known for {' and '.join(EXPERTS)} only. {MERGE}. "
+            "PEFT nests the factors of several parameters of one module. The "
+            f"order is only known for {' and '.join(EXPERTS)}. {MERGE}. "
             f"Received: {', '.join(map(repr, parameters))} in one module"
         )
     order = [x for x in EXPERTS if x in parameters] or list(parameters)
@@ -224,9 +224,8 @@ class Factors:
         B: Array.
         kind: String, `"embedding"`, `"experts"` or `"linear"`, which may also
             be a convolution.
-        strength: What to divide by the rank, or by its root, to get the factor
-            of the product.
-        root: Float, 1 or 0.5.
+        strength: Float, `alpha`. The update is `strength / rank**root * B A`.
+        root: Float, 1, or 0.5 with rank-stabilized scaling.
         stem: String, how the names of the tensors begin.
     """
 

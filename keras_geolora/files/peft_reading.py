@@ -14,8 +14,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Options of PEFT with which an adapter is not an update of kernels and copies
-# of modules.
+# With these options of PEFT an adapter is more than updates of kernels and
+# copies of modules.
 UNSUPPORTED = (
     "use_dora",
     "lora_bias",
@@ -71,7 +71,7 @@ class PeftFile:
             self._add(stem, kind, pair)
 
     def _sort(self, key, tensor):
-        """Keeps a tensor that is no factor."""
+        """Keeps a tensor that is not a factor."""
         module, _, parameter = key.rpartition(".")
         module, is_base = re.subn(r"\.base_layer$", "", module)
         if is_base and parameter == "weight":
@@ -134,7 +134,7 @@ def ends_with(name, endings):
 def read_peft(folder):
     """Returns config and tensors of one export, even if another is under way.
 
-    An export exchanges both files at once, but maybe between two of our reads.
+    An export replaces both files at once, perhaps between our two reads.
     """
     config = None
     while config != (latest := read_peft_config(folder / CONFIG)):
@@ -162,8 +162,8 @@ def read_peft_config(path):
         )
     if kind != "LORA" or unsupported:
         raise AdapterFileError(
-            "Only plain LoRA can be imported, updates of kernels and copies of "
-            f"modules that trained. Received: '{path}' with peft_type='{kind}'"
+            "Only plain LoRA can be imported: updates of kernels, and copies "
+            f"of trained modules. Received: '{path}' with peft_type='{kind}'"
             + (f" and {unsupported}" if unsupported else "")
         )
     check_init(path, config.get("init_lora_weights"))

@@ -91,9 +91,9 @@ def write_peft(folder, adapter, names, prefix, base_model, pad, server, dtype):
     }
     if copies.nameless:
         warnings.warn(
-            "These variables trained, too, and have no name in PEFT's model: "
-            f"{some(copies.nameless)}. They are not in '{folder}'. Pass "
-            "`names`, or save them with `model.save_geolora(...)`.",
+            "These variables trained, but have no name in PEFT's model and are "
+            f"not in '{folder}': {some(copies.nameless)}. Pass `names`, or "
+            "save them with `model.save_geolora(...)`.",
             stacklevel=3,
         )
     folder = pathlib.Path(folder)
@@ -141,12 +141,12 @@ class Modules:
                 self.kinds[LM_HEAD] = "linear"
 
     def serve(self, server, names):
-        """Makes the modules keep the rules of a server."""
+        """Changes the modules to what a server can load."""
         parameters = [m for m, x in self.kinds.items() if is_parameter(x)]
         if parameters:
             raise ValueError(
-                "A server reads factors of modules, and in models with experts "
-                f"PEFT has those of parameters. {MERGE}. Received: "
+                "Servers read the factors of modules. In models with experts "
+                f"PEFT stores those of parameters. {MERGE}. Received: "
                 f"server={server!r} and the parameters {some(parameters)}"
             )
         check_served(server, self.pairs, self.adapter.left)
@@ -214,7 +214,7 @@ class Modules:
         return stems
 
     def config(self):
-        """Returns what a config says of a LoRA whose `B` contain the scale."""
+        """Returns the config of a LoRA whose factors `B` contain the scale."""
         ranks = {self.full_name(m): self.rank(m) for m in self.pairs}
         parameters = [
             self.full_name(m)
@@ -242,5 +242,5 @@ class Modules:
 
 
 def is_parameter(kind):
-    """Returns whether PEFT has a module as a parameter of another."""
+    """Returns whether PEFT targets a parameter instead of a module."""
     return kind in ("parameter", "experts")

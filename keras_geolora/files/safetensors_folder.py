@@ -1,4 +1,4 @@
-"""The tensors of a folder of Hugging Face, read and written one by one."""
+"""The tensors of a Hugging Face folder, read and written one by one."""
 
 import json
 import pathlib
@@ -88,7 +88,7 @@ class SafetensorsFolder:
         self._headers[name], self._starts[name] = header, 8 + length
 
     def named(self, ending):
-        """Returns the tensors that are called like this, after any prefix."""
+        """Returns the names that are this one, or end with it after a dot."""
         dotted = f".{ending}"
         return [x for x in self.entries if x == ending or x.endswith(dotted)]
 
@@ -97,11 +97,11 @@ class SafetensorsFolder:
         return tuple(self.entries[key]["shape"])
 
     def dtype(self, key):
-        """Returns the name of a dtype with real numbers, or `None`."""
+        """Returns the name of a floating-point dtype, or `None`."""
         return DTYPES.get(self.entries[key]["dtype"])
 
     def read(self, key):
-        """Returns a tensor with real numbers as an array."""
+        """Returns a floating-point tensor as an array."""
         dtype = np.dtype(self.dtype(key))
         data = b"".join(self._chunks(key))
         return np.frombuffer(data, dtype).reshape(self.shape(key))

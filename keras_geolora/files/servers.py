@@ -1,4 +1,4 @@
-"""What vLLM and SGLang ask of a PEFT folder, beyond what PEFT asks.
+"""What vLLM and SGLang require of a PEFT folder, beyond what PEFT does.
 
 Read in the sources of vLLM 0.33 (`lora/peft_helper.py`, `lora/lora_model.py`,
 `config/lora.py`) and of SGLang 0.5.23 (`lora/lora.py`, `lora/mem_pool.py`):
@@ -34,7 +34,7 @@ def check_server(server):
 
 
 def check_served(server, modules, left):
-    """Raises if a server would leave out a part of an adapter.
+    """Raises if a server would ignore a part of an adapter.
 
     Args:
         server: String, one of `SERVERS`.

@@ -1,4 +1,4 @@
-"""How a module of PyTorch holds the variables of a Keras layer."""
+"""How PyTorch modules store the variables of Keras layers."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ PARAMETERS = {
     # A module of its own, wherever the layer is.
     "reverse_embeddings": f"{LM_HEAD}.weight",
 }
-# Those that have one axis.
+# Variables with one axis.
 VECTORS = "gamma", "scale", "beta", "moving_mean", "moving_variance"
 
 
@@ -101,7 +101,7 @@ def layout_of_kernel(shape, layer):
 
 
 def is_convolution(layer):
-    """Returns whether a layer is a convolution that PyTorch stores alike."""
+    """Returns whether a layer is a convolution, and not a transposed one."""
     kinds = keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D
     others = (
         keras.layers.Conv1DTranspose,

@@ -142,7 +142,7 @@ def advance(block, change, moving, max_change=None, longest=None):
         block: `Block` before the step.
         change: `Unknowns`, the change by the inner step. Columns that are not
             in use stay zero.
-        moving: Bool array `(...)`, false where nothing shall move.
+        moving: Bool array `(...)`, false where nothing is to move.
         max_change: Array `(...)` or `None`, the bound on the Frobenius norm of
             a step. If the longest step so far, this one included, exceeds it
             when rescaled to the current rank, the step is scaled down by that
@@ -154,7 +154,7 @@ def advance(block, change, moving, max_change=None, longest=None):
     Returns:
         Tuple of the `Block` after the step, `longest` with this step, and a
         bool array `(...)`, whether the step was finite. Where it was not, or
-        nothing shall move, the block and `longest` are as before.
+        nothing is to move, the block and `longest` are as before.
     """
     U, S, V, P, Q = block
     active = active_columns(U)

@@ -1,6 +1,6 @@
 """How the slots of the inner optimizer follow the moving bases.
 
-The columns of `U` and `V` change at every step, so an unchanged moment buffer
+The columns of `U` and `V` change at every retraction, so an unchanged moment
 would refer to directions that no longer exist. How a slot moves depends on its
 kind, which `register_slot_rules` declares for each optimizer class.
 

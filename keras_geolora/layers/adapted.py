@@ -437,7 +437,7 @@ class AdaptedLayer:
 
     @property
     def rank(self):
-        """Int, the rank of the active update; of a bank, the largest."""
+        """Int, the rank of the active update, the largest of all matrices."""
         self._check_is_adapted()
         return self.adapter.rank
 

@@ -83,10 +83,10 @@ class LowRankAdapter(keras.layers.Layer):
     the cost of the full gradient of the kernel.) Train the factors with
     `keras_geolora.GeoLoRA`; other optimizers are refused.
 
-    **A bank** is an adapter of `count` matrices of one shape, as of the experts
-    of a layer. Its factors have one more axis, the first, and every matrix has
-    a rank of its own; all else holds for each matrix. It cannot be called: the
-    layer that has it computes with the sum of kernels and `delta()`.
+    **A batched adapter** updates `count` matrices of one shape, such as the
+    experts of a layer. Its factors have one more axis, the first, and every
+    matrix has a rank of its own; all else holds for each matrix. It cannot be
+    called: its layer computes with the sum of kernels and `delta()`.
 
     Args:
         input_dim: Int, rows of the kernel.
@@ -102,8 +102,8 @@ class LowRankAdapter(keras.layers.Layer):
         dropout: Float in [0, 1), share of the update's inputs to drop in
             training. Defaults to 0.
         seed: Int or `None`, for the bases and the dropout.
-        count: Int, the number of matrices of a bank. Defaults to `None`, an
-            ordinary adapter of one matrix.
+        count: Int, the number of matrices of a batched adapter. Defaults to
+            `None`, an ordinary adapter of one matrix.
 
     Input shape:
         `(..., input_dim)`, or integers `(...)`, which stand for one-hot
@@ -285,7 +285,7 @@ class LowRankAdapter(keras.layers.Layer):
     def delta(self):
         """Returns the update, float32, `(input_dim, output_dim)`.
 
-        That of a bank is `(count, input_dim, output_dim)`.
+        That of a batched adapter is `(count, input_dim, output_dim)`.
         """
         return low_rank_matrix(self._factors(), self.scale)
 
@@ -293,8 +293,8 @@ class LowRankAdapter(keras.layers.Layer):
         """Returns `A` and `B`, of which `A @ B` is the update, scaled.
 
         Args:
-            at_rest: Bool, whether `P` and `Q` are known to be zero, and nobody
-                asks for gradients. Otherwise the factors have twice as many
+            at_rest: Bool, whether `P` and `Q` are known to be zero, and no
+                gradients are needed. Otherwise the factors have twice as many
                 columns and rows, and the geometric gradients. Defaults to
                 `False`.
 
@@ -346,9 +346,9 @@ class LowRankAdapter(keras.layers.Layer):
         """Returns `U`, `S` and `V` as arrays, without unused columns.
 
         Between two retractions these are the factors that a retraction gives:
-        the update without what exceeds `max_rank`. The factors of a bank have
-        the columns of its largest rank; those of other matrices are padded
-        with zeros.
+        the update without what exceeds `max_rank`. The factors of a batched
+        adapter have as many columns as its largest rank; those of matrices
+        with a smaller rank are padded with zeros.
         """
         return each_trimmed(
             self.factors_as_arrays(), self.max_rank, self.min_rank
@@ -366,7 +366,7 @@ class LowRankAdapter(keras.layers.Layer):
             S: Array of shape `(rank, rank)`, diagonal and nonnegative.
             V: Array of shape `(output_dim, rank)`, columns orthonormal.
 
-        Those of a bank have one more axis in front, as `trimmed` gives them.
+        Those of a batched adapter have one more axis in front, as in `trimmed`.
         """
         values = {"U": U, "S": S, "V": V}
         for role, variable in zip(Block._fields, self.factors, strict=True):
@@ -425,7 +425,7 @@ class LowRankAdapter(keras.layers.Layer):
     def kernel_norm(self):
         """Returns the norm of the updated kernel; zero if there is none.
 
-        That of a bank is an array `(count,)`.
+        That of a batched adapter is an array `(count,)`.
         """
         return 0.0 if self.count is None else np.zeros(self.count, "float32")
 
@@ -443,7 +443,7 @@ class LowRankAdapter(keras.layers.Layer):
 
     @property
     def rank(self):
-        """Int, the number of columns in use; of a bank, the largest rank.
+        """Int, the number of columns in use, the largest of all matrices.
 
         Between two retractions the update has at most twice this rank.
         """

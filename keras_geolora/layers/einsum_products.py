@@ -47,15 +47,15 @@ class Labels:
 
     @classmethod
     def of(cls, equation, view):
-        """Returns the letters of a product, or `None` if it is no such one.
+        """Returns the letters of a product, or `None` if it is of another form.
 
         Args:
             equation: String, as in `ops.einsum`, of inputs and kernel.
             view: `KernelView` of the kernel.
 
         Returns:
-            Pair of `Labels` and of whether the product is that with the
-            transposed matrices; or `None`.
+            Pair of `Labels` and a bool, whether the matrices are transposed;
+            or `None`.
         """
         axes = view.batch, view.rows, view.columns
         return cls._read(equation, axes)
@@ -131,7 +131,7 @@ def einsum_product(labels, x, kernel, factors, scale, merged, known=None):
         labels: `Labels`.
         x: Tensor, the inputs.
         kernel: Tensor, the matrices, of the dtype of `x`. A constant.
-        factors: Tuple of the factors of a bank, all five of them. For the
+        factors: Tuple of the five factors of a batched adapter. For the
             product with transposed matrices, those of the transpose.
         scale: Float.
         merged: Bool, whether to form the sum of matrices and updates. Else the
@@ -221,7 +221,7 @@ def is_torch():
 
 
 def einsum_gradients(labels, x, g, factors, scale, xU, gV):
-    """Returns the geometric gradients of the factors of a bank.
+    """Returns the geometric gradients of the factors of a batched adapter.
 
     Args:
         labels: `Labels`.

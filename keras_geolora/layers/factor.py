@@ -83,8 +83,8 @@ def matrices(factors, count):
     """Returns the factors of each matrix, as a list of tuples.
 
     Args:
-        factors: List of arrays `U, S, V` or `U, S, V, P, Q`, those of a bank
-            or of one matrix.
+        factors: List of arrays `U, S, V` or `U, S, V, P, Q`, those of one
+            matrix or with an axis of matrices in front.
         count: Int, the number of matrices, or `None` for an ordinary adapter.
     """
     if count is None:
@@ -114,7 +114,8 @@ def each_trimmed(factors, max_rank=None, min_rank=1):
     """Returns `U`, `S` and `V` without unused columns, as arrays.
 
     Args:
-        factors: List of five arrays, those of a bank or of one matrix.
+        factors: List of the arrays `U, S, V, P, Q`, with an axis of matrices
+            in front or not.
         max_rank: Int, the largest rank. Defaults to that of the update.
         min_rank: Int, the smallest rank. Defaults to 1.
     """

@@ -181,7 +181,7 @@ def view_by_axes(variable, axes):
     return KernelView(variable.name, shape, rows, columns, batch)
 
 
-def is_bank(layer):
+def is_batched(layer):
     """Returns whether a weight holds a matrix for each expert."""
     return isinstance(layer, AdaptedWeight) and bool(layer.kernel_view.batch)
 

@@ -19,7 +19,7 @@ def walk(layer, path="", name_of=operator.attrgetter("name")):
     Paths join layer names with `/`, from the outside in. A shared layer has the
     path at which it comes first; of layers with equal names, the later ones get
     a number. Adapters and what is inside them are left out, and so are
-    `AdaptedWeight`s, which are no layers of the model.
+    `AdaptedWeight`s, which are not layers of the model.
     """
     seen, taken = set(), set()
 

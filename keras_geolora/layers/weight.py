@@ -53,7 +53,7 @@ from keras_geolora.layers.products import may_train, transposed
 SUMS = contextvars.ContextVar(
     "keras_geolora_sums", default=types.MappingProxyType({})
 )
-# Weights whose sums are not formed before a call, likewise.
+# Weights in these calls whose sums are not formed beforehand, by the same ids.
 APART = contextvars.ContextVar(
     "keras_geolora_apart", default=types.MappingProxyType({})
 )
@@ -187,7 +187,7 @@ class AdaptedWeight(AdaptedLayer, keras.layers.Layer):
 
     @property
     def has_rule(self):
-        """Bool, whether `einsum` can work at all, in training."""
+        """Bool, whether `einsum` applies to this weight in training."""
         return (
             bool(self.kernel_view.batch)
             and self.acts

@@ -142,7 +142,7 @@ class Adaptation:
         if not came and layers == known and are_same(head, self.head):
             return
         self._check_changes(came)
-        rests = self._paused is not None
+        was_paused = self._paused is not None
         self.resume()  # its paused flags refer to positions
         self.frozen.update(self.scope)
         paths = self._path_of()
@@ -156,14 +156,14 @@ class Adaptation:
         self.head = head
         self._trains_in_head += [v for v in new_in_head if v.trainable]
         vars(self).pop("_trains", None)
-        self._find_companions_anew()
-        if rests:
+        self._find_co_trained_again()
+        if was_paused:
             self.pause()
 
-    def _find_companions_anew(self):
+    def _find_co_trained_again(self):
         """Finds the co-trained variables again, after layers changed."""
         # Kept alive while new ones come: variables are known by their id.
-        before = self._all_companions()
+        before = self._all_co_trained()
         for adapter in self.adapters.values():
             adapter.co_trained = self._co_trained_by(
                 adapter.layers.values(),
@@ -179,7 +179,7 @@ class Adaptation:
                 }
         self._pretrained = {
             id(v): self.pretrained(v) if contains(before, v) else value_of(v)
-            for v in self._all_companions()
+            for v in self._all_co_trained()
         }
 
     def _check_changes(self, came):
@@ -207,7 +207,7 @@ class Adaptation:
     def add(self, name, layers, saved_layers, train_bias):
         """Records an adapter that its layers have, and activates it."""
         if self.active is not None:
-            self._put_away()
+            self._deactivate()
         co_trained = self._co_trained_by(layers, saved_layers, train_bias)
         for variable in co_trained:
             self._pretrained.setdefault(id(variable), value_of(variable))
@@ -220,12 +220,12 @@ class Adaptation:
             train_bias,
             co_trained,
         )
-        self._take_up(name)
+        self._activate(name)
 
     def give_up(self, name, active):
         """Drops an adapter that was not completed and activates another."""
         self.adapters.pop(name, None)
-        self._take_up(active)
+        self._activate(active)
 
     def _co_trained_by(self, layers, saved_layers, train_bias):
         """Returns the variables that train beside the factors of an adapter."""
@@ -243,8 +243,8 @@ class Adaptation:
         """Activates one adapter."""
         if name != self.active:
             with self.keeping_manual_changes():
-                self._put_away()
-                self._take_up(name)
+                self._deactivate()
+                self._activate(name)
 
     def delete(self, name):
         """Deletes an adapter that is not active."""
@@ -253,7 +253,7 @@ class Adaptation:
                 layer.delete_adapter(name)
             self.freeze()
 
-    def restore_companions(self):
+    def restore_co_trained(self):
         """Resets the co-trained variables to their values before training."""
         for variable in self.adapters[self.active].co_trained:
             variable.assign(self.pretrained(variable))
@@ -413,7 +413,7 @@ class Adaptation:
         """
         arrays = {
             f"pretrained_{i}": self.pretrained(variable)
-            for i, variable in enumerate(self._all_companions())
+            for i, variable in enumerate(self._all_co_trained())
         }
         for a, name in enumerate(self.adapters):
             if name != self.active:
@@ -423,7 +423,7 @@ class Adaptation:
 
     def restore_values(self, arrays):
         """Restores the arrays that `stored_values` returned."""
-        for i, variable in enumerate(self._all_companions()):
+        for i, variable in enumerate(self._all_co_trained()):
             self._pretrained[id(variable)] = np.array(arrays[f"pretrained_{i}"])
         for a, (name, adapter) in enumerate(self.adapters.items()):
             if name != self.active:
@@ -432,7 +432,7 @@ class Adaptation:
                     for i, v in enumerate(adapter.co_trained)
                 }
 
-    def _all_companions(self):
+    def _all_co_trained(self):
         adapters = self.adapters.values()
         co_trained = {id(v): v for a in adapters for v in a.co_trained}
         return list(co_trained.values())
@@ -463,7 +463,7 @@ class Adaptation:
         values = self.values(self.active)
         return [
             (v, values.get(id(v), self.pretrained(v)))
-            for v in self._all_companions()
+            for v in self._all_co_trained()
         ]
 
     def freeze(self):
@@ -496,10 +496,10 @@ class Adaptation:
             finally:
                 adapter.values = None
 
-    def _put_away(self):
+    def _deactivate(self):
         adapter = self.adapters[self.active]
         adapter.values = self.values(self.active)
-        self.restore_companions()
+        self.restore_co_trained()
 
     def activate_layers(self):
         """Makes the layers use the active adapter."""
@@ -507,12 +507,12 @@ class Adaptation:
             for layer in adapter.layers.values():
                 layer.activate_adapter(self.active)
 
-    def _take_up(self, name):
+    def _activate(self, name):
         self.active = name
-        self._take_up_companions()
+        self._restore_trained()
         self.freeze()
 
-    def _take_up_companions(self):
+    def _restore_trained(self):
         adapter = self.adapters[self.active]
         if adapter.values is not None:
             for variable in adapter.co_trained:

@@ -77,8 +77,8 @@ def enable_geolora(
             every `Dense`, `EinsumDense` and expert), `"attention"` (those
             inside a layer with "attention" in its class name), `"experts"` and
             `"all"` (embeddings, convolutions and all else that can carry an
-            adapter). Layers that cannot carry an adapter are
-            skipped, and refused if nothing else matches.
+            adapter). Layers that cannot carry an adapter are skipped, and
+            refused if nothing else matches.
         exclude: Patterns of layers not to adapt; they stay frozen. Defaults
             to `None`.
         rank_pattern: Dict from pattern to rank, where it differs from `rank`;
@@ -342,7 +342,7 @@ def remove_geolora(model):
         layer.detach_adapters()
     for part in adapted_parts(model):
         adaptation = part.geolora_adaptation
-        adaptation.restore_companions()
+        adaptation.restore_co_trained()
         make_plain(part, adaptation)
         adaptation.frozen.thaw()
     after_a_change(model)
@@ -448,7 +448,7 @@ def digest(variable):
 
 
 def check_biases(chosen):
-    """Refuses to train biases beside weights that belong to no own layer.
+    """Refuses `train_bias` where a bias is beside a weight without a layer.
 
     Args:
         chosen: Dict from path to layer or `AdaptedWeight`.
@@ -461,9 +461,9 @@ def check_biases(chosen):
     if beside:
         path, names = next(iter(beside.items()))
         raise ValueError(
-            "`train_bias=True` means the biases of layers with a kernel, and "
-            "reaches none beside weights that belong to no layer of their own. "
-            "Leave these out with `exclude`, or train their whole layer with "
+            "`train_bias=True` trains the biases of layers with a kernel, not "
+            "those beside weights that belong to no layer of their own. Leave "
+            "these weights out with `exclude`, or train their whole layer with "
             f"`modules_to_save`. Received: train_bias=True, '{path}' beside "
             f"{names}" + (f", ... ({len(beside)} in all)" * (len(beside) > 1))
         )

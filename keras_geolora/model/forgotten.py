@@ -1,7 +1,8 @@
 """What configurations of KerasHub and of quantized layers leave out.
 
-A file that lacks it does not load, or loads as another model, when it is too
-late. What can be added to the configuration is added; the rest is refused.
+A file without it does not load, or loads as another model, when it is too late
+to do anything. What can be added to the configuration is added; the rest is
+refused.
 """
 
 import contextlib

@@ -6,8 +6,8 @@ import functools
 from keras_geolora.layers.prepared import prepared_products
 from keras_geolora.layers.tree import adapted_layers
 
-# Whether `P` and `Q` were found to be zero in the values that are used now. A
-# trace cannot look, so this says no unless somebody has looked before.
+# Whether `P` and `Q` are known to be zero in the values that are used now. A
+# trace cannot read values, so the call that starts it sets this.
 AT_REST = contextvars.ContextVar("keras_geolora_at_rest", default=False)
 
 
@@ -25,8 +25,8 @@ def generation_of(plain_class):
 
     @functools.wraps(plain_class.make_generate_function)
     def make_generate_function(self):
-        # It is not the compiled function, which a training makes invalid if it
-        # was compiled without `P` and `Q`; and somebody may keep it.
+        # Not the compiled function itself: the caller may keep that, and after
+        # training it is wrong if it was compiled without `P` and `Q`.
         return functools.partial(generated, self, plain_class)
 
     @functools.wraps(plain_class.generate_step)

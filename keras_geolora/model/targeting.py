@@ -7,7 +7,7 @@ import keras
 from keras_geolora.layers.raw_weights import (
     add_raw_weights,
     held_by_models,
-    is_bank,
+    is_batched,
 )
 from keras_geolora.layers.registry import (
     LINEAR,
@@ -42,7 +42,7 @@ def is_meant(layer, owners, inside):
     if not is_weight(layer):
         return False
     owner = id(layer.source.owner)
-    return owner in owners or (is_bank(layer) and owner in inside)
+    return owner in owners or (is_batched(layer) and owner in inside)
 
 
 def matches(pattern, path, layer):
@@ -203,7 +203,7 @@ class Layers:
     def _of_word(self, word):
         if word == "all":
             return self.candidates
-        experts = {p: x for p, x in self.candidates.items() if is_bank(x)}
+        experts = {p: x for p, x in self.candidates.items() if is_batched(x)}
         if word == "experts":
             return experts
         linear = {

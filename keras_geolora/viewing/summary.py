@@ -43,10 +43,10 @@ def geolora_summary(
     columns are
 
     - the path of the layer, and the shape of its kernel as a matrix,
-    - the current rank and the largest possible one, with a bar for each
-      singular value, relative to the largest of the layer, and a dot for each
-      free rank; of experts, the range of their ranks and the mean, with the
-      largest of their singular values,
+    - the current rank and the largest possible one; of experts, the range of
+      their ranks and the mean,
+    - a bar for each singular value, relative to the largest of the layer, and a
+      dot for each free rank; of experts, the largest of their singular values,
     - the largest and the smallest singular value, `scale` included,
     - `dropped`: the share of the Frobenius norm of the update that its last
       truncation discarded,
@@ -54,22 +54,26 @@ def geolora_summary(
     - `share`: their share of the parameters of all adapters. With a
       `rank_budget` or `parameter_budget` it is `budget`, the share of that.
 
-    Of more than 12 rows, those of repeated layers, whose paths differ only in
-    numbers, are folded into one, unless `expand` is set. It has a pattern
-    instead of the path, such as `.*/query`, which `targets` and the other
-    arguments of `enable_geolora` take and which stands for exactly these
-    layers. It shows their number, the smallest and the largest rank, `mean`
-    rank and singular values, and the largest one, and sums of `params` and
+    If there are more than 12 rows, repeated layers, whose paths differ only in
+    numbers, are folded into one row, unless `expand` is set. In place of the
+    path it has a pattern, such as `.*/query`, that matches exactly these layers
+    and can be used in `targets` and other arguments of `enable_geolora`. It
+    shows how many they are, the smallest and the largest rank, means of ranks
+    and singular values, the largest singular value, and sums of `params` and
     `share`.
 
-    Below are totals, the largest orthonormality error of a basis, which should
-    stay below 1e-5, and the parameters of LoRA on the same layers: with the
-    mean rank (rounded), and with the largest rank found, which LoRA would need
-    to give every layer at least its rank here; and which share of the model's
-    parameters neither trains nor has an adapter. Notes follow if there are any:
-    ranks that `enable_geolora` clipped to the smaller side of a kernel, and
-    factors that are off the manifold, as after averaging or training with
-    another optimizer.
+    Below the table are
+
+    - totals,
+    - the parameters of LoRA on the same layers, with the mean rank (rounded),
+      and with the largest rank found: what LoRA would need to give every layer
+      at least its rank here,
+    - the largest orthonormality error of a basis, which should stay below 1e-5,
+    - the share of the model's parameters that neither train nor have an
+      adapter,
+    - if there are any, ranks that `enable_geolora` clipped to the smaller side
+      of a kernel, and factors that are off the manifold, as after averaging or
+      training with another optimizer.
 
     Args:
         model: `keras.Model` with adapted layers.
