@@ -125,7 +125,7 @@ class OnKeras:
             jit_compile=keras.backend.backend() == "jax",
         )
         self.optimizer.build(self.model.trainable_variables)
-        self._compiled = False
+        self.compiled = False
         variables = [*self.model.variables, *self.optimizer.variables]
         first = counted(variables)
         known = {id(v) for v in first}
@@ -135,17 +135,17 @@ class OnKeras:
     def train(self, x, y, orders, rate, seed):
         import keras
 
-        if not self._compiled:
+        if not self.compiled:
             # The first `fit` was seen to differ from later ones (on torch),
             # presumably as it traces the model: it must not be that of a run.
-            self._fit(x, y, orders[0][:BATCH])
-            self._compiled = True
+            self.fit(x, y, orders[0][:BATCH])
+            self.compiled = True
         keras.utils.set_random_seed(seed)
         self._begin(seed)
         self.optimizer.learning_rate = rate
-        return [self._fit(x, y, order) for order in orders]
+        return [self.fit(x, y, order) for order in orders]
 
-    def _fit(self, x, y, order):
+    def fit(self, x, y, order):
         """Trains for one epoch, and returns its loss."""
         history = self.model.fit(
             {name: column[order] for name, column in x.items()},
@@ -373,7 +373,7 @@ class OnPEFT:
             ]
         return torch.cat(found).numpy()
 
-    def _factors(self, name):
+    def factors(self, name):
         return [
             parameter
             for path, parameter in self.model.named_parameters()
@@ -381,7 +381,7 @@ class OnPEFT:
         ]
 
     def parameters(self):
-        factors = [f for name in "AEB" for f in self._factors(name)]
+        factors = [f for name in "AEB" for f in self.factors(name)]
         return sum(factor.numel() for factor in factors)
 
     def effective(self):
@@ -426,15 +426,15 @@ class PEFTAdaLoRA(OnPEFT):
         )
 
     def ranks(self):
-        return [int((E != 0).sum()) for E in self._factors("E")]
+        return [int((E != 0).sum()) for E in self.factors("E")]
 
     def effective(self):
         return sum(
             rank * (A.shape[1] + B.shape[0] + 1)
             for rank, A, B in zip(
                 self.ranks(),
-                self._factors("A"),
-                self._factors("B"),
+                self.factors("A"),
+                self.factors("B"),
                 strict=True,
             )
         )

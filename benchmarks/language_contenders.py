@@ -266,7 +266,7 @@ class PEFTLoRA(OnPEFT):
 
     def ranks(self):
         """Returns the rank of every layer, maybe after a cut."""
-        return [len(A) for A in self._factors("A")]
+        return [len(A) for A in self.factors("A")]
 
 
 class PEFTCut(PEFTLoRA):
@@ -294,7 +294,7 @@ class PEFTAdaLoRA(OnPEFT, contenders.PEFTAdaLoRA):
 
         weight = self.model.peft_config["default"].orth_reg_weight
         total, number = 0.0, 0
-        for A, B in zip(self._factors("A"), self._factors("B"), strict=True):
+        for A, B in zip(self.factors("A"), self.factors("B"), strict=True):
             for gram in (A @ A.T, B.T @ B):
                 eye = torch.eye(len(gram), device=gram.device)
                 total, number = total + torch.norm(gram - eye), number + 1

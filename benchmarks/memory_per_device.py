@@ -101,7 +101,7 @@ def divided(model, optimizer, layout_map):
             (layer.adapter.U, layer.adapter.V), axes, strict=True
         ):
             counts[id(factor)] = DEVICES if axis == "model" else 1
-    for group in optimizer._groups.content:
+    for group in optimizer.adapter_groups:
         of_factors = [
             {counts.get(id(v), 1) for v in variables}
             for variables in group.factors.variables
@@ -124,7 +124,7 @@ def line(model, optimizer, counts):
     trained = model.trainable_variables
     frozen = [v for v in model.variables if not v.trainable]
     state = list(optimizer.variables)
-    for group in optimizer._groups.content:  # scratch of the geometric step
+    for group in optimizer.adapter_groups:  # scratch of the geometric step
         state += [v for (v,) in group.unknowns.variables]
     parts = [gib(frozen), gib(trained), gib(trained), gib(state)]
     # Weights in bfloat16; a copy to update, gradients and two moments in

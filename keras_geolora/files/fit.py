@@ -32,12 +32,12 @@ class Fit:
         adaptation = getattr(model, "geolora_adaptation", None)
         if adaptation is not None:
             self.existing = adaptation.adapters.get(name)
-        self.layers = self._layers(name)
+        self.layers = self._find_layers(name)
         self.saved_layers = self._saved_layers()
         self.weights = self._weights()
         self._compare_base(description["base"])
 
-    def _layers(self, name):
+    def _find_layers(self, name):
         layers, absent = {}, []
         for path, options in self.plan["layers"].items():
             layer = self.paths.get(path)

@@ -535,7 +535,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
     @full_precision()
     def _retract_all(self, tolerance):
         """Returns all adapters to the manifold, outside of a step."""
-        groups = self._groups.content if self.built else ()
+        groups = self.adapter_groups
         if not groups:
             return
         if self._retraction is None:
@@ -605,9 +605,14 @@ class GeoLoRA(keras.optimizers.Optimizer):
         )
         return float(ops.convert_to_numpy(ops.min(scales)))
 
+    @property
+    def adapter_groups(self):
+        """List of `AdapterGroup`s, adapters that step together; first empty."""
+        return list(self._groups.content) if self.built else []
+
     def _group_of(self, adapter):
         """Returns the group of an adapter, or `None`."""
-        for group in self._groups.content if self.built else ():
+        for group in self.adapter_groups:
             if adapter in group.adapters:
                 return group
         return None

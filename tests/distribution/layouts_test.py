@@ -291,7 +291,7 @@ def test_the_state_is_spread_as_the_factors():
         )
         model.compile(GeoLoRA(adam), loss="mse")
         model.optimizer.build(model.trainable_variables)
-    groups = model.optimizer._groups.content
+    groups = model.optimizer.adapter_groups
     # The rows of the first, and both sides of the others, are spread.
     first, others = groups
     assert [a.output_dim for a in others.adapters] == [32, 32]
@@ -356,7 +356,7 @@ def test_experts_are_spread_as_their_kernels_and_train(case):
         model.fit(x[:64], y[:64], 16, shuffle=False, verbose=0)
         # It trains as it was spread.
         assert list(factor_axes(layer).values()) == expected
-        (group,) = model.optimizer._groups.content
+        (group,) = model.optimizer.adapter_groups
         K, S, L = (v[0] for v in group.unknowns.variables)
         assert [axes(v) for v in (K, S, L)] == expected
         delta = np.array(layer.delta())
@@ -403,7 +403,7 @@ def test_training_in_parts_is_training(inner):
         deltas = [layer.delta() for layer in model.layers[:3]]
         bounds = [
             np.array(group.max_change)
-            for group in model.optimizer._groups.content
+            for group in model.optimizer.adapter_groups
             if group.max_change is not None
         ]
         return [np.array(d) for d in deltas], np.concatenate([*bounds, [0]])

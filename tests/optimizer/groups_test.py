@@ -177,7 +177,7 @@ def test_a_step_that_an_adapter_does_not_take_is_not_its_longest(together):
     problem.step(optimizer)
 
     def longest():
-        groups = optimizer._groups.content
+        groups = optimizer.adapter_groups
         return np.concatenate(to_numpy([g.longest for g in groups]))
 
     moving, resting = longest()

@@ -115,7 +115,7 @@ def delta(adapter):
 
 def slots_of(optimizer, adapter, sums=True):
     """The slots of one adapter, with sums of gradients or without."""
-    for group in optimizer._groups.content:
+    for group in optimizer.adapter_groups:
         if adapter in group.adapters:
             row = group.adapters.index(adapter)
             stores = [store for _, store in group.slots]

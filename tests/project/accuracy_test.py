@@ -137,15 +137,15 @@ def rates_of_steps(contender, monkeypatch):
 
         monkeypatch.setattr(torch.optim.AdamW, "step", record)
     else:
-        fit = contender._fit
+        fit = contender.fit
 
         def record(*args):
             # Compiling has taken a step, which beginning takes back.
-            if contender._compiled:
+            if contender.compiled:
                 found.append(float(contender.optimizer.learning_rate))
             return fit(*args)
 
-        monkeypatch.setattr(contender, "_fit", record)
+        monkeypatch.setattr(contender, "fit", record)
     x, y = contender.task.load()
     batches = np.split(np.arange(STEPS * tasks.BATCH) % len(y), STEPS)
     contender.train(x, y, batches, 1e-2, 0)
@@ -216,8 +216,8 @@ def test_adalora_ends_with_its_target_on_average():
         rank * (A.shape[1] + B.shape[0] + 1)
         for rank, A, B in zip(
             ranks,
-            contender._factors("A"),
-            contender._factors("B"),
+            contender.factors("A"),
+            contender.factors("B"),
             strict=True,
         )
     )

@@ -156,3 +156,36 @@ def test_every_test_file_is_found_by_pytest():
             for node in defined
         )
         assert not has_tests or path.name.endswith("_test.py"), path
+
+
+def private_names(tree):
+    """Names of private methods and attributes that classes define."""
+    for node in ast.walk(tree):
+        name = None
+        if isinstance(node, ast.FunctionDef):
+            name = node.name
+        elif isinstance(node, ast.Attribute) and isinstance(
+            node.ctx, ast.Store
+        ):
+            name = node.attr
+        if name and name.startswith("_") and not name.startswith("__"):
+            yield name
+
+
+OWN_PRIVATE = {
+    name
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "keras_internals.py"  # what Keras defines
+    for name in private_names(ast.parse(path.read_text("utf-8")))
+}
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])
+def test_nobody_outside_uses_what_is_private_here(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in OWN_PRIVATE:
+                owner = ast.unparse(node.value)
+                assert owner in ("self", "cls", "super()"), (
+                    f"{path}:{node.lineno} uses `{ast.unparse(node)}`"
+                )

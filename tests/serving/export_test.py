@@ -133,7 +133,7 @@ def test_adapters_share_one_copy_of_the_weights(classifier, tmp_path, exported):
     for name, adapter in adaptation.adapters.items():
         own += sum(int(np.prod(v.shape)) for v in adapter.co_trained)
         for layer in adapter.layers.values():
-            own += sum(x.size for x in layer._adapters[name].trimmed())
+            own += sum(x.size for x in layer.adapters_by_name()[name].trimmed())
     assert values == one + own
 
 
