@@ -263,10 +263,6 @@ def run_python(session, backend, *command, python=FRAMEWORKS / "bin/python"):
         # a small BERT takes a third of the time without optimizations. Some
         # tests turn them on again, see `optimized` in `tests/conftest.py`.
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        # The older way to make code of fused operations takes XLA two thirds
-        # of the time.
-        flags = os.environ.get("XLA_FLAGS", "")
-        env["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}"
     if backend == "jax":
         shrink(JAX_CACHE, JAX_CACHE_SIZE)
     session.run(str(python), *command, env=env)
