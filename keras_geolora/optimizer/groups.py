@@ -34,6 +34,7 @@ from keras_geolora.optimizer.slot_rules import (
     is_elementwise,
     slot_rules,
 )
+from keras_geolora.optimizer.traced_once import traced_once, with_shape
 
 
 class Store:
@@ -122,7 +123,7 @@ def stacked(arrays, counts):
 def unstacked(array, counts):
     """Undoes `stacked`."""
     if not any(counts):
-        return ops.unstack(array)
+        return ops.unstack(array, len(counts))
     ends = np.cumsum([count or 1 for count in counts]).tolist()
     return [
         array[end - 1] if count is None else array[end - count : end]
@@ -373,6 +374,7 @@ class GroupStep:
 
     def __init__(self, group, gradients=None):
         self.group = group
+        self.rank = group.adapters[0].max_rank
         self.takes_part = np.ones(group.size, bool)
         self.moving = self.takes_part
         if gradients is not None:
@@ -473,8 +475,8 @@ class GroupStep:
         bounds = ()
         if group.max_change is not None:
             bounds = group.max_change.value, group.longest.value
-        block, longest, finite = integrator.advance(
-            self.block, change, moving, *bounds
+        block, longest, finite = traced_once(
+            integrator.advance, self.rank, self.block, change, moving, *bounds
         )
         if group.longest is not None:
             group.longest.assign(longest)
@@ -493,7 +495,7 @@ class GroupStep:
         block = self.group.factors.read()
         if earlier is not None:
             block = block._replace(P=integrator.in_turn(block.P, earlier))
-        self.augmented = integrator.augment(block)
+        self.augmented = traced_once(integrator.augment, self.rank, block)
         self.returning = self.moving
         if not holds_everywhere(self.moving):
             # Those that rest now may have moved since the last retraction.
@@ -516,8 +518,10 @@ class GroupStep:
             unit: `"ranks"` or `"parameters"`.
         """
         min_rank = ops.convert_to_tensor(self.group.min_rank)
-        sigma = integrator.singular_values(self.augmented)
-        wanted = integrator.wanted_rank(self.augmented, tolerance, min_rank)
+        sigma, wanted = traced_once(
+            ask, self.rank, self.augmented, tolerance, min_rank
+        )
+        sigma = with_shape(sigma, (self.group.size, self.rank))
         if not holds_everywhere(self.returning):
             rank = integrator.count(self.augmented.active)
             moving = self.returning[:, None]
@@ -535,19 +539,33 @@ class GroupStep:
             rank: Int array `(matrices, 1)`.
         """
         group, block = self.group, self.augmented.block
-        move = integrator.truncate(self.augmented, rank)
+        move, share = traced_once(cut, self.rank, self.augmented, rank)
         new = Block(*move.new, *map(ops.zeros_like, block[3:]))
         group.factors.write(choose(self.returning, new, block))
-        share = integrator.discarded_share(self.augmented, rank)
         share = ops.where(self.returning, share, group.discarded.value)
         group.discarded.assign(share)
         for kind, store in group.slots:
             slots = store.read()
-            moved = transport(kind, slots, move)
+            moved = traced_once(transport, self.rank, kind, slots, move)
             store.write(choose(self.returning, moved, slots))
         # Gradients accumulated for an update that is not complete yet.
         for store in group.accumulators:
-            store.write(transport("linear", store.read(), move))
+            moved = traced_once(
+                transport, self.rank, "linear", store.read(), move
+            )
+            store.write(moved)
+
+
+def ask(augmented, tolerance, min_rank):
+    """Returns the largest singular values and the rank that is asked for."""
+    sigma = integrator.singular_values(augmented)
+    return sigma, integrator.wanted_rank(augmented, tolerance, min_rank)
+
+
+def cut(augmented, rank):
+    """Returns the `Move` of a truncation, and what share that discards."""
+    share = integrator.discarded_share(augmented, rank)
+    return integrator.truncate(augmented, rank), share
 
 
 def find_moving(group, gradients):
