@@ -14,6 +14,8 @@ import keras
 PRIVATE = {
     "layer": {
         "_flatten_layers": "the layers inside a layer, in Keras' order",
+        "_clear_losses": "drops the losses of a call",
+        "_get_own_losses": "the losses of a call that a layer has added",
         "_trainable_variables": "the variables a layer holds itself",
         "_non_trainable_variables": "the variables a layer holds itself",
         "_trainable": "the flag behind `trainable`, which ours extends",
@@ -121,6 +123,32 @@ def direct_layers(layer):
 def all_layers(layer):
     """Returns a layer and all layers inside, in Keras' order."""
     return list(layer._flatten_layers())
+
+
+class LooksThroughFew:
+    """Mixin of a model that looks through a few of its layers in every call.
+
+    Keras looks through all of them: whether they are built, and whether they
+    have losses to drop.
+    """
+
+    def layers_of_a_call(self):
+        """Returns the layers that matter to a call, or `None` for all."""
+
+    def _flatten_layers(self, include_self=True, recursive=True):
+        few = self.layers_of_a_call()
+        if few is None or not recursive:
+            return super()._flatten_layers(include_self, recursive)
+        return [self, *few] if include_self else list(few)
+
+    def _clear_losses(self):
+        few = self.layers_of_a_call()
+        if few is None:
+            super()._clear_losses()
+            return
+        for layer in few:
+            if layer._get_own_losses():
+                layer._clear_losses()
 
 
 def own_variables(layer):

@@ -20,7 +20,13 @@ from keras_geolora.serving.places import (
 from keras_geolora.whole_files import only_writer
 
 # What a report says of a comparison and a measurement that are not repeated.
-NOT_REPEATED = ("max_difference", "allowed_difference", "milliseconds")
+NOT_REPEATED = (
+    "max_difference",
+    "allowed_difference",
+    "milliseconds",
+    "different_tokens",
+    "ties",
+)
 
 
 def add_to_export(path, adapters=None, *, remove=(), verbose=True):
@@ -165,10 +171,10 @@ def check_written(bundle, folder, arrays):
 def next_report(latest, new, places):
     """Returns the report of a version that differs in its adapters."""
     report = json.loads((latest / REPORT).read_text())
-    (signature,) = report["signatures"].values()
-    for key in NOT_REPEATED:
-        signature.pop(key, None)
-    signature["adapters"] = places.adapters
+    for signature in report["signatures"].values():
+        for key in NOT_REPEATED:
+            signature.pop(key, None)
+        signature["adapters"] = places.adapters
     files = [x for x in new.rglob("*") if x.is_file()]
     report.update(
         from_version=int(latest.name),

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_geolora.layers.factor import factor_of
-from keras_geolora.model.parts import adaptations_of
+from keras_geolora.model.parts import adaptations_of, plain_class_of
 from keras_geolora.model.switching import activate_geolora
 from keras_geolora.serving.places import BASE, FREE
 from keras_geolora.serving.signature import (
@@ -31,7 +31,11 @@ class Endpoint:
         concrete: The traced function.
         tracked: List of what a SavedModel must hold for it.
         bank: List of variables that hold adapters, whose order counts.
+        more_specs: Tuple of `tf.TensorSpec`s, of inputs that `answer` takes
+            beside those of the model.
     """
+
+    more_specs = ()
 
     def __init__(self, model, job, adapter=None):
         self.about = {"adapter": adapter}
@@ -49,7 +53,7 @@ class Endpoint:
         self.tracked = [*(v.value for v in model.variables), *own]
         self._trace(model, job)
 
-    def _trace(self, model, job, more_specs=()):
+    def _trace(self, model, job):
         self.tracked += tables(model)
         signature = Signature(**job["signature"])
         specs = [
@@ -61,7 +65,7 @@ class Endpoint:
             specs = [tf.TensorSpec([None], tf.string, name="text")]
 
         def serve(**tensors):
-            chosen = {x.name: tensors.pop(x.name) for x in more_specs}
+            chosen = {x.name: tensors.pop(x.name) for x in self.more_specs}
             if job["preprocess"]:
                 tokens = self.tokens(model, tensors["text"])
                 tensors = signature.named_tensors(tokens)
@@ -70,7 +74,7 @@ class Endpoint:
 
         self.function = tf.function(serve, autograph=False)
         self.concrete = self.function.get_concrete_function(
-            **{x.name: x for x in (*specs, *more_specs)}
+            **{x.name: x for x in (*specs, *self.more_specs)}
         )
 
     def answer(self, model, inputs):
@@ -112,8 +116,12 @@ class GeneratingEndpoint(Endpoint):
         self.values, self.bank = [], []
         # The states of random numbers, so that no call draws those of another.
         states = [v.value for v in model.sampler.variables]
-        self.tracked = [*(v.value for v in model.variables), *states]
+        self.tracked = [*self.held(model), *states]
         self._trace(model, job)
+
+    def held(self, model):
+        """Returns what a SavedModel must hold of the model."""
+        return [v.value for v in model.variables]
 
     def answer(self, model, inputs):
         """Generates tokens."""
@@ -146,6 +154,8 @@ class RoutedEndpoint(Endpoint):
         job: Dict, the description of the job.
     """
 
+    more_specs = (tf.TensorSpec([None], tf.string, name=ADAPTER),)
+
     def __init__(self, routed, job):
         places, variables = routed.places, routed.variables_by_key.value
         self.about = {
@@ -160,14 +170,17 @@ class RoutedEndpoint(Endpoint):
         # The factors that training needs are no part of it.
         model = routed.model
         self.tracked = [v.value for v in model.variables if not factor_of(v)]
-        adapter = tf.TensorSpec([None], tf.string, name=ADAPTER)
-        self._trace(model, job, [adapter])
+        self._trace(model, job)
 
     def answer(self, model, inputs, adapter):
         """Calls the model with an adapter for every row."""
-        rows = tf.shape(keras.tree.flatten(inputs)[0])[0]
-        ids = tf.broadcast_to(self._places_of(adapter), [rows])
+        ids = self.ids(inputs, adapter)
         return self.routed({"inputs": inputs, "adapter": ids})
+
+    def ids(self, inputs, adapter):
+        """Returns the places of the adapters of all rows, of their names."""
+        rows = tf.shape(keras.tree.flatten(inputs)[0])[0]
+        return tf.broadcast_to(self._places_of(adapter), [rows])
 
     def _places_of(self, adapter):
         """Returns the places of adapters; refuses unknown names."""
@@ -189,6 +202,34 @@ class RoutedEndpoint(Endpoint):
         )
         with tf.control_dependencies([check]):
             return tf.argmax(found, axis=1, output_type=tf.int32)
+
+
+class RoutedGeneratingEndpoint(GeneratingEndpoint):
+    """A `GeneratingEndpoint` that takes the name of an adapter for every row.
+
+    Args:
+        by_row: The `RoutedEndpoint` of the model, whose variables it shares.
+        job: Dict, the description of the job.
+    """
+
+    more_specs = RoutedEndpoint.more_specs
+
+    def __init__(self, by_row, job):
+        self.by_row = by_row
+        by_row.routed.keep_pretrained_biases()
+        super().__init__(by_row.routed.model, job)
+        self.about["adapters"] = by_row.about["adapters"]
+
+    def held(self, model):
+        return self.by_row.tracked
+
+    def answer(self, model, inputs, adapter):
+        """Generates tokens with an adapter for every row."""
+        ids = self.by_row.ids(inputs, adapter)
+        # Not that of the adapted class, which prepares the active adapter.
+        generate_step = plain_class_of(model).generate_step
+        with self.by_row.routed.rows_with(ids):
+            return generate_step(model, inputs, self.stop)
 
 
 def tables(model):

@@ -103,8 +103,8 @@ def export(
             with its name; all share one copy of the pretrained weights. The
             active one is also the default signature. Defaults to `None`: the
             active adapter alone, merged.
-        route: Bool, whether the rows of a batch have an adapter each. There is
-            one signature then, with another input, `adapter`: strings of shape
+        route: Bool, whether the rows of a batch have an adapter each. The
+            signature then has another input, `adapter`: strings of shape
             `(batch,)`, one of `adapters` (by default all) or `""` for the
             base. Another name is an error. Defaults to `False`.
         capacity: Int or `None`, with `route`: for how many adapters there are
@@ -117,7 +117,9 @@ def export(
             `token_ids` and `padding_mask`, filled up to the length that is
             wanted, and returns both. With `preprocess=True` it takes `text`,
             generates up to the `sequence_length` of the preprocessor, and
-            returns `text` as well. Defaults to `False`.
+            returns `text` as well. With `route=True` every row goes on by its
+            adapter, if the sampler is greedy, random, top-k or top-p. Defaults
+            to `False`.
         stop_token_ids: As in `CausalLM.generate`, with `generate`. Defaults to
             `"auto"`, the end tokens of the model's preprocessor.
         preprocess: Bool, whether to include the preprocessor of a KerasHub
@@ -151,7 +153,8 @@ def export(
         `milliseconds`, `max_difference`, `allowed_difference`, and
         `rounding`, how far outputs move as under `tolerance`, or 0;
         `"generate"` has `different_tokens`, and `ties`, rows in which two
-        tokens were too close for a comparison), `base`
+        tokens were too close for a comparison; with `route`, tokens are
+        compared with the logits of the SavedModel), `base`
         (`operations`, `bytes`, `milliseconds`) and `same_operations`.
 
     Raises:
@@ -194,7 +197,7 @@ def export(
     signature = Signature.of(model, input_signature)
     check_strings(model, signature)
     check_route(model, signature, names, route, capacity, max_rank)
-    check_generate(model, names, generate, stop_token_ids)
+    check_generate(model, names, route, generate, stop_token_ids)
     text = preprocess or needs_tokens(samples, signature)
     if text and getattr(model, "preprocessor", None) is None:
         raise ValueError(
@@ -224,7 +227,8 @@ def export(
         )
         if generate:
             generation = described_generation(model, stop_token_ids)
-            save_generated(model, folder, signature, generation)
+            if not route:  # then tokens are compared with the logits
+                save_generated(model, folder, signature, generation)
         save_whole(model, folder / "model.keras")
         job = {
             "adapters": names,

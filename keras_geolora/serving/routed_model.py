@@ -10,7 +10,11 @@ from keras import ops
 
 from keras_geolora.files.adapter_format import read_adapter
 from keras_geolora.files.base_weights import fingerprint, keyed_variables
-from keras_geolora.keras_internals import own_variables
+from keras_geolora.keras_internals import (
+    LooksThroughFew,
+    all_layers,
+    own_variables,
+)
 from keras_geolora.layers.adapter import check_rank
 from keras_geolora.layers.adapter_bank import AdapterBank, routed
 from keras_geolora.layers.conv import AdaptedConv
@@ -147,7 +151,7 @@ def plan_route(model, adapters="all", capacity=None, max_rank=None):
     return Plan(places, contents, layers, owners)
 
 
-class RoutedModel(keras.Model):
+class RoutedModel(LooksThroughFew, keras.Model):
     """A model that takes an adapter for every row; see `route_geolora`.
 
     Its input is a dict: `inputs`, those of the model, and `adapter`, an int
@@ -182,21 +186,31 @@ class RoutedModel(keras.Model):
             }
         )
         self._put(plan.contents)
-        resting = in_adapters(model)
-        self.acting = Untracked(
-            [v for v in self.variables if id(v) not in resting]
-        )
+        self._leave_out(resting_adapters(model))
         self.built = True
+
+    def _leave_out(self, layers):
+        """Leaves layers, with all that is in them, out of calls.
+
+        Keras looks through all layers and variables in every call, and a model
+        may have thousands that belong to its adapters.
+        """
+        inner = {id(x) for layer in layers for x in all_layers(layer)}
+        resting = {id(v) for layer in layers for v in layer.variables}
+        variables = [v for v in self.variables if id(v) not in resting]
+        others = [x for x in all_layers(self) if id(x) not in inner]
+        self.acting_variables = Untracked(variables)
+        self.acting_layers = Untracked([x for x in others if x is not self])
 
     @property
     def variables(self):
-        """The variables that act: no adapter of the model, but the banks.
-
-        JAX is handed all of them in every call, and a model may have thousands
-        that belong to its adapters.
-        """
-        acting = vars(self).get("acting")
+        """The variables that act: no adapter of the model, but the banks."""
+        acting = vars(self).get("acting_variables")
         return super().variables if acting is None else list(acting.value)
+
+    def layers_of_a_call(self):
+        acting = vars(self).get("acting_layers")
+        return None if acting is None else acting.value
 
     def _add_bank(self, path, layer, own):
         """Adds the bank of an adapted layer, whose bias may be its `own`."""
@@ -313,13 +327,24 @@ class RoutedModel(keras.Model):
             variable.assign(with_values(array_of(variable), pairs))
 
     def call(self, inputs):
-        ids = ops.cast(inputs["adapter"], "int32")
-        with (
-            self.layers_by_row(),
-            routed(ids, self.bank_of.value),
-            Substitution(self._pretrained_biases()),
-        ):
+        with self.rows_with(inputs["adapter"]):
             return self.model(inputs["inputs"], training=False)
+
+    @contextlib.contextmanager
+    def rows_with(self, ids):
+        """Gives rows of the model in memory an adapter each, for a block.
+
+        Args:
+            ids: Int tensor `(batch,)`, as of `ids`.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.layers_by_row())
+            ids = ops.cast(ids, "int32")
+            stack.enter_context(routed(ids, self.bank_of.value))
+            biases = self._pretrained_biases()
+            if biases:
+                stack.enter_context(Substitution(biases))
+            yield
 
     def _pretrained_biases(self):
         """Returns pairs of a bias that adapters change and its base value.
@@ -330,6 +355,16 @@ class RoutedModel(keras.Model):
             (variable, ops.reshape(bank.bias[0], variable.shape))
             for variable, bank in self.biases.value
         ]
+
+    def keep_pretrained_biases(self):
+        """Gives the model in memory the base's biases, for good.
+
+        For a model that is served only. Calls then exchange no values, so they
+        may assign others, such as the states of random numbers.
+        """
+        for variable, value in self._pretrained_biases():
+            variable.assign(value)
+        self.biases = Untracked([])
 
     @contextlib.contextmanager
     def layers_by_row(self):
@@ -395,14 +430,13 @@ class RoutedModel(keras.Model):
         )
 
 
-def in_adapters(model):
-    """Returns the ids of the variables of all adapters of a model."""
-    return {
-        id(variable)
+def resting_adapters(model):
+    """Returns all adapters of a model, which rest while it is routed."""
+    return [
+        adapter
         for layer in layers_with_adapters(model).values()
         for adapter in layer.adapters_by_name().values()
-        for variable in adapter.variables
-    }
+    ]
 
 
 def array_of(variable):

@@ -30,6 +30,7 @@ from keras_geolora.serving.endpoint import (
     Endpoint,
     GeneratingEndpoint,
     RoutedEndpoint,
+    RoutedGeneratingEndpoint,
 )
 from keras_geolora.serving.places import PLACES
 from keras_geolora.serving.routed_model import route_geolora
@@ -92,15 +93,14 @@ def write(folder, progress=print):
             "inputs": described(served[name].structured_input_signature[1]),
             "outputs": described(served[name].structured_outputs),
             "operations": operations(served[name]),
-            **samples.compare(served[name], name, pairs),
+            **samples.compare(served, name, pairs),
         }
     progress("Measuring latency")
     inputs = samples.inputs()[0]
-    questions = {name: (served[name], inputs) for name in entries}
+    asked = inputs if job["route"] is None else pairs[0][0]
+    questions = {name: (served[name], asked) for name in entries}
     if base is not None:
         questions["base"] = base, inputs
-    if job["route"] is not None:
-        questions[DEFAULT] = served[DEFAULT], pairs[0][0]
     for name, milliseconds in latencies(questions).items():
         place = report if name == "base" else report["signatures"]
         place[name]["milliseconds"] = milliseconds
@@ -123,11 +123,15 @@ def write_served(folder, job, progress):
     model = load(folder, job)
     if job["route"] is None:
         form, endpoints = endpoints_of(model, job, progress)
-        if job["generate"] is not None:
-            progress("Tracing the generation of tokens")
-            endpoints[GENERATE] = GeneratingEndpoint(model, job)
     else:
         form, endpoints = routed_endpoint(model, job, progress)
+    if job["generate"] is not None:
+        progress("Tracing the generation of tokens")
+        endpoints[GENERATE] = (
+            GeneratingEndpoint(model, job)
+            if job["route"] is None
+            else RoutedGeneratingEndpoint(endpoints[DEFAULT], job)
+        )
     progress("Writing the SavedModel")
     save(endpoints, folder / "saved_model")
     if job["route"] is not None:
@@ -223,7 +227,8 @@ def save(endpoints, path):
     root.tracked = [x for e in endpoints.values() for x in e.tracked]
     root.bank = [x for e in endpoints.values() for x in e.bank]
     signatures = {name: e.concrete for name, e in endpoints.items()}
-    tf.saved_model.save(root, path, signatures=signatures)
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    tf.saved_model.save(root, path, signatures=signatures, options=options)
 
 
 def operations(function):
@@ -276,6 +281,12 @@ class Samples:
         # How far the outputs compared so far may differ.
         self.allowed = 0.0
         self.rounding = job["rounding"]
+        # Tokens can be asked for their logits, texts cannot.
+        sampler = (job["generate"] or {"sampler": {}})["sampler"]
+        self.greedy = (
+            sampler.get("class_name") == "GreedySampler"
+            and not job["preprocess"]
+        )
         if job["route"]:  # a row may have any adapter
             far = max(self.rounding.values(), default=0.0)
             self.rounding = {DEFAULT: far}
@@ -326,11 +337,14 @@ class Samples:
                 pairs.append(({**inputs, ADAPTER: tf.constant(mix)}, outputs))
         return pairs
 
-    def compare(self, function, name, pairs):
+    def compare(self, served, name, pairs):
         """Returns what a report tells of the outputs of a signature."""
+        if name == GENERATE and ADAPTER in pairs[0][0]:
+            return self.compare_with_logits(served, pairs)
         if name == GENERATE:
-            return self.compare_tokens(function, pairs)
-        found = self.difference(function, pairs, self.rounding.get(name, 0.0))
+            return self.compare_tokens(served[name], pairs)
+        rounding = self.rounding.get(name, 0.0)
+        found = self.difference(served[name], pairs, rounding)
         self.allowed = max(self.allowed, found["allowed_difference"])
         return found
 
@@ -355,6 +369,29 @@ class Samples:
             tied = rows & (gaps <= 2 * self.allowed)
             different += int(far[~tied].sum())
             ties += int(tied.sum())
+        return {"different_tokens": different, "ties": ties}
+
+    def compare_with_logits(self, served, pairs):
+        """Returns the same, of the logits that the SavedModel itself gives.
+
+        Each token of a greedy sampler is the most likely one after those before
+        it. The logits have been compared with the model, for every adapter.
+        """
+        if not self.greedy:
+            return {}
+        different, ties = 0, 0
+        for inputs, _ in pairs:
+            tokens = served[GENERATE](**inputs)
+            (logits,) = served[DEFAULT](**{**inputs, **tokens}).values()
+            logits = tf.cast(logits, tf.float32).numpy()[:, :-1]
+            token_ids = tokens["token_ids"].numpy()[:, 1:, np.newaxis]
+            chosen = np.take_along_axis(logits, token_ids, axis=2)[..., 0]
+            gaps = logits.max(axis=2) - chosen
+            new = tokens["padding_mask"].numpy() > inputs["padding_mask"]
+            gaps = np.where(new[:, 1:], gaps, 0)
+            different += int((gaps > 2 * self.allowed).sum())
+            close = (gaps > 0) & (gaps <= 2 * self.allowed)
+            ties += int(close.any(axis=1).sum())
         return {"different_tokens": different, "ties": ties}
 
     def difference(self, function, pairs, rounding):

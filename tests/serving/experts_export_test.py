@@ -56,6 +56,27 @@ def test_experts_are_merged_into_a_savedmodel(name, tmp_path):
         assert np.abs(model.predict(x, verbose=0) - expected).max() > 1e-3
 
 
+def test_a_mixture_generates_tokens(tmp_path):
+    model = adapted("MixtralBackbone", "one")
+    model.compile(sampler="greedy")
+    report = keras_geolora.export(
+        model,
+        tmp_path,
+        generate=True,
+        stop_token_ids=None,
+        baseline=False,
+        verbose=False,
+    )
+    assert report["form"] == "merged"
+    entry = report["signatures"]["generate"]
+    assert entry["different_tokens"] == entry["ties"] == 0
+    x = tokens(rows=1, length=6)
+    x["padding_mask"][:, 2:] = x["token_ids"][:, 2:] = 0
+    found = serving.load(tmp_path / "1", "generate")(x)["token_ids"]
+    expected = model.generate(x, stop_token_ids=None)["token_ids"]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_adapters_of_experts_share_one_copy_of_them(tmp_path):
     model = adapted("MixtralBackbone", "one", "two")
     report = keras_geolora.export(

@@ -12,6 +12,7 @@ import tensorflow as tf
 from moving import move
 
 import keras_geolora
+from keras_geolora.layers.tree import adapted_layers
 from keras_geolora.serving.generating import gaps
 
 pytestmark = pytest.mark.usefixtures("forked")
@@ -88,6 +89,10 @@ def test_what_cannot_generate_is_refused(lm, tmp_path):
     lm.compile(sampler="greedy")
     with pytest.raises(ValueError, match=r"adapters \['default'\]"):
         export(lm, tmp_path, adapters="all")
+    lm.compile(sampler="beam")
+    with pytest.raises(ValueError, match="Received: a sampler BeamSampler"):
+        export(lm, tmp_path, route=True)
+    lm.compile(sampler="greedy")
     preprocessor, lm.preprocessor = lm.preprocessor, None
     with pytest.raises(ValueError, match="stop_token_ids='auto'"):
         export(lm, tmp_path)
@@ -108,6 +113,50 @@ def test_a_quantized_model_generates_with_its_adapter_beside(tmp_path):
     report = export(lm, tmp_path, stop_token_ids=None)
     assert report["form"] == "beside the kernels"
     assert report["signatures"]["generate"]["different_tokens"] == 0
+    # Nobody asks a server for gradients, and it takes long to save them.
+    graph = (tmp_path / "1" / "saved_model.pb").read_bytes()
+    assert b"internal_grad_fn" not in graph
+
+
+def test_every_row_is_continued_by_its_adapter(tmp_path):
+    lm = small_models.writer(8)
+    for name, strength in {"a": 3, "b": -2}.items():
+        lm.enable_geolora(rank=2, name=name, train_bias=True)
+        move(lm)
+        for layer in adapted_layers(lm).values():
+            S = layer.adapter.S
+            S.assign(strength * np.array(keras.ops.convert_to_numpy(S)))
+    lm.compile(sampler="greedy")
+    report = export(lm, tmp_path, route=True, stop_token_ids=None)
+    entry = report["signatures"]["generate"]
+    assert entry["different_tokens"] == 0
+    assert entry["inputs"]["adapter"] == {"shape": [None], "dtype": "string"}
+    inputs = {
+        "token_ids": np.array([[3, 4, 5, 0, 0, 0, 0, 0]] * 4, "int32"),
+        "padding_mask": np.array([[1] * 3 + [0] * 5] * 4, "int32"),
+    }
+    lm.preprocessor = None  # tokens go in
+    ask = serving.load(tmp_path / "1", "generate")
+    mix = ["b", "", "a", "b"]
+    found = ask({**inputs, "adapter": mix})["token_ids"]
+
+    def alone():
+        return lm.generate(inputs, stop_token_ids=None)["token_ids"][0]
+
+    with lm.geolora_disabled():
+        expected = {"": alone()}
+    lm.activate_geolora("b")
+    expected["b"] = alone()
+    for name, row in zip(mix, found, strict=True):
+        if name in expected:
+            np.testing.assert_array_equal(row, expected[name])
+    assert len(set(map(tuple, found))) == 3
+
+    lm.save_geolora(tmp_path / "b", name="b")
+    keras_geolora.add_to_export(tmp_path, {"a": tmp_path / "b"}, verbose=False)
+    ask = serving.load(tmp_path / "2", "generate")
+    found = ask({**inputs, "adapter": ["a"]})["token_ids"]
+    np.testing.assert_array_equal(found[0], expected["b"])
 
 
 def compared(found, gaps, allowed):

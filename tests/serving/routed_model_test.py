@@ -7,6 +7,8 @@ import small_models
 from moving import move
 
 import keras_geolora
+from keras_geolora.keras_internals import all_layers
+from keras_geolora.layers.adapter import LowRankAdapter
 from keras_geolora.layers.adapter_bank import check_rows
 from keras_geolora.layers.factor import factor_of
 
@@ -102,6 +104,29 @@ def test_calls_are_given_no_adapters_of_the_model(classifier, routed):
     own = {id(v) for v in routed.variables}
     assert {id(v) for bank in routed.banks for v in bank.variables} <= own
     assert {id(v) for v in classifier.get_layer("logits").variables} <= own
+
+
+def test_calls_look_through_no_adapters_of_the_model(classifier, routed):
+    def count(model):
+        return sum(isinstance(x, LowRankAdapter) for x in all_layers(model))
+
+    assert count(classifier) and not count(routed)
+    assert len(all_layers(routed)) == len(set(map(id, all_layers(routed))))
+    assert routed.banks[0] in all_layers(routed)
+
+
+def test_losses_of_layers_are_those_of_the_last_call():
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, activity_regularizer="l2")]
+    )
+    model.enable_geolora(rank=1)
+    routed = model.route_geolora()
+    x = {"inputs": np.ones((2, 3), "float32"), "adapter": np.zeros(2, "int32")}
+    found = []
+    for _ in range(2):
+        routed(x)
+        found.append([float(loss) for loss in routed.losses])
+    assert len(found[0]) == 1 and found[0] == found[1]
 
 
 def test_an_adapter_is_replaced_by_what_it_has_learned_since(routed, asked):
