@@ -559,7 +559,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         Returns:
             Float in [0, 1), the share of the Frobenius norm of the update,
             or `None` if this optimizer does not train the adapter (yet). The
-            largest one of a bank.
+            largest one of a batched adapter.
         """
         shares = self.discarded_shares(adapter)
         return shares and max(shares)
@@ -571,9 +571,9 @@ class GeoLoRA(keras.optimizers.Optimizer):
             adapter: `keras_geolora.LowRankAdapter`.
 
         Returns:
-            List with a float as in `discarded_share` for each matrix of a bank,
-            or a single one; or `None` if this optimizer does not train the
-            adapter (yet).
+            List with a float as in `discarded_share` for each matrix of a
+            batched adapter, or a single one; or `None` if this optimizer does
+            not train the adapter (yet).
         """
         group = self._group_of(adapter)
         if group is None:
@@ -590,7 +590,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         Returns:
             Float in (0, 1], 1 where the bound does not act, or `None` if this
             optimizer does not train the adapter (yet). The smallest one of a
-            bank.
+            batched adapter.
         """
         group = self._group_of(adapter)
         if group is None or group.max_change is None:

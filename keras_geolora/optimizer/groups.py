@@ -7,7 +7,7 @@ holds the unknowns of all adapters, and its slots are stacked the same way, so
 that the number of operations does not grow with the number of layers.
 
 An adapter of a weight that holds many matrices, such as the kernels of experts,
-is a bank: its factors have one more axis, in front. A stack holds the matrices
+is batched: its factors have one more axis, in front. A stack holds the matrices
 of all its adapters, one after the other, and each has a rank of its own.
 """
 
@@ -44,8 +44,8 @@ class Store:
         variables: `Block` or `Unknowns` of lists of variables: one variable
             for each adapter, or a single one with an axis over the matrices.
         counts: Tuple with the number of matrices of each adapter, `None` for
-            one that is no bank, or `None` in place of the tuple for a single
-            variable.
+            one that is not batched; or `None` in place of the tuple, for a
+            single variable.
     """
 
     def __init__(self, variables, counts):
@@ -137,7 +137,8 @@ class AdapterGroup:
     Attributes:
         adapters: Tuple of the adapters.
         places: Tuple of their positions among all adapters of the optimizer.
-        counts: Tuple with the number of matrices of each, `None` if no bank.
+        counts: Tuple with the number of matrices of each, `None` if it is not
+            batched.
         size: Int, the number of all their matrices.
         factors: `Store` of their `U`, `S`, `V`, `P` and `Q`.
         unknowns: `Store` of the variables of the inner optimizer.
@@ -347,8 +348,8 @@ def alike_stacked(variables, counts, name):
     """Creates one variable for several of one shape, stacked."""
     size = sum(count or 1 for count in counts)
     shape = size, *variables[0].shape[-2:]
-    banks = [count is not None for count in counts]
-    layout = stacked_layout([layout_of(v) for v in variables], banks)
+    batched = [count is not None for count in counts]
+    layout = stacked_layout([layout_of(v) for v in variables], batched)
     return empty(shape, variables[0].dtype, name, layout)
 
 
@@ -393,10 +394,10 @@ class GroupStep:
             for x in arrays
         ]
         visited = tf_replicas.on_any_replica(ops.any(ops.stack(visited), 0))
-        in_bank = self.group.for_each(
+        is_batched = self.group.for_each(
             [c is not None for c in self.group.counts]
         )
-        visited = ops.logical_or(visited, np.logical_not(in_bank))
+        visited = ops.logical_or(visited, np.logical_not(is_batched))
         return ops.logical_and(visited, self.takes_part)
 
     def lift(self, inner_optimizer):

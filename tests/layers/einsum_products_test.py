@@ -1,10 +1,10 @@
-"""Products with banks of experts, without the gradient of their sums."""
+"""Products with stacks of experts, without the gradient of their sums."""
 
 import gradients_test as plain
 import keras
 import numpy as np
 import pytest
-import weight_test as banks
+import weight_test as experts
 from keras import ops
 from weight_test import EXPERTS, HIDDEN, INPUTS, Experts
 
@@ -52,24 +52,24 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("owner", OWNERS)
 @pytest.mark.parametrize("order", [1, 2])
 def test_gradients_are_those_of_the_weight_projected(owner, order):
-    model = banks.adapted(OWNERS[owner])
-    assert len(banks.weights(model)) == 2
-    banks.compare_gradients(model, order)
+    model = experts.adapted(OWNERS[owner])
+    assert len(experts.weights(model)) == 2
+    experts.compare_gradients(model, order)
 
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("owner", OWNERS)
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_a_call_in_training_gives_what_one_without_gives(owner, policy):
-    model = banks.model_of(OWNERS[owner], dtype=policy)
+    model = experts.model_of(OWNERS[owner], dtype=policy)
     model.trainable = False  # torch may take other kernels for what trains
-    x = banks.rows(model)
+    x = experts.rows(model)
     before = ops.convert_to_numpy(model(x, training=True))
-    model = banks.adapted(OWNERS[owner], dtype=policy)
+    model = experts.adapted(OWNERS[owner], dtype=policy)
     model.trainable = False
     fresh = ops.convert_to_numpy(model(x, training=True))
     np.testing.assert_array_equal(fresh, before)
-    banks.move(model)
+    experts.move(model)
     found, expected = (
         ops.convert_to_numpy(ops.cast(model(x, training=training), "float32"))
         for training in (True, False)
@@ -83,8 +83,8 @@ def test_in_training_no_sum_is_formed_unless_it_is_read(monkeypatch):
     def refuse(self):
         raise AssertionError
 
-    models = [banks.adapted(Experts), banks.adapted(Otherwise)]
-    x = banks.rows(models[0])
+    models = [experts.adapted(Experts), experts.adapted(Otherwise)]
+    x = experts.rows(models[0])
     monkeypatch.setattr(AdaptedWeight, "sum", refuse)
     models[0](x, training=True)
     for model, training in ((models[0], False), (models[1], True)):
@@ -93,8 +93,8 @@ def test_in_training_no_sum_is_formed_unless_it_is_read(monkeypatch):
 
 
 def test_a_thawed_weight_gets_its_gradient_in_training_too():
-    model = banks.adapted()
-    banks.move(model)
+    model = experts.adapted()
+    experts.move(model)
     layer = model.layers[0]
     layer.gate.trainable = True
     x = ops.convert_to_tensor(plain.random((5, INPUTS)))

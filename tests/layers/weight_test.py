@@ -305,7 +305,7 @@ def test_every_expert_has_a_rank_of_its_own():
     assert adapter.kernel_norm().shape == (EXPERTS,)
 
 
-def test_a_bank_cannot_be_called():
+def test_a_batched_adapter_cannot_be_called():
     adapter = weights(adapted())["gate"].adapter
     with pytest.raises(ValueError, match="of 3 matrices"):
         adapter(plain.random((2, INPUTS)))

@@ -69,7 +69,7 @@ def assert_same(found, expected, atol=0.0):
         np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
-def banks(model):
+def batched(model):
     return {p: x for p, x in adapted_layers(model).items() if x.adapter.count}
 
 
@@ -80,7 +80,7 @@ def delta_of(layer):
 def move(model):
     """Gives every expert another rank, and cores that are not zero."""
     rng = np.random.default_rng(1)
-    for layer in banks(model).values():
+    for layer in batched(model).values():
         U, S, V = (np.array(x) for x in layer.adapter.trimmed())
         for i in range(EXPERTS):
             rank = 1 + i % S.shape[-1]
@@ -95,8 +95,8 @@ def test_experts_live_through_everything(name, tmp_path):
     model, inputs = pretrained(name)
     before = outputs(model, inputs)
     model.enable_geolora(2, targets="experts", seed=0)
-    assert len(banks(model)) % FAMILIES[name] == 0 < len(banks(model))
-    assert len(banks(model)) == len(adapted_layers(model))
+    assert len(batched(model)) % FAMILIES[name] == 0 < len(batched(model))
+    assert len(batched(model)) == len(adapted_layers(model))
     assert_same(outputs(model, inputs), before)
     move(model)
     adapted = outputs(model, inputs)
@@ -119,7 +119,7 @@ def test_experts_live_through_everything(name, tmp_path):
     fresh, _ = pretrained(name)
     fresh.load_geolora(tmp_path / "adapter.safetensors")
     assert_same(outputs(fresh, inputs), adapted)
-    for layer in banks(fresh).values():
+    for layer in batched(fresh).values():
         assert layer.adapter.ranks.tolist() == [1, 2, 1, 2]
 
     model.merge_geolora()
@@ -182,9 +182,9 @@ def test_several_adapters_of_experts_are_switched_and_summed():
         seen[name] = outputs(model, inputs)
     model.activate_geolora("one")
     assert_same(outputs(model, inputs), seen["one"])
-    deltas = list(map(delta_of, banks(model).values()))
+    deltas = list(map(delta_of, batched(model).values()))
     model.combine_geolora("half", {"one": 0.5})
-    for layer, delta in zip(banks(model).values(), deltas, strict=True):
+    for layer, delta in zip(batched(model).values(), deltas, strict=True):
         np.testing.assert_allclose(delta_of(layer), delta / 2, atol=1e-6)
     model.delete_geolora("one")
     model.activate_geolora("two")
@@ -195,11 +195,11 @@ def test_clients_with_experts_are_averaged(tmp_path):
     model, _ = pretrained()
     model.enable_geolora(2, targets="experts", seed=0)
     move(model)
-    deltas = list(map(delta_of, banks(model).values()))
+    deltas = list(map(delta_of, batched(model).values()))
     model.save_geolora(tmp_path / "client.safetensors")
     clients = [tmp_path / "client.safetensors", model.get_weights()]
     model.average_geolora([str(clients[0]), clients[1]])
-    for layer, delta in zip(banks(model).values(), deltas, strict=True):
+    for layer, delta in zip(batched(model).values(), deltas, strict=True):
         np.testing.assert_allclose(delta_of(layer), delta, atol=1e-5)
         assert layer.adapter.ranks.tolist() == [1, 2, 1, 2]
 
@@ -249,7 +249,7 @@ def test_sums_of_experts_are_prepared_for_many_calls(monkeypatch):
     monkeypatch.setattr(
         AdaptedWeight, "sum", lambda self: count.append(self) or form(self)
     )
-    with prepared_products(banks(model).values()):
+    with prepared_products(batched(model).values()):
         assert len(count) == 3
         for _ in range(2):
             assert_same(outputs(model, inputs), expected)
@@ -262,5 +262,5 @@ def test_buffers_of_experts_are_cut_to_the_largest_rank():
     move(model)
     before = outputs(model, inputs)
     model.compact_geolora(multiple=1)
-    assert all(x.adapter.max_rank == 2 for x in banks(model).values())
+    assert all(x.adapter.max_rank == 2 for x in batched(model).values())
     assert_same(outputs(model, inputs), before)

@@ -9,7 +9,7 @@ import keras_geolora
 SHAPE, RANK = (6, 5), 2
 
 
-class Bank(keras_geolora.LowRankAdapter):
+class Batched(keras_geolora.LowRankAdapter):
     """Adapters of equal shape in one object, with a leading axis."""
 
     def __init__(self, adapters, **kwargs):
@@ -64,9 +64,9 @@ INNER = {
 @pytest.mark.parametrize("inner", INNER)
 def test_a_bank_trains_like_its_matrices_alone(inner, options):
     singles = some_adapters(3)
-    bank = Bank(singles)
+    batched = Batched(singles)
     other = some_adapters(4)[3]  # an ordinary adapter in the same group
-    groups = singles + [other], [bank, Bank([other])]
+    groups = singles + [other], [batched, Batched([other])]
     optimizers = [
         keras_geolora.GeoLoRA(
             INNER[inner](), cut_interval=4, retraction_interval=2, **options
@@ -81,43 +81,45 @@ def test_a_bank_trains_like_its_matrices_alone(inner, options):
             for i, a in enumerate(groups[0])
         ]
         alone = [g for gs in by_adapter for g in gs]
-        in_banks = [
+        in_batches = [
             keras.ops.stack(gs) for gs in zip(*by_adapter[:3], strict=True)
         ] + [g[None] for g in by_adapter[3]]
         optimizers[0].apply(alone)
-        optimizers[1].apply(in_banks)
+        optimizers[1].apply(in_batches)
     assert optimizers[0].skipped_steps == 0
     for i, adapter in enumerate(singles):
-        for one, many in zip(arrays_of(adapter), arrays_of(bank), strict=True):
+        for one, many in zip(
+            arrays_of(adapter), arrays_of(batched), strict=True
+        ):
             np.testing.assert_allclose(one, many[i], atol=1e-6)
         assert optimizers[0].step_scale(adapter) >= optimizers[1].step_scale(
-            bank
+            batched
         )
 
 
 @pytest.mark.parametrize("interval", [1, 2])
 def test_a_matrix_that_no_token_visited_keeps_factors_and_moments(interval):
-    bank = Bank(some_adapters(3))
+    batched = Batched(some_adapters(3))
     optimizer = keras_geolora.GeoLoRA(
         keras.optimizers.AdamW(1e-2, weight_decay=0.1),
         retraction_interval=interval,
     )
-    optimizer.build(list(bank.factors))
-    gradients = gradients_of(bank.factors, 0)
+    optimizer.build(list(batched.factors))
+    gradients = gradients_of(batched.factors, 0)
     for _ in range(2 * interval):
         optimizer.apply(gradients)
-    before = arrays_of(bank)
+    before = arrays_of(batched)
     slots = [keras.ops.convert_to_numpy(v) for v in optimizer.variables]
     visited = keras.ops.reshape(
         keras.ops.convert_to_tensor([1.0, 0.0, 1.0]), (3, 1, 1)
     )
     for _ in range(interval):
         optimizer.apply([g * visited for g in gradients])
-    for old, new in zip(before, arrays_of(bank), strict=True):
+    for old, new in zip(before, arrays_of(batched), strict=True):
         np.testing.assert_array_equal(old[1], new[1])
     assert any(
         (old[0] != new[0]).any()
-        for old, new in zip(before, arrays_of(bank), strict=True)
+        for old, new in zip(before, arrays_of(batched), strict=True)
     )
     for old, variable in zip(slots, optimizer.variables, strict=True):
         new = keras.ops.convert_to_numpy(variable)
@@ -126,24 +128,24 @@ def test_a_matrix_that_no_token_visited_keeps_factors_and_moments(interval):
 
 
 def test_a_matrix_without_tokens_at_a_retraction_returns_all_the_same():
-    bank = Bank(some_adapters(2))
+    batched = Batched(some_adapters(2))
     optimizer = keras_geolora.GeoLoRA(
         keras.optimizers.Adam(1e-2), retraction_interval=2
     )
-    optimizer.build(list(bank.factors))
-    gradients = gradients_of(bank.factors, 0)
+    optimizer.build(list(batched.factors))
+    gradients = gradients_of(batched.factors, 0)
     only_first = keras.ops.reshape(
         keras.ops.convert_to_tensor([1.0, 0.0]), (2, 1, 1)
     )
     optimizer.apply(gradients)
-    assert arrays_of(bank)[3][1].any()
+    assert arrays_of(batched)[3][1].any()
     optimizer.apply([g * only_first for g in gradients])
-    assert not arrays_of(bank)[3].any()
+    assert not arrays_of(batched)[3].any()
 
 
 def test_accumulated_gradients_count_as_visits():
-    banks = [Bank(some_adapters(2)) for _ in range(2)]
-    gradients = gradients_of(banks[0].factors, 0)
+    adapters = [Batched(some_adapters(2)) for _ in range(2)]
+    gradients = gradients_of(adapters[0].factors, 0)
     second = keras.ops.reshape(
         keras.ops.convert_to_tensor([0.0, 1.0]), (2, 1, 1)
     )
@@ -151,14 +153,14 @@ def test_accumulated_gradients_count_as_visits():
         [g * second for g in gradients],
         [g * (1 - second) for g in gradients],
     )
-    for bank, order in zip(banks, (parts, parts[::-1]), strict=True):
+    for batched, order in zip(adapters, (parts, parts[::-1]), strict=True):
         optimizer = keras_geolora.GeoLoRA(
             keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
         )
-        optimizer.build(list(bank.factors))
+        optimizer.build(list(batched.factors))
         for part in order:
             optimizer.apply(part)
-    for one, other in zip(*map(arrays_of, banks), strict=True):
+    for one, other in zip(*map(arrays_of, adapters), strict=True):
         assert one[:, :, 0].any() == other[:, :, 0].any()
         np.testing.assert_allclose(one, other, atol=1e-6)
-    assert arrays_of(banks[0])[1].any(axis=(1, 2)).all()
+    assert arrays_of(adapters[0])[1].any(axis=(1, 2)).all()
