@@ -613,18 +613,16 @@ class AdaptedProduct(AdaptedLayer):
         # When torch recomputes a call for the backward pass, it omits
         # `training`.
         anew = training is None and is_computed_again(self)
-        many = merging_pays(
-            self._count_rows(inputs),
-            *self.kernel_view.matrix_shape,
-            self.adapter.max_rank,
-        )
+        sizes = self._count_rows(inputs), *self.kernel_view.matrix_shape
         if not (anew or may_train(training)):
+            many = merging_pays(*sizes)
             if many or is_sparse(inputs) or self._is_fused:
                 return self._product_with_sum
             return self._product_of_few
         (kernel,) = self.kernels()
         if self.adapter.dropout.rate or kernel.trainable or is_sparse(inputs):
             return self._product_apart
+        many = merging_pays(*sizes, self.adapter.max_rank)
         return self._merged_product if many else self._product_apart
 
     def _count_rows(self, inputs):

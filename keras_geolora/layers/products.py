@@ -280,7 +280,7 @@ def may_train(training):
     return bool(training) if is_known(training) else True
 
 
-def merging_pays(rows, input_dim, output_dim, columns):
+def merging_pays(rows, input_dim, output_dim, columns=None):
     """Returns whether `merged_product` is likely faster than two products.
 
     A separate low-rank product processes all rows of inputs and outputs once
@@ -292,11 +292,12 @@ def merging_pays(rows, input_dim, output_dim, columns):
         rows: Number of inputs, infinite if unknown.
         input_dim: Int.
         output_dim: Int.
-        columns: Int, those of a factor.
+        columns: Int, those of a factor, in training. Defaults to `None`,
+            elsewhere: compaction must not change a prediction, to the last bit.
     """
     price = 1
     if keras.backend.backend() == "torch":
-        price = 4 / 3 + 20 / columns
+        price = 4 if columns is None else 4 / 3 + 20 / columns
     return rows * (input_dim + output_dim) >= price * input_dim * output_dim
 
 
