@@ -372,8 +372,8 @@ def print_tables():
         print(f"\n**{task}**, the smallest within 0.01 of the best of all\n")
         print(measuring.markdown(["method", "effective"], smallest(methods)))
         header = ["method", "rank", "differences", "mean, standard error"]
-        for ours in ("geolora", TODAY):
-            print(f"\n**{task}**, {ours} less the others, by seed\n")
+        for ours in [name for name in ("geolora", TODAY) if name in methods]:
+            print(f"\n**{task}**, {in_words(ours)} less the others, by seed\n")
             print(measuring.markdown(header, differences(methods, ours)))
     print_bounds()
 
@@ -403,7 +403,7 @@ def with_bands(methods):
 
 def differences(methods, name):
     """Compares a method with those of the same rank, at their best rates."""
-    ours, lines = methods.get(name, {}), []
+    ours, lines = methods[name], []
     for method, ranks in methods.items():
         for rank in sorted({*ranks} & {*ours} if method != name else ()):
             ahead, behind = (

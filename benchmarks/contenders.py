@@ -186,7 +186,49 @@ class OnKeras:
         return [self.rank] * len(self.layers)
 
 
-class GeoLoRA(OnKeras):
+class Adapted:
+    """What contenders of this library have in common, whatever the model."""
+
+    def enable(self, room, falling):
+        """Adapts the model, and returns the `parameter_budget`.
+
+        Args:
+            room: Int, the columns of the buffers relative to the rank of LoRA.
+                With 1 there is no budget.
+            falling: Float, the share of the steps within which the budget
+                falls from `room` times that of LoRA, or 0.
+        """
+        from keras_geolora.layers.tree import adapted_layers
+
+        self.start_rank = max(1, self.rank // 2)
+        self.model.enable_geolora(
+            rank=self.start_rank, max_rank=self.rank * room, seed=0
+        )
+        self.layers = adapted_layers(self.model)
+        if room == 1:
+            return None
+        # That of LoRA, which has no singular values to store.
+        budget = self.rank * sum(
+            sum(layer.kernel_view.matrix_shape)
+            for layer in self.layers.values()
+        )
+        if falling:
+            return falling_budget(budget, room, falling * self.steps)
+        return budget
+
+    def ranks(self):
+        """Returns the rank of every layer."""
+        return [layer.rank for layer in self.layers.values()]
+
+    def effective(self):
+        """Returns the number of parameters at the ranks found."""
+        return sum(
+            layer.rank * layer.adapter.parameters_per_rank
+            for layer in self.layers.values()
+        )
+
+
+class GeoLoRA(Adapted, OnKeras):
     """This library, with the parameters that LoRA of a rank would have."""
 
     def adapt(
@@ -200,38 +242,14 @@ class GeoLoRA(OnKeras):
         cut=20,
     ):
         import keras_geolora
-        from keras_geolora.layers.tree import adapted_layers
 
-        self.start_rank = max(1, self.rank // 2)
-        self.model.enable_geolora(
-            rank=self.start_rank, max_rank=self.rank * room, seed=0
-        )
-        self.layers = adapted_layers(self.model)
-        # That of LoRA, which has no singular values to store.
-        budget = self.rank * sum(
-            sum(layer.kernel_view.matrix_shape)
-            for layer in self.layers.values()
-        )
-        if room == 1:
-            budget = None
-        elif falling:
-            budget = falling_budget(budget, room, falling * self.steps)
         return keras_geolora.GeoLoRA(
             inner,
             tolerance,
-            parameter_budget=budget,
+            parameter_budget=self.enable(room, falling),
             max_update_ratio=ratio,
             retraction_interval=interval,
             cut_interval=cut,
-        )
-
-    def ranks(self):
-        return [layer.rank for layer in self.layers.values()]
-
-    def effective(self):
-        return sum(
-            layer.rank * layer.adapter.parameters_per_rank
-            for layer in self.layers.values()
         )
 
 

@@ -96,7 +96,7 @@ class OnKeras:
         return [self.rank] * len(self.layers)
 
 
-class GeoLoRA(OnKeras):
+class GeoLoRA(contenders.Adapted, OnKeras):
     """This library, with the parameters that LoRA of the rank has.
 
     With `falling`, the budget begins at `room` times as much, and falls within
@@ -105,36 +105,14 @@ class GeoLoRA(OnKeras):
 
     def adapt(self, inner, room=2, falling=0.0, **options):
         import keras_geolora
-        from keras_geolora.layers.tree import adapted_layers
 
-        self.start_rank = max(1, self.rank // 2)
-        self.model.enable_geolora(
-            rank=self.start_rank, max_rank=self.rank * room, seed=0
-        )
-        self.layers = adapted_layers(self.model)
-        budget = self.rank * sum(
-            sum(layer.kernel_view.matrix_shape)
-            for layer in self.layers.values()
-        )
-        if falling:
-            budget = contenders.falling_budget(
-                budget, room, falling * self.steps
-            )
+        budget = self.enable(room, falling)
         return keras_geolora.GeoLoRA(inner, parameter_budget=budget, **options)
 
     def train(self, *args):
         losses = super().train(*args)
         self.optimizer.cut()
         return losses
-
-    def effective(self):
-        return sum(
-            layer.rank * layer.adapter.parameters_per_rank
-            for layer in self.layers.values()
-        )
-
-    def ranks(self):
-        return [layer.rank for layer in self.layers.values()]
 
 
 class KerasLoRA(OnKeras):

@@ -29,7 +29,8 @@ SHAPES = {
     "wide": (1024, 2, 16, 4096, 8),
 }
 LENGTH, VOCABULARY, RANK, CLASSES = 128, 30522, 8, 2
-DONE = 101
+# So many updates count as done, at which retractions are as rare as they get.
+UPDATES = 101
 KERAS_METHODS = ("geolora", "plain_lora", "keras_lora", "full")
 PEFT_METHODS = ("peft_lora", "peft_adalora")
 OPTIONS = ("shape", "batch", "max_rank", "jit", "form")
@@ -134,7 +135,7 @@ def keras_step(prepare):
             jit_compile=jit,
         )
         optimizer.build(model.trainable_variables)
-        optimizer.iterations.assign(DONE)
+        optimizer.iterations.assign(UPDATES)
         x, y = batch_of(args)
         return lambda: model.train_on_batch(x, y, return_dict=True)["loss"]
 

@@ -253,7 +253,7 @@ class Adaptation:
                 layer.delete_adapter(name)
             self.freeze()
 
-    def restore_co_trained(self):
+    def reset_co_trained(self):
         """Resets the co-trained variables to their values before training."""
         for variable in self.adapters[self.active].co_trained:
             variable.assign(self.pretrained(variable))
@@ -499,7 +499,7 @@ class Adaptation:
     def _deactivate(self):
         adapter = self.adapters[self.active]
         adapter.values = self.values(self.active)
-        self.restore_co_trained()
+        self.reset_co_trained()
 
     def activate_layers(self):
         """Makes the layers use the active adapter."""
@@ -509,10 +509,10 @@ class Adaptation:
 
     def _activate(self, name):
         self.active = name
-        self._restore_trained()
+        self._restore_co_trained()
         self.freeze()
 
-    def _restore_trained(self):
+    def _restore_co_trained(self):
         adapter = self.adapters[self.active]
         if adapter.values is not None:
             for variable in adapter.co_trained:

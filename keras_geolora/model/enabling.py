@@ -342,7 +342,7 @@ def remove_geolora(model):
         layer.detach_adapters()
     for part in adapted_parts(model):
         adaptation = part.geolora_adaptation
-        adaptation.restore_co_trained()
+        adaptation.reset_co_trained()
         make_plain(part, adaptation)
         adaptation.frozen.thaw()
     after_a_change(model)
