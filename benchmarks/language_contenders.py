@@ -279,13 +279,20 @@ class PEFTAdaLoRA(OnPEFT, contenders.PEFTAdaLoRA):
         return weight * total / number
 
 
+# The bound of each layer, in deep models, until it was shared among all layers.
+EARLIER = {"max_update_ratio": measuring.BOUND}
 # Each with its options.
 METHODS = {
     "untrained": (Untrained, {}),
     "geolora": (GeoLoRA, {}),
     "geolora, every step": (GeoLoRA, measuring.PAPER),
     "geolora, no bound": (GeoLoRA, {"max_update_ratio": None}),
+    "geolora, bound 0.008": (GeoLoRA, EARLIER),
     "geolora, falling budget": (GeoLoRA, {"falling": 0.6}),
+    "geolora, falling budget, bound 0.008": (
+        GeoLoRA,
+        EARLIER | {"falling": 0.6},
+    ),
     "keras_lora": (KerasLoRA, {}),
     "peft_lora": (PEFTLoRA, {}),
     "peft_rslora": (PEFTLoRA, {"use_rslora": True}),

@@ -40,7 +40,8 @@ from keras_geolora.optimizer.slot_rules import slot_rules
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
 # The default bounds on the change of all layers together, and of each.
-TOGETHER, SMALLEST_BOUND, LARGEST_BOUND = 0.3, 0.008, 0.06
+TOGETHER, LARGEST_BOUND = 0.3, 0.06
+BOUND_OF_0_1 = 0.008  # the default in version 0.1, for each layer
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -88,10 +89,10 @@ class GeoLoRA(keras.optimizers.Optimizer):
             factor, like a smaller learning rate for the layer. This makes
             training tolerant of large learning rates, while schedules keep
             their effect. `None` means no bound. `"auto"`, the default, shares
-            0.3 among the adapters, because the changes of all layers add up:
-            at most 0.06 for each and at least 0.008, so 0.008 from 38 adapters
-            on. And there is no bound for `SGD`, whose step is proportional to
-            the gradient. Layers with an all-zero kernel have none.
+            0.3 among the adapters, because the changes of all layers add up,
+            with at most 0.06 for each. And there is no bound for `SGD`, whose
+            step is proportional to the gradient. Layers with an all-zero
+            kernel have none.
         retraction_interval: Int or `"auto"`, number of steps between two
             returns to the manifold. In between the bases stay, and steps are
             much cheaper. `"auto"`, the default, means an interval that grows:
@@ -297,7 +298,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if is_proportional(self.inner_optimizer):
             return None
         number = sum(len(group.adapters) for group in self._groups.content)
-        return min(max(TOGETHER / number, SMALLEST_BOUND), LARGEST_BOUND)
+        return min(TOGETHER / number, LARGEST_BOUND)
 
     def _beside_groups(self):
         """Returns the variables of the inner optimizer outside of groups."""
@@ -661,7 +662,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             config["retraction_interval"] = 1
             if config.get("max_update_ratio") == "auto":
                 free = is_proportional(inner_optimizer)
-                config["max_update_ratio"] = None if free else SMALLEST_BOUND
+                config["max_update_ratio"] = None if free else BOUND_OF_0_1
         without_weight_decay = config.pop("without_weight_decay", None)
         optimizer = cls(inner_optimizer, **config)
         optimizer._without_weight_decay = without_weight_decay
