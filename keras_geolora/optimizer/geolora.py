@@ -39,9 +39,10 @@ from keras_geolora.optimizer.slot_rules import slot_rules
 
 # Stands for "no budget": the largest float32 that fits an int32.
 UNLIMITED = 2**31 - 128
-# The default bounds on the change of all layers together, and of each.
-TOGETHER, LARGEST_BOUND = 0.3, 0.06
-BOUND_OF_0_1 = 0.008  # the default in version 0.1, for each layer
+# The default bound on the change of each layer: usually this, more in small
+# models and less in deep ones, where the changes of all layers add up.
+USUAL_BOUND, LARGEST_BOUND = 0.008, 0.06
+SHARED, MOST_TOGETHER = 0.3, 0.5
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -88,11 +89,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
             the bound, this and all later steps are scaled down by that
             factor, like a smaller learning rate for the layer. This makes
             training tolerant of large learning rates, while schedules keep
-            their effect. `None` means no bound. `"auto"`, the default, shares
-            0.3 among the adapters, because the changes of all layers add up,
-            with at most 0.06 for each. And there is no bound for `SGD`, whose
-            step is proportional to the gradient. Layers with an all-zero
-            kernel have none.
+            their effect. `None` means no bound. `"auto"`, the default, means
+            0.008 for 37 to 62 adapters. Because the changes of all layers add
+            up, fewer share 0.3, at most 0.06 for each, and more share 0.5. And
+            there is no bound for `SGD`, whose step is proportional to the
+            gradient. Layers with an all-zero kernel have none.
         retraction_interval: Int or `"auto"`, number of steps between two
             returns to the manifold. In between the bases stay, and steps are
             much cheaper. `"auto"`, the default, means an interval that grows:
@@ -298,7 +299,8 @@ class GeoLoRA(keras.optimizers.Optimizer):
         if is_proportional(self.inner_optimizer):
             return None
         number = sum(len(group.adapters) for group in self._groups.content)
-        return min(TOGETHER / number, LARGEST_BOUND)
+        share = max(SHARED / number, USUAL_BOUND)
+        return min(share, LARGEST_BOUND, MOST_TOGETHER / number)
 
     def _beside_groups(self):
         """Returns the variables of the inner optimizer outside of groups."""
@@ -662,7 +664,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
             config["retraction_interval"] = 1
             if config.get("max_update_ratio") == "auto":
                 free = is_proportional(inner_optimizer)
-                config["max_update_ratio"] = None if free else BOUND_OF_0_1
+                config["max_update_ratio"] = None if free else USUAL_BOUND
         without_weight_decay = config.pop("without_weight_decay", None)
         optimizer = cls(inner_optimizer, **config)
         optimizer._without_weight_decay = without_weight_decay

@@ -626,7 +626,7 @@ def test_a_bound_does_not_depend_on_the_rank_at_the_start():
 
 
 @pytest.mark.parametrize(
-    "number, ratio", [(1, 0.06), (10, 0.03), (37, 0.3 / 37), (60, 0.005)]
+    "number, ratio", [(1, 0.06), (10, 0.03), (60, 0.008), (100, 0.005)]
 )
 def test_all_layers_together_share_the_default_bound(number, ratio):
     adapters = [LowRankAdapter(12, 8, rank=4, seed=i) for i in range(number)]
