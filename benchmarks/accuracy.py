@@ -313,7 +313,7 @@ def label(row):
     """Returns the name of a method with the options that are not usual."""
     usual = {"tolerance": 0.1, "room": 2, "scale": 1.0}
     usual |= {"interval": 1, "cut": 20}
-    # With as many adapters as these models have, "auto" is this bound.
+    # With as many adapters as these models have, "auto" is about this bound.
     usual["ratio"] = RATIO if row["options"].get("ratio") == RATIO else "auto"
     options = [
         f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
