@@ -333,6 +333,14 @@ class AdaptedModel(PausesAsAWhole):
             with tf_replicas.strategy_scope_of(self):
                 optimizer.build(self.trainable_variables)
 
+    def _build_optimizer_before_steps(self):
+        # TensorFlow traces a step twice if it creates variables.
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is None or optimizer.built or not self.compiled:
+            return
+        if all(layer.built for layer in inside(self)):
+            self._build_optimizer()
+
     def _renew_optimizer(self):
         """Builds the optimizer for the adapter whose state is loaded next."""
         if fits(self):
@@ -365,9 +373,7 @@ class AdaptedModel(PausesAsAWhole):
             optimizer = getattr(self, "optimizer", None)
             check_optimizer(optimizer)
             check_optimizer_is_new(optimizer, self.trainable_variables)
-            if all(layer.built for layer in inside(self)):
-                # TensorFlow traces a step twice if it creates variables.
-                self._build_optimizer()
+            self._build_optimizer_before_steps()
         parameters = inspect.signature(super().fit).parameters
         # KerasHub tasks have other positional arguments.
         names = list(parameters)
@@ -380,6 +386,11 @@ class AdaptedModel(PausesAsAWhole):
         elif "callbacks" in names or takes_any(parameters):
             kwargs["callbacks"] = own_callbacks(kwargs.get("callbacks"))
         return super().fit(*args, **kwargs)
+
+    def train_on_batch(self, *args, **kwargs):
+        """Like `keras.Model.train_on_batch`."""
+        self._build_optimizer_before_steps()
+        return super().train_on_batch(*args, **kwargs)
 
 
 class AdaptedScope(PausesAsAWhole):

@@ -222,6 +222,21 @@ def test_train_on_batch_gives_the_same_factors(fitted):
     assert_close(deltas(model), deltas(fitted))
 
 
+@pytest.mark.parametrize("train", ["fit", "train_on_batch"])
+def test_no_step_has_to_build_the_optimizer(train, monkeypatch):
+    built, apply = [], GeoLoRA.apply
+
+    def watched(self, *args, **kwargs):
+        built.append(self.built)
+        return apply(self, *args, **kwargs)
+
+    monkeypatch.setattr(GeoLoRA, "apply", watched)
+    model = compiled(deep_model())
+    x, y = deep_data()
+    getattr(model, train)(x[:16], y[:16])
+    assert built and all(built)
+
+
 def test_a_custom_loop_gives_the_same_factors(fitted):
     model = compiled(deep_model())
     run_custom_loop(model, batches_of(*deep_data()))
