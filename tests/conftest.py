@@ -163,7 +163,8 @@ def optimized():
     """Has JAX optimize what it compiles, as it does for users.
 
     `nox -s tests` turns that off, since most programs run a few times only and
-    take longer to compile. Long and real trainings run as users see them.
+    take longer to compile. Long and real trainings run as users see them, but
+    for how XLA writes loops (`OLDER_LOOPS` in `noxfile.py`).
     """
     import keras  # not in the process that only hands out tests
 
