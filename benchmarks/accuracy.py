@@ -47,6 +47,8 @@ KEY += ("train", "held_out")
 BAND = 5
 # The bound of steps that was the default in version 0.1.0.
 RATIO = measuring.BOUND
+# It still is for up to so many adapters, and for not many fewer.
+DEEP = 62
 # Options of runs in words, for tables.
 OPTIONS_IN_WORDS = {
     "room 1": "no budget",
@@ -292,13 +294,21 @@ def settings(schedule):
     for row in complete_rows():
         if row["schedule"] != schedule:
             continue
-        if row["options"].get("ratio", RATIO) not in (RATIO, "auto"):
+        if row["options"].get("ratio", RATIO) not in usual_bounds(row):
             continue  # a candidate, see `print_bounds`
         task = found.setdefault(row["task"], {})
         method = task.setdefault(label(row), {})
         rates = method.setdefault(row["rank"], {})
         rates.setdefault(row["rate"], []).append(row)
     return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+
+
+def usual_bounds(row):
+    """Returns what may stand for the default bound at the time of a run."""
+    today = row["options"].get("interval") == "auto"
+    if today and len(row["ranks"]) > DEEP:
+        return ("auto",)
+    return RATIO, "auto"
 
 
 def complete_rows():
