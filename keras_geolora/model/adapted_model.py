@@ -337,7 +337,7 @@ class AdaptedModel(PausesAsAWhole):
         # TensorFlow traces a step twice if it creates variables.
         optimizer = getattr(self, "optimizer", None)
         if optimizer is None or optimizer.built or not self.compiled:
-            return
+            return  # before a look at all layers, which no step can afford
         if all(layer.built for layer in inside(self)):
             self._build_optimizer()
 
