@@ -10,7 +10,8 @@ seeds. The geometric step is the reference of the test suite.
 
 Candidates for the first moment: `untouched`, `rotated` with the bases, or
 `projected` on the new tangent space. For the second: `untouched`, `squared`
-(by the squares of the rotation) or `averaged` over the rank axis.
+(by the squares of the rotation), `filled` (the same, and what is missing in new
+directions is the mean) or `averaged` over the rank axis.
 """
 
 import pathlib
@@ -47,6 +48,18 @@ def squared(v, old, new):
     return [v[0] @ B, A.T @ v[1] @ B, v[2] @ A]
 
 
+def filled(v, old, new):
+    """As `squared`; the mean of all columns stands for new directions."""
+    (U, V), (U1, V1) = old, new
+    A, B = (U.T @ U1) ** 2, (V.T @ V1) ** 2
+
+    def fill(x, squares):
+        missing = np.maximum(1 - squares.sum(axis=0), 0)
+        return x @ squares + missing * x.mean(axis=1, keepdims=True)
+
+    return [fill(v[0], B), fill(fill(v[1].T, A).T, B), fill(v[2], A)]
+
+
 def averaged(v, old, new):
     """The mean over the rank axis."""
     ones = np.ones((1, new[0].shape[1]))
@@ -75,8 +88,12 @@ def untouched(slots, old, new):
 def direction(inner, gradient, m, v, i, step):
     """What an inner optimizer subtracts, for a learning rate of one.
 
-    Updates the moments `m[i]` and `v[i]` of the unknown `i`.
+    Updates the moments `m[i]` and `v[i]` of the unknown `i`. The rate of an
+    optimizer called "falling" falls linearly to zero.
     """
+    if inner == "falling adam":
+        falling = 1 - (step - 1) / STEPS
+        return falling * direction("adam", gradient, m, v, i, step)
     if inner == "sgd":
         return gradient
     if inner == "momentum":
@@ -163,6 +180,7 @@ def main():
         "rotated, second squared": (rotated, squared),
         "rotated, second averaged": (rotated, averaged),
         "projected, second averaged": (projected, averaged),
+        "projected, second filled": (projected, filled),
     }
     settings = [
         ("sgd", 0.2),
@@ -171,6 +189,9 @@ def main():
         ("adam", 1e-3),
         ("adam", 3e-3),
         ("adam", 1e-2),
+        ("falling adam", 3e-3),
+        ("falling adam", 1e-2),
+        ("falling adam", 3e-2),
     ]
     print("Transport, cut at every step: error (ranks of the three seeds)\n")
     print("| inner, rate | " + " | ".join([*candidates, "LoRA"]) + " |")
