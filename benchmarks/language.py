@@ -154,9 +154,8 @@ def print_table():
     """
     found = {}
     for row in measured():
-        by_rate = found.setdefault(
-            (row["task"], row["rank"], row["method"]), {}
-        )
+        setting = row["task"], row["rank"], row["steps"], row["method"]
+        by_rate = found.setdefault(setting, {})
         by_rate.setdefault(row["rate"], []).append(row)
     lines = []
     for setting, by_rate in sorted(found.items()):
@@ -164,7 +163,7 @@ def print_table():
         for rate, rows in sorted(by_rate.items()):
             star = "*" if rate == best else ""
             lines.append([*setting, f"{rate:g}{star}", *in_numbers(rows)])
-    header = ["task", "rank", "method", "rate", "loss", "right"]
+    header = ["task", "rank", "steps", "method", "rate", "loss", "right"]
     header += ["other text", "parameters", "s", "MiB", "seeds"]
     print(measuring.markdown(header, lines))
 

@@ -31,6 +31,8 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_geolora.geometry.decompositions import eigh, svd
+
 # Values below `ROUNDING` times the largest one are float32 rounding noise: a
 # few units in the last place, accumulated over a small matrix.
 ROUNDING = 2e-6
@@ -215,6 +217,7 @@ class Extension(NamedTuple):
     | `mix`   | (..., 2 r, 2 r) | makes the columns orthonormal              |
     | `used`  | (..., 2 r)      | which columns of `both @ mix` are not zero |
     | `gain`  | (..., r, r)     | new directions, transposed, times `P`      |
+    | `found` | (...)           | whether these are numbers                  |
     """
 
     both: object
@@ -222,6 +225,7 @@ class Extension(NamedTuple):
     mix: object
     used: object
     gain: object
+    found: object
 
 
 def extend(basis, active, beyond, known):
@@ -254,7 +258,7 @@ def extend(basis, active, beyond, known):
     X = beyond * divide(1.0, size)
     inside = ops.matmul(T(basis), X)
     residual = X - ops.matmul(basis, inside)
-    _, Q = ops.eigh(ops.matmul(T(residual), residual))
+    _, Q = eigh(ops.matmul(T(residual), residual))
     extra = ops.matmul(residual, Q)
     both = ops.concatenate([basis, extra], axis=-1)
     gram = ops.matmul(T(both), both)
@@ -265,7 +269,8 @@ def extend(basis, active, beyond, known):
     unit = divide(1.0, lengths)[..., None, :]
     overlap = gram[..., :r, r:] * unit
     apart = T(unit) * gram[..., r:, r:] * unit - ops.matmul(T(overlap), overlap)
-    eigenvalues, Q = ops.eigh(apart)
+    eigenvalues, Q = eigh(apart)
+    found = ops.isfinite(ops.sum(eigenvalues, axis=-1) + ops.sum(Q, (-2, -1)))
     # A unit column that is almost in the span of the others is noise as well.
     used = ops.concatenate([active, eigenvalues > 1e-2], axis=-1)
     clear = used[..., None, r:]
@@ -283,7 +288,7 @@ def extend(basis, active, beyond, known):
     )
     gain = ops.matmul(T(new), ops.matmul(T(extra), X))
     gain = gain + ops.matmul(T(back), inside)
-    return Extension(both, gram, mix, used, gain * size)
+    return Extension(both, gram, mix, used, gain * size, found)
 
 
 def turn(extension, rotation, stay, keep):
@@ -369,7 +374,8 @@ class Augmented(NamedTuple):
     as the buffers. The update is
     `size * U_hat @ P @ diag(sigma) @ (V_hat @ Q).T`, with `sigma` descending.
     `size`, `(..., 1, 1)`, is zero where the block is at rest, a point on the
-    manifold, which must not move.
+    manifold, which must not move. `found`, `(...)`, is false where a
+    decomposition failed, and nothing else is valid.
     """
 
     block: Block
@@ -380,6 +386,7 @@ class Augmented(NamedTuple):
     sigma: object
     Q: object
     size: object
+    found: object
 
 
 def augment(block):
@@ -410,9 +417,15 @@ def augment(block):
         axis=-2,
     )
     size = ops.max(ops.abs(S_hat), axis=(-2, -1), keepdims=True)
-    left, sigma, right = ops.svd(divide(S_hat, size), full_matrices=False)
+    left, sigma, right = svd(divide(S_hat, size))
     size = ops.where(at_rest(block)[..., None, None], 0.0, size)
-    return Augmented(block, active, U_hat, V_hat, left, sigma, T(right), size)
+    values = ops.sum(sigma, axis=-1) + ops.sum(left + right, axis=(-2, -1))
+    found = ops.stack([U_hat.found, V_hat.found, ops.isfinite(values)])
+    found = ops.all(found, axis=0)
+    right = T(right)
+    return Augmented(
+        block, active, U_hat, V_hat, left, sigma, right, size, found
+    )
 
 
 def at_rest(block):

@@ -504,6 +504,9 @@ class GroupStep:
             self.returning = ops.logical_and(
                 self.takes_part, ops.logical_or(self.moving, away)
             )
+        # The others stay as they are, and try again in the next retraction.
+        self.returning = ops.logical_and(self.returning, self.augmented.found)
+        if not holds_everywhere(self.returning):
             size = ops.where(
                 self.returning[:, None, None], self.augmented.size, 0.0
             )
@@ -551,10 +554,9 @@ class GroupStep:
             store.write(choose(self.returning, moved, slots))
         # Gradients accumulated for an update that is not complete yet.
         for store in group.accumulators:
-            moved = traced_once(
-                transport, self.rank, "linear", store.read(), move
-            )
-            store.write(moved)
+            sums = store.read()
+            moved = traced_once(transport, self.rank, "linear", sums, move)
+            store.write(choose(self.returning, moved, sums))
 
 
 def ask(augmented, tolerance, min_rank):

@@ -3,10 +3,12 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from optimizer_test import (
     INNER,
     Regression,
     assert_identical,
+    assert_on_manifold,
     delta,
     factors,
     gradients_of,
@@ -17,6 +19,7 @@ from optimizer_test import (
 )
 
 from keras_geolora import GeoLoRA, LowRankAdapter
+from keras_geolora.geometry import integrator
 from keras_geolora.optimizer import groups
 
 ELEMENTWISE = sorted(
@@ -125,6 +128,60 @@ def test_a_group_that_rests_is_not_touched():
     optimizer.apply(tensors(problem.gradients()[:10]), problem.variables[:10])
     found = to_numpy(factors(resting)) + slots_of(optimizer, resting)
     assert_identical(found, kept)
+
+
+# What does not converge.
+
+
+def giving_up(function, numbers, calls):
+    """`function`, which in calls of these numbers fails at the first matrix."""
+
+    def decompose(x):
+        found = function(ops.nan_to_num(x))
+        bad = np.isnan(ops.convert_to_numpy(x)).any((-2, -1))
+        bad[0] |= len(calls) in numbers
+        calls.append(bad)
+        return [
+            ops.where(bad[(..., *[None] * (len(y.shape) - 1))], np.nan, y)
+            for y in found
+        ]
+
+    return decompose
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_an_adapter_whose_decomposition_fails_returns_later(
+    number, monkeypatch
+):
+    healthy, problem = Regression(THREE), Regression(THREE)
+    these, those = (
+        GeoLoRA(INNER["Adam"](), retraction_interval=1) for _ in range(2)
+    )
+    for _ in range(2):
+        healthy.step(these)
+        problem.step(those)
+    calls = []
+    with monkeypatch.context() as patch:
+        for name in ("eigh", "svd"):
+            function = getattr(integrator, name)
+            fake = giving_up(function, [number], calls)
+            patch.setattr(integrator, name, fake)
+        problem.step(those)
+    assert len(calls) == 5
+    bad, *others = problem.adapters
+    assert to_numpy([bad.P])[0].any()
+    assert not any(x.any() for a in others for x in to_numpy([a.P, a.Q]))
+    healthy.step(these)
+    for x, y in zip(others, healthy.adapters[1:], strict=True):
+        assert_identical(to_numpy(factors(x)), to_numpy(factors(y)))
+    # It has not lost what truncation discards.
+    whole, cut = delta(bad), delta(healthy.adapters[0])
+    share = these.discarded_share(healthy.adapters[0])
+    lost = np.linalg.norm(whole - cut) / np.linalg.norm(whole)
+    assert lost == pytest.approx(share, rel=1e-2, abs=1e-6)
+    problem.step(those)
+    assert not to_numpy([bad.P])[0].any()
+    assert_on_manifold(bad)
 
 
 # What a truncation discards.

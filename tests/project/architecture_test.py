@@ -127,10 +127,15 @@ def test_only_public_and_backend_neutral_packages_are_imported(name):
         ), f"'{name}' imports '{imported}'"
 
 
-def test_the_integrator_is_made_of_keras_operations_only():
-    for imported in imports(MODULES["geometry.integrator"]):
+INTEGRATOR = ("geometry.integrator", "geometry.decompositions")
+
+
+@pytest.mark.parametrize("name", INTEGRATOR)
+def test_the_integrator_is_made_of_keras_operations_only(name):
+    own = [f"{PACKAGE.name}.{part}" for part in INTEGRATOR]
+    for imported in imports(MODULES[name]):
         top = imported.split(".")[0]
-        public = within(imported, ["keras.ops"])
+        public = within(imported, ["keras.ops", *own])
         assert public or top in sys.stdlib_module_names, imported
 
 
