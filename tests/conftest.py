@@ -10,6 +10,7 @@ does not depend on the backend runs once. Each mark says why.
 
 import collections
 import gc
+import itertools
 import pathlib
 import sys
 
@@ -143,6 +144,37 @@ def leave_to_the_end():
     """
     gc.collect()
     gc.freeze()
+
+
+# After so many programs JAX gets a new context, since one never forgets the
+# constants of its programs.
+PROGRAMS_OF_A_CONTEXT = 200
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_contexts():
+    """Has JAX use a context of MLIR for many programs.
+
+    It makes one for each, with all dialects, which takes half of the time of a
+    small program whose compiled form is kept: a quarter of all tests.
+    """
+    import keras  # not in the process that only hands out tests
+
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    from jax._src.interpreters import mlir
+
+    make, programs, contexts = mlir.make_ir_context, itertools.count(), {}
+
+    def make_now_and_then():
+        if next(programs) % PROGRAMS_OF_A_CONTEXT == 0:
+            contexts["now"] = make()
+        return contexts["now"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", make_now_and_then)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ EXTERNAL_OF = {
     "distribution.tf_replicas": {"tensorflow"},
     "optimizer.precision": {"jax", "torch"},
     "optimizer.retractions": {"jax"},
-    "optimizer.traced_once": {"tensorflow"},
+    "optimizer.traced_once": {"jax", "tensorflow"},
 }
 
 
