@@ -12,6 +12,7 @@ LoRA is `x @ A @ B` as in `plain_lora.py`. Rows are added to
 `benchmarks/results/rates_over_sizes.jsonl`.
 """
 
+import functools
 import statistics
 
 import measuring
@@ -96,11 +97,6 @@ def geolora(model, layer, rank, inner, seed, **options):
     return keras_geolora.GeoLoRA(inner, **options)
 
 
-def without_bound(*args):
-    """GeoLoRA without a bound on the steps."""
-    return geolora(*args, max_update_ratio=None)
-
-
 def lora(model, layer, rank, inner, seed):
     """Adapts the layer with plain LoRA."""
     import plain_lora
@@ -115,7 +111,9 @@ def lora(model, layer, rank, inner, seed):
 
 METHODS = {
     "geolora": geolora,
-    "geolora, no bound": without_bound,
+    # What the default was before it looked at the width.
+    "geolora, bound 0.06": functools.partial(geolora, max_update_ratio=0.06),
+    "geolora, no bound": functools.partial(geolora, max_update_ratio=None),
     "plain_lora": lora,
 }
 

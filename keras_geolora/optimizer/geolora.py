@@ -43,6 +43,9 @@ UNLIMITED = 2**31 - 128
 # models and less in deep ones, where the changes of all layers add up.
 USUAL_BOUND, LARGEST_BOUND = 0.008, 0.06
 SHARED, MOST_TOGETHER = 0.3, 0.5
+# More than usual is at most this, divided by the smaller side of a kernel: a
+# step has few directions, and the norm of a wide kernel is that of many.
+WIDE_BOUND = 8.0
 # Options that may be schedules.
 SCHEDULED = ("tolerance", "rank_budget", "parameter_budget")
 
@@ -91,9 +94,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
             training tolerant of large learning rates, while schedules keep
             their effect. `None` means no bound. `"auto"`, the default, means
             0.008 for 37 to 62 adapters. Because the changes of all layers add
-            up, fewer share 0.3, at most 0.06 for each, and more share 0.5. And
-            there is no bound for `SGD`, whose step is proportional to the
-            gradient. Layers with an all-zero kernel have none.
+            up, fewer share 0.3, and more share 0.5. Fewer get at most 0.06
+            each, and 8 divided by the smaller side of the kernel, but never
+            less than 0.008. And there is no bound for `SGD`, whose step is
+            proportional to the gradient. Layers with an all-zero kernel have
+            none.
         retraction_interval: Int or `"auto"`, number of steps between two
             returns to the manifold. In between the bases stay, and steps are
             much cheaper. `"auto"`, the default, means an interval that grows:
@@ -273,7 +278,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """Adds a variable with the bounds on the steps of a group."""
         ratio = self.max_update_ratio
         if ratio == "auto":
-            ratio = self._usual_ratio()
+            ratio = self._usual_ratio(group)
         if ratio is None:
             return None
 
@@ -294,13 +299,15 @@ class GeoLoRA(keras.optimizers.Optimizer):
             name=name,
         )
 
-    def _usual_ratio(self):
+    def _usual_ratio(self, group):
         """Returns the `max_update_ratio` that `"auto"` stands for."""
         if is_proportional(self.inner_optimizer):
             return None
         number = sum(len(group.adapters) for group in self._groups.content)
-        share = max(SHARED / number, USUAL_BOUND)
-        return min(share, LARGEST_BOUND, MOST_TOGETHER / number)
+        adapter = group.adapters[0]  # all have its shape
+        side = min(adapter.input_dim, adapter.output_dim)
+        few = min(SHARED / number, LARGEST_BOUND, WIDE_BOUND / side)
+        return min(max(few, USUAL_BOUND), MOST_TOGETHER / number)
 
     def _beside_groups(self):
         """Returns the variables of the inner optimizer outside of groups."""

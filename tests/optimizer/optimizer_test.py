@@ -629,11 +629,20 @@ def test_a_bound_does_not_depend_on_the_rank_at_the_start():
     "number, ratio", [(1, 0.06), (10, 0.03), (60, 0.008), (100, 0.005)]
 )
 def test_all_layers_together_share_the_default_bound(number, ratio):
-    adapters = [LowRankAdapter(12, 8, rank=4, seed=i) for i in range(number)]
+    assert_default_bound((12, 8), number, ratio)
+
+
+@pytest.mark.parametrize("side, ratio", [(200, 0.04), (1200, 0.008)])
+def test_in_wide_layers_the_default_bound_is_smaller(side, ratio):
+    assert_default_bound((1300, side), 1, ratio)
+
+
+def assert_default_bound(shape, number, ratio):
+    adapters = [LowRankAdapter(*shape, rank=4, seed=i) for i in range(number)]
     for adapter in adapters:
         adapter.kernel_norm = lambda: 10.0
     optimizer = GeoLoRA(keras.optimizers.Adam(1.0), 0.0, retraction_interval=9)
-    slope = np.random.default_rng(0).normal(size=(12, 8))
+    slope = np.random.default_rng(0).normal(size=shape)
     grads = [g for a in adapters for g in gradients_of(a, slope)]
     optimizer.apply(tensors(grads), [v for a in adapters for v in factors(a)])
     steps = [np.linalg.norm(delta(adapter)) for adapter in adapters]
