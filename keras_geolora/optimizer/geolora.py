@@ -303,7 +303,7 @@ class GeoLoRA(keras.optimizers.Optimizer):
         """Returns the `max_update_ratio` that `"auto"` stands for."""
         if is_proportional(self.inner_optimizer):
             return None
-        number = sum(len(group.adapters) for group in self._groups.content)
+        number = sum(len(each.adapters) for each in self._groups.content)
         adapter = group.adapters[0]  # all have its shape
         side = min(adapter.input_dim, adapter.output_dim)
         few = min(SHARED / number, LARGEST_BOUND, WIDE_BOUND / side)
