@@ -22,6 +22,26 @@ RESULT = "language"
 RATES = (3e-4, 1e-3, 3e-3)
 STEPS, BATCH = 100, 8
 KEY = ("task", "method", "rank", "rate", "seed", "steps")
+# What tables call the methods, in their order; others stand as they are.
+LABELS = {
+    "untrained": "untrained",
+    "geolora": "GeoLoRA",
+    "geolora, every step": "GeoLoRA, every step",
+    "geolora, no bound": "GeoLoRA, no bound",
+    "geolora, bound 0.008": "GeoLoRA, bound 0.008",
+    "geolora, falling budget": "GeoLoRA, falling budget",
+    "geolora, falling budget, bound 0.008": (
+        "GeoLoRA, falling budget, bound 0.008"
+    ),
+    "peft_lora": "PEFT LoRA",
+    "peft_rslora": "PEFT rank-stabilised LoRA",
+    "peft_dora": "PEFT DoRA",
+    "peft_adalora": "PEFT AdaLoRA",
+    "peft_cut": "PEFT LoRA, cut",
+    "keras_lora": "Keras `enable_lora`",
+    "full": "full fine-tuning",
+}
+TASKS = ("topics", "sentiment", "arithmetic")
 
 
 def main():
@@ -148,24 +168,55 @@ def judged(contender, rows):
 
 
 def print_table():
-    """Prints the results at every rate; the best one of a method has a star.
+    """Prints the results at every rate, a table for each rank and length.
 
-    The best is that of the lowest loss on the examples to choose by.
+    The best rate of a method has a star where there are several. Seconds and
+    memory are in the rows only, because runs may share a machine.
     """
-    found = {}
+    tables = {}
     for row in measured():
-        setting = row["task"], row["rank"], row["steps"], row["method"]
-        by_rate = found.setdefault(setting, {})
+        by_method = tables.setdefault((row["rank"], row["steps"]), {})
+        by_rate = by_method.setdefault((row["task"], row["method"]), {})
         by_rate.setdefault(row["rate"], []).append(row)
-    lines = []
-    for setting, by_rate in sorted(found.items()):
-        best = min(by_rate, key=lambda r: mean(by_rate[r], "validation"))
-        for rate, rows in sorted(by_rate.items()):
-            star = "*" if rate == best else ""
-            lines.append([*setting, f"{rate:g}{star}", *in_numbers(rows)])
-    header = ["task", "rank", "steps", "method", "rate", "loss", "right"]
-    header += ["other text", "parameters", "s", "MiB", "seeds"]
-    print(measuring.markdown(header, lines))
+    header = ["task", "method", "rate", "loss", "right", "other text"]
+    header += ["parameters", "seeds"]
+    for (rank, steps), by_method in sorted(tables.items()):
+        lines = []
+        for task, method in sorted(by_method, key=in_order):
+            by_rate = by_method[task, method]
+            best = best_rate(by_rate)
+            for rate, rows in sorted(by_rate.items()):
+                star = "*" if rate == best and len(by_rate) > 1 else ""
+                rate = f"{rate:.0e}".replace("e-0", "e-") + star
+                label = LABELS.get(method, method)
+                lines.append([task, label, rate, *in_numbers(rows)])
+        print(f"Rank {rank}, {steps} steps\n")
+        print(measuring.markdown(header, lines))
+        print()
+
+
+def best_rate(by_rate):
+    """Returns the rate with the lowest loss on the examples to choose by.
+
+    Only seeds that all rates have count, where there are such.
+    """
+    shared = set.intersection(
+        *({row["seed"] for row in rows} for rows in by_rate.values())
+    )
+
+    def loss(rate):
+        rows = [row for row in by_rate[rate] if row["seed"] in shared]
+        return mean(rows or by_rate[rate], "validation")
+
+    return min(by_rate, key=loss)
+
+
+def in_order(setting):
+    """Returns what to sort tasks and methods by."""
+    task, method = setting
+    methods = list(LABELS)
+    place = methods.index(method) if method in methods else len(methods)
+    return TASKS.index(task), place, method
 
 
 def in_numbers(rows):
@@ -174,9 +225,7 @@ def in_numbers(rows):
         f"{mean(rows, 'loss'):.3f}",
         f"{mean(rows, 'right'):.3f}",
         f"{mean(rows, 'general'):.2f}",
-        f"{mean(rows, 'effective') / 1e3:.0f} k",
-        f"{mean(rows, 'seconds'):.0f}",
-        f"{mean(rows, 'peak_mib'):.0f}",
+        f"{mean(rows, 'effective') / 1e3:,.0f} k",
         len(rows),
     ]
 
