@@ -23,9 +23,12 @@ RATES = (3e-4, 1e-3, 3e-3)
 STEPS, BATCH = 100, 8
 KEY = ("task", "method", "rank", "rate", "seed", "steps")
 # What tables call the methods, in their order; others stand as they are.
+# Second moments were averaged over the columns in earlier versions, in all
+# rows of the method of that name and of those with options.
 LABELS = {
     "untrained": "untrained",
     "geolora": "GeoLoRA",
+    "geolora, averaged": "GeoLoRA, averaged second moments",
     "geolora, every step": "GeoLoRA, every step",
     "geolora, no bound": "GeoLoRA, no bound",
     "geolora, bound 0.008": "GeoLoRA, bound 0.008",

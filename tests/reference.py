@@ -70,8 +70,7 @@ class Adam:
     Between two retractions the update is `U S V.T + P V.T + U Q.T`, and the
     bases stay. The first moment stands for a matrix, which is projected on the
     tangent space of every new point, as far as rows knew of it. The second
-    moment is averaged over the rank axis, so that it says the same in every
-    basis.
+    moments of `K` and `L` follow their columns, and that of `S` is averaged.
     """
 
     def __init__(self, U, S, V, lr, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
@@ -111,11 +110,10 @@ class Adam:
             limited(M.T @ self.U, m_L @ U.T @ self.U),
         ]
         v_K, v_S, v_L = self.v
-        ones = np.ones((1, len(self.S)))
         self.v = [
-            v_K.mean(axis=1, keepdims=True) @ ones,
-            v_S.mean() * ones.T @ ones,
-            v_L.mean(axis=1, keepdims=True) @ ones,
+            followed(v_K, V, self.V),
+            np.full_like(self.S, v_S.mean()),
+            followed(v_L, U, self.U),
         ]
 
     def update(self, i, g):
@@ -124,6 +122,15 @@ class Adam:
         m = self.m[i] / (1 - self.beta_1**self.steps)
         correction = np.sqrt(1 - self.beta_2**self.steps)
         return self.lr * m * correction / (np.sqrt(self.v[i]) + self.epsilon)
+
+
+def followed(v, old, new):
+    """Means of columns, weighted by how much of a new direction each is."""
+    moved = np.empty((len(v), new.shape[1]))
+    for j, direction in enumerate(new.T):
+        shares = (old.T @ direction) ** 2
+        moved[:, j] = v @ shares + (1 - shares.sum()) * v.mean(axis=1)
+    return moved
 
 
 def limited(rows, own):

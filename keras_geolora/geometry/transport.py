@@ -7,7 +7,7 @@ kind, which `register_slot_rules` declares for each optimizer class.
 | kind          | the slot                       | how it moves               |
 | ------------- | ------------------------------ | -------------------------- |
 | `"linear"`    | sum of gradients or steps      | projected, see below       |
-| `"quadratic"` | sum of their squares or sizes  | mean over the rank axis    |
+| `"quadratic"` | sum of their squares or sizes  | follows, see below         |
 | `"row"`       | one number per row             | unchanged; for `S`: mean   |
 | `"column"`    | one number per column          | mean over the rank axis    |
 
@@ -15,9 +15,14 @@ A linear slot represents a tangent vector at the old point. Its projection onto
 the tangent space at the new point is the nearest vector that the new
 coordinates can express. `limited_sum` bounds what a row gets from others.
 
-A mean over the rank axis covers only the columns in use. It makes the second
-moment the same in every basis; squaring the rotation instead would lose
-energy for new directions and make their steps too large.
+A quadratic slot cannot be projected: it says how large gradients were, not
+which. A new column of `K` or `L` gets the mean of the old ones, weighted by the
+squares of its overlaps with them, and their plain mean as far as it lies
+outside. So every direction keeps a size of its own, and none loses energy,
+which would make its steps too large. The slot of `S` becomes one number, its
+mean: sizes that differ between the entries of `S` mislead the step.
+
+A mean over the rank axis covers only the columns in use.
 """
 
 from keras import ops
@@ -68,14 +73,32 @@ def limited_sum(own, others):
     return own + ops.minimum(share, 1.0) * others
 
 
-def _average(slots, move):
+def _follow(slots, move):
     K, S, L = slots
     S = T(mean_of_active(T(S), move.active))
     return Unknowns(
-        mean_of_active(K, move.active),
+        followed(K, move.B, move.active),
         mean_of_active(S, move.active),
-        mean_of_active(L, move.active),
+        followed(L, move.A, move.active),
     )
+
+
+def followed(x, overlaps, active):
+    """Returns weighted means of columns, one for each new basis vector.
+
+    Args:
+        x: Array of shape `(..., n, r)`, a column for each old basis vector.
+        overlaps: Array of shape `(..., r, r)`, products of the old basis
+            vectors and the new ones.
+        active: Bool array of shape `(..., r)`, which old ones are in use.
+
+    Returns:
+        Array of the shape of `x`.
+    """
+    weights = ops.square(overlaps)
+    outside = 1.0 - ops.sum(weights, axis=-2, keepdims=True)
+    outside = ops.maximum(outside, 0.0) * mean_of_active(x, active)
+    return ops.matmul(x, weights) + outside
 
 
 def _average_columns(slots, move):
@@ -111,7 +134,7 @@ def mean_of_active(x, active):
 
 MOVES = {
     "linear": _project,
-    "quadratic": _average,
+    "quadratic": _follow,
     "row": _keep_rows,
     "column": _average_columns,
 }

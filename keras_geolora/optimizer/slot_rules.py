@@ -27,7 +27,8 @@ def register_slot_rules(optimizer_class, rules, elementwise=False):
             - `"linear"`: accumulates gradients or steps, like a momentum.
               It is projected onto the new tangent space.
             - `"quadratic"`: accumulates squares or absolute values, like
-              Adam's velocity. It is averaged over the rank axis.
+              Adam's velocity. Every new column is a weighted mean of the
+              old ones, except for `S`, whose slot becomes its mean.
             - `"row"`: one value per row of the variable. It is unchanged,
               except for `S`, whose rows are a rank axis too.
             - `"column"`: one value per column. It is averaged.

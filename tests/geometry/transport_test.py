@@ -128,38 +128,57 @@ def test_a_moment_of_unused_columns_is_zero():
     assert K[:, :2].all() and L[:, :2].all() and S[:2, :2].all()
 
 
-def test_a_second_moment_becomes_the_mean_over_the_columns_in_use():
+def in_use(basis):
+    """The columns of a padded basis that are not zero."""
+    return basis[:, (basis != 0).any(axis=0)].astype("float64")
+
+
+def test_a_second_moment_follows_the_columns():
     old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
     slots = random_slots(2)
-    K, S, L = unbatch(slots)
+    K, S, L = (x.astype("float64") for x in unbatch(slots))
     moved = move("quadratic", slots, old, new)
-    expected = [
-        np.repeat(K[:, :3].mean(axis=1, keepdims=True), MAX_RANK, axis=1),
-        np.full((MAX_RANK, MAX_RANK), S[:3, :3].mean()),
-        np.repeat(L[:, :3].mean(axis=1, keepdims=True), MAX_RANK, axis=1),
-    ]
-    for x, y in zip(moved, expected, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5)
+    bases = [in_use(point.V[0]) for point in (old, new)]
+    expected_K = reference.followed(K[:, :3], *bases)
+    bases = [in_use(point.U[0]) for point in (old, new)]
+    expected_L = reference.followed(L[:, :3], *bases)
+    np.testing.assert_allclose(moved[0][:, :2], expected_K, rtol=1e-5)
+    np.testing.assert_allclose(moved[2][:, :2], expected_L, rtol=1e-5)
+    mean = np.full((MAX_RANK, MAX_RANK), S[:3, :3].mean())
+    np.testing.assert_allclose(moved[1], mean, rtol=1e-5)
 
 
-def test_a_second_moment_does_not_depend_on_the_order_of_columns():
-    old = random_point(0, [3.0, 2.0, 1.0])
-    slots = random_slots(2)
+def test_second_moments_stay_with_their_directions():
+    point = random_point(0, [3.0, 2.0, 1.0])
     order = [2, 0, 1, 3, 4]
-    K, S, L = unbatch(slots)
-    shuffled = Unknowns(K[:, order], S[order][:, order], L[:, order])
-    these = move("quadratic", slots, old, old)
-    those = move("quadratic", batch(shuffled), old, old)
-    for x, y in zip(these, those, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5)
+    U, S, V = point
+    same = Point(U[..., order], S[..., order], -V[..., order])
+    K, _, L = unbatch(random_slots(2))
+    moved = move("quadratic", random_slots(2), point, same)
+    np.testing.assert_allclose(moved[0][:, :3], K[:, order[:3]], rtol=1e-4)
+    np.testing.assert_allclose(moved[2][:, :3], L[:, order[:3]], rtol=1e-4)
 
 
-def test_a_second_moment_is_moved_once():
-    old = random_point(0, [3.0, 2.0, 1.0])
-    once = move("quadratic", random_slots(2), old, old)
-    twice = move("quadratic", batch(Unknowns(*once)), old, old)
-    for x, y in zip(once, twice, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5)
+def test_a_direction_from_outside_gets_the_mean_of_second_moments():
+    old = random_point(0, [3.0, 2.0])
+    whole = np.linalg.qr(np.concatenate([old.V[0, :, :2], np.eye(8)], 1))[0]
+    outside = batch(Point(old.U[0], old.S[0], pad(whole[:, 3:4])))
+    K = unbatch(random_slots(2))[0]
+    moved = move("quadratic", random_slots(2), old, outside)[0]
+    np.testing.assert_allclose(moved[:, 0], K[:, :2].mean(axis=1), rtol=1e-4)
+
+
+def test_no_second_moment_is_less_than_the_smallest_or_more_than_the_largest():
+    for seed in range(5):
+        old = random_point(seed, [3.0, 2.0, 1.0])
+        new = random_point(seed + 9, [3.0, 2.0, 1.0, 0.5])
+        slots = random_slots(seed)
+        for before, after in zip(
+            unbatch(slots), move("quadratic", slots, old, new), strict=True
+        ):
+            used = before[:, :3] if len(before) > MAX_RANK else before[:3, :3]
+            assert (after <= used.max(axis=1).max() + 1e-5).all()
+            assert (after >= used.min(axis=1).min() - 1e-5).all()
 
 
 def test_one_number_per_row_stays_where_no_row_is_an_axis_of_the_rank():
