@@ -11,9 +11,14 @@ seeds. The geometric step is the reference of the test suite.
 Candidates for the first moment: `untouched`, `rotated` with the bases, or
 `projected` on the new tangent space. For the second: `untouched`, `squared`
 (by the squares of the rotation), `filled` (the same, and what is missing in new
-directions is the mean) or `averaged` over the rank axis.
+directions is the mean), `averaged` over the rank axis, or `followed`: filled
+for `K` and `L`, averaged for `S`, as in the library.
+
+The first table retracts in every step, the second at the steps at which the
+library does by default, with cuts 100 steps apart.
 """
 
+import math
 import pathlib
 import sys
 from functools import partial
@@ -70,6 +75,12 @@ def averaged(v, old, new):
     ]
 
 
+def followed(v, old, new):
+    """As `filled` for `K` and `L`, as `averaged` for `S`."""
+    K, _, L = filled(v, old, new)
+    return [K, averaged(v, old, new)[1], L]
+
+
 def untouched(slots, old, new):
     """The slot stays, cut or padded with zeros to the new rank."""
     rank = new[0].shape[1]
@@ -105,7 +116,28 @@ def direction(inner, gradient, m, v, i, step):
     return correction * m[i] / (np.sqrt(v[i]) + 1e-7)
 
 
-def train(inner, rate, first, second, seed, interval=1, tolerance=0.02):
+def every_step(step):
+    """A retraction in every step."""
+    return True
+
+
+def now_and_then(step):
+    """Whether the library retracts after so many steps, by default."""
+    from keras_geolora.optimizer.retractions import blocks_begun
+
+    return math.floor(blocks_begun(step)) > math.floor(blocks_begun(step - 1))
+
+
+def train(
+    inner,
+    rate,
+    first,
+    second,
+    seed,
+    interval=1,
+    tolerance=0.02,
+    is_due=every_step,
+):
     """Returns the relative error and the rank at the end."""
     rng = np.random.default_rng(seed)
     sigma = np.geomspace(1, 0.1, TRUE_RANK)
@@ -113,30 +145,45 @@ def train(inner, rate, first, second, seed, interval=1, tolerance=0.02):
     target = U @ S @ V.T
     U, S, V = reference.random_factors(rng, INPUT_DIM, OUTPUT_DIM, [0.0] * 4)
     m, v = ([np.zeros_like(x) for x in (U, S, V)] for _ in range(2))
+    K, L = U @ S, V @ S.T
     for step in range(1, STEPS + 1):
         x = rng.normal(size=(BATCH, INPUT_DIM))
         x *= np.sqrt(np.geomspace(1, 0.1, INPUT_DIM))
-        G = x.T @ (x @ (U @ S @ V.T - target)) / BATCH
-        gradients = G @ V, U.T @ G @ V, G.T @ U
-        unknowns = []
-        for i, (value, g) in enumerate(
-            zip((U @ S, S, V @ S.T), gradients, strict=True)
-        ):
-            unknowns.append(value - rate * direction(inner, g, m, v, i, step))
-        if not all(np.isfinite(x).all() for x in unknowns):
+        update = K @ V.T + U @ L.T - U @ (U.T @ K) @ V.T
+        G = x.T @ (x @ (update - target)) / BATCH
+        dK, dS, dL = (
+            rate * direction(inner, g, m, v, i, step)
+            for i, g in enumerate((G @ V, U.T @ G @ V, G.T @ U))
+        )
+        if not all(np.isfinite(x).all() for x in (dK, dS, dL)):
             return np.inf, 0
+        # Of the steps of `K` and `L` only what is orthogonal to the bases.
+        S = S - dS
+        K = U @ S + outside(U, K - dK)
+        L = V @ S.T + outside(V, L - dL)
+        if not is_due(step):
+            continue
         U1, S, V1 = reference.retract(
             U,
             V,
-            *unknowns,
+            K,
+            S,
+            L,
             tolerance=tolerance if step % interval == 0 else 1e-9,
             max_rank=MAX_RANK,
         )
         m = first(m, (U, V), (U1, V1))
         v = second(v, (U, V), (U1, V1))
         U, V = U1, V1
-    error = np.linalg.norm(U @ S @ V.T - target) / np.linalg.norm(target)
+        K, L = U @ S, V @ S.T
+    update = K @ V.T + U @ L.T - U @ (U.T @ K) @ V.T
+    error = np.linalg.norm(update - target) / np.linalg.norm(target)
     return error, len(S)
+
+
+def outside(basis, X):
+    """Returns what of `X` is orthogonal to a basis."""
+    return X - basis @ (basis.T @ X)
 
 
 def lora(inner, rate, seed):
@@ -172,8 +219,26 @@ def median(function):
     return f"{np.median(results):.0e}"
 
 
+def print_transports(settings, candidates, is_due, interval):
+    """Prints a table: a line an optimizer and rate, a column a candidate."""
+    print("| inner, rate | " + " | ".join([*candidates, "LoRA"]) + " |")
+    print("|---" * (len(candidates) + 2) + "|")
+    for inner, rate in settings:
+        run = partial(train, inner, rate, is_due=is_due, interval=interval)
+        cells = [
+            median(partial(moved, run, *moves)) for moves in candidates.values()
+        ]
+        cells.append(median(partial(lora, inner, rate)))
+        print(f"| {inner} {rate:g} | " + " | ".join(cells) + " |", flush=True)
+
+
+def moved(run, first, second, seed):
+    """Runs a training with a transport of each kind of slot."""
+    return run(first, second, seed)
+
+
 def main():
-    """Prints both tables."""
+    """Prints the tables."""
     candidates = {
         "untouched": (untouched, untouched),
         "rotated, second untouched": (rotated, untouched),
@@ -181,6 +246,7 @@ def main():
         "rotated, second averaged": (rotated, averaged),
         "projected, second averaged": (projected, averaged),
         "projected, second filled": (projected, filled),
+        "projected, second followed": (projected, followed),
     }
     settings = [
         ("sgd", 0.2),
@@ -194,15 +260,9 @@ def main():
         ("falling adam", 3e-2),
     ]
     print("Transport, cut at every step: error (ranks of the three seeds)\n")
-    print("| inner, rate | " + " | ".join([*candidates, "LoRA"]) + " |")
-    print("|---" * (len(candidates) + 2) + "|")
-    for inner, rate in settings:
-        cells = [
-            median(partial(train, inner, rate, *moves))
-            for moves in candidates.values()
-        ]
-        cells.append(median(partial(lora, inner, rate)))
-        print(f"| {inner} {rate:g} | " + " | ".join(cells) + " |", flush=True)
+    print_transports(settings, candidates, every_step, 1)
+    print("\nTransport, retractions now and then\n")
+    print_transports(settings, candidates, now_and_then, 100)
 
     intervals = (1, 5, 20, 100)
     print("\nInterval between cuts, Adam, projected and averaged\n")
