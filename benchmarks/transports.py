@@ -161,7 +161,7 @@ def train(
         S = S - dS
         K = U @ S + outside(U, K - dK)
         L = V @ S.T + outside(V, L - dL)
-        if not is_due(step):
+        if not is_due(step) and step % interval:
             continue
         U1, S, V1 = reference.retract(
             U,
@@ -261,7 +261,11 @@ def main():
     ]
     print("Transport, cut at every step: error (ranks of the three seeds)\n")
     print_transports(settings, candidates, every_step, 1)
-    print("\nTransport, retractions now and then\n")
+    print("\nTransport, retractions now and then, cuts every 100 steps\n")
+    settings = [setting for setting in settings if "adam" in setting[0]]
+    names = ("averaged", "filled", "followed")
+    names = [f"projected, second {name}" for name in names]
+    candidates = {name: candidates[name] for name in names}
     print_transports(settings, candidates, now_and_then, 100)
 
     intervals = (1, 5, 20, 100)
