@@ -153,7 +153,8 @@ def options_of(method, args):
     if method == "geolora":
         fixed = {"room": args.room, "interval": args.interval, "cut": args.cut}
         # No option but the version: rows without it averaged second moments.
-        fixed["moments"] = "columns"
+        if args.interval != 1:
+            fixed["moments"] = "columns"
         if args.falling:
             fixed["falling"] = args.falling
         return [

@@ -70,11 +70,23 @@ class Adam:
     Between two retractions the update is `U S V.T + P V.T + U Q.T`, and the
     bases stay. The first moment stands for a matrix, which is projected on the
     tangent space of every new point, as far as rows knew of it. The second
-    moments of `K` and `L` follow their columns, and that of `S` is averaged.
+    moments of `K` and `L` follow their columns, and that of `S` is averaged;
+    with `averages` all are.
     """
 
-    def __init__(self, U, S, V, lr, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+    def __init__(
+        self,
+        U,
+        S,
+        V,
+        lr,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-7,
+        averages=False,
+    ):
         self.U, self.S, self.V = U, S, V
+        self.followed = averaged if averages else followed
         self.P, self.Q = np.zeros_like(U), np.zeros_like(V)
         self.lr, self.epsilon = lr, epsilon
         self.beta_1, self.beta_2 = beta_1, beta_2
@@ -111,9 +123,9 @@ class Adam:
         ]
         v_K, v_S, v_L = self.v
         self.v = [
-            followed(v_K, V, self.V),
+            self.followed(v_K, V, self.V),
             np.full_like(self.S, v_S.mean()),
-            followed(v_L, U, self.U),
+            self.followed(v_L, U, self.U),
         ]
 
     def update(self, i, g):
@@ -131,6 +143,11 @@ def followed(v, old, new):
         shares = (old.T @ direction) ** 2
         moved[:, j] = v @ shares + (1 - shares.sum()) * v.mean(axis=1)
     return moved
+
+
+def averaged(v, old, new):
+    """The mean of all columns, for every new direction."""
+    return np.repeat(v.mean(axis=1, keepdims=True), new.shape[1], axis=1)
 
 
 def limited(rows, own):

@@ -8,6 +8,7 @@ kind, which `register_slot_rules` declares for each optimizer class.
 | ------------- | ------------------------------ | -------------------------- |
 | `"linear"`    | sum of gradients or steps      | projected, see below       |
 | `"quadratic"` | sum of their squares or sizes  | follows, see below         |
+| `"averaged"`  | the same                       | mean over the rank axis    |
 | `"row"`       | one number per row             | unchanged; for `S`: mean   |
 | `"column"`    | one number per column          | mean over the rank axis    |
 
@@ -20,7 +21,8 @@ which. A new column of `K` or `L` gets the mean of the old ones, weighted by the
 squares of its overlaps with them, and their plain mean as far as it lies
 outside. So every direction keeps a size of its own, and none loses energy,
 which would make its steps too large. The slot of `S` becomes one number, its
-mean: sizes that differ between the entries of `S` mislead the step.
+mean: sizes that differ between the entries of `S` mislead the step. Where every
+step retracts, averages do better, and stand in for it.
 
 A mean over the rank axis covers only the columns in use.
 """
@@ -34,7 +36,7 @@ def transport(kind, slots, move):
     """Moves the slots of one kind into new bases.
 
     Args:
-        kind: `"linear"`, `"quadratic"`, `"row"` or `"column"`.
+        kind: String, one of the table above.
         slots: `Unknowns` of arrays, the slots of `K`, `S` and `L`.
         move: `Move` of the point.
 
@@ -73,13 +75,21 @@ def limited_sum(own, others):
     return own + ops.minimum(share, 1.0) * others
 
 
-def _follow(slots, move):
+def _average(slots, move):
     K, S, L = slots
     S = T(mean_of_active(T(S), move.active))
     return Unknowns(
-        followed(K, move.B, move.active),
+        mean_of_active(K, move.active),
         mean_of_active(S, move.active),
-        followed(L, move.A, move.active),
+        mean_of_active(L, move.active),
+    )
+
+
+def _follow(slots, move):
+    return Unknowns(
+        followed(slots.K, move.B, move.active),
+        _average(slots, move).S,
+        followed(slots.L, move.A, move.active),
     )
 
 
@@ -135,6 +145,7 @@ def mean_of_active(x, active):
 MOVES = {
     "linear": _project,
     "quadratic": _follow,
+    "averaged": _average,
     "row": _keep_rows,
     "column": _average_columns,
 }

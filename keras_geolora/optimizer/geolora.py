@@ -219,7 +219,11 @@ class GeoLoRA(keras.optimizers.Optimizer):
         self.skipped_steps = self.add_variable(
             shape=(), dtype="int32", name="skipped_steps"
         )
-        groups = build_inner(self.inner_optimizer, variables)
+        groups = build_inner(
+            self.inner_optimizer,
+            variables,
+            averages=self.retraction_interval == 1,
+        )
         super().build(variables)
         self._groups = Untracked(groups)
         for number, group in enumerate(groups):

@@ -604,12 +604,13 @@ def stack_gradients(group, gradients):
     return Unknowns(*map(stack, group.factors.variables[:3]))
 
 
-def build_inner(inner_optimizer, variables):
+def build_inner(inner_optimizer, variables, averages=False):
     """Builds the inner optimizer on unknowns in place of factors.
 
     Args:
         inner_optimizer: The inner optimizer, not built.
         variables: List of variables, the factors of adapters among them.
+        averages: Bool, whether quadratic slots are averaged in a retraction.
 
     Returns:
         List of `AdapterGroup`s.
@@ -631,6 +632,11 @@ def build_inner(inner_optimizer, variables):
     if not groups:
         return groups
     rules, found = slot_rules(inner_optimizer), find_slots(inner_optimizer, own)
+    if averages:
+        rules = {
+            name: "averaged" if kind == "quadratic" else kind
+            for name, kind in rules.items()
+        }
     sums = gradient_accumulators(inner_optimizer)
     place = {id(v): i for i, v in enumerate(own)}
     for group in groups:

@@ -28,7 +28,9 @@ def register_slot_rules(optimizer_class, rules, elementwise=False):
               It is projected onto the new tangent space.
             - `"quadratic"`: accumulates squares or absolute values, like
               Adam's velocity. Every new column is a weighted mean of the
-              old ones, except for `S`, whose slot becomes its mean.
+              old ones, except for `S`, whose slot becomes its mean. With
+              `retraction_interval=1` it is averaged.
+            - `"averaged"`: the same, but averaged over the rank axis.
             - `"row"`: one value per row of the variable. It is unchanged,
               except for `S`, whose rows are a rank axis too.
             - `"column"`: one value per column. It is averaged.

@@ -92,7 +92,7 @@ def test_adam_follows_the_reference(problem, cut_interval, interval):
         retraction_interval=interval,
     )
     found, rank = train(optimizer, factors, x, y)
-    adam = reference.Adam(*factors, lr=0.01)
+    adam = reference.Adam(*factors, lr=0.01, averages=interval == 1)
     for step, (x_batch, y_batch) in enumerate(zip(x, y, strict=True), 1):
         adam.step(gradient(adam.delta(), x_batch, y_batch))
         cut = step % cut_interval == 0

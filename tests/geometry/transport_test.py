@@ -181,6 +181,23 @@ def test_no_second_moment_is_less_than_the_smallest_or_more_than_the_largest():
             assert (after >= used.min(axis=1).min() - 1e-5).all()
 
 
+def test_averaged_slots_become_the_mean_over_the_columns_in_use():
+    old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
+    slots = random_slots(2)
+    K, S, L = unbatch(slots)
+    moved = move("averaged", slots, old, new)
+    expected = [
+        np.repeat(K[:, :3].mean(axis=1, keepdims=True), MAX_RANK, axis=1),
+        np.full((MAX_RANK, MAX_RANK), S[:3, :3].mean()),
+        np.repeat(L[:, :3].mean(axis=1, keepdims=True), MAX_RANK, axis=1),
+    ]
+    for x, y in zip(moved, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+    again = move("averaged", batch(Unknowns(*moved)), old, old)
+    for x, y in zip(again, moved, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
 def test_one_number_per_row_stays_where_no_row_is_an_axis_of_the_rank():
     old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
     rows = Unknowns(*(x[..., 0] for x in random_slots(2)))
@@ -206,7 +223,9 @@ def test_the_mean_of_no_column_is_zero():
     np.testing.assert_array_equal(mean, np.zeros((2, 3, 4)))
 
 
-@pytest.mark.parametrize("kind", ["linear", "quadratic", "row", "column"])
+@pytest.mark.parametrize(
+    "kind", ["linear", "quadratic", "averaged", "row", "column"]
+)
 def test_every_adapter_of_a_batch_moves_on_its_own(kind):
     olds = [random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])]
     news = [random_point(2, [3.0, 2.0]), random_point(3, [3.0, 2.0, 1.0, 0.5])]
