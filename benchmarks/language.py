@@ -190,9 +190,9 @@ def print_table():
             best = best_rate(by_rate)
             for rate, rows in sorted(by_rate.items()):
                 star = "*" if rate == best and len(by_rate) > 1 else ""
-                rate = f"{rate:.0e}".replace("e-0", "e-") + star
+                rate = f"{rate:.0e}".replace("e-0", "e-") if rate else ""
                 label = LABELS.get(method, method)
-                lines.append([task, label, rate, *in_numbers(rows)])
+                lines.append([task, label, rate + star, *in_numbers(rows)])
         print(f"Rank {rank}, {steps} steps\n")
         print(measuring.markdown(header, lines))
         print()
