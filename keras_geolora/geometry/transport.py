@@ -76,19 +76,17 @@ def limited_sum(own, others):
 
 
 def _average(slots, move):
-    K, S, L = slots
-    S = T(mean_of_active(T(S), move.active))
     return Unknowns(
-        mean_of_active(K, move.active),
-        mean_of_active(S, move.active),
-        mean_of_active(L, move.active),
+        mean_of_active(slots.K, move.active),
+        mean_of_all(slots.S, move.active),
+        mean_of_active(slots.L, move.active),
     )
 
 
 def _follow(slots, move):
     return Unknowns(
         followed(slots.K, move.B, move.active),
-        _average(slots, move).S,
+        mean_of_all(slots.S, move.active),
         followed(slots.L, move.A, move.active),
     )
 
@@ -123,6 +121,11 @@ def _keep_rows(slots, move):
 def mean_of_row(x, active):
     """Like `mean_of_active`, for arrays without rows, `(..., r)`."""
     return mean_of_active(x[..., None, :], active)[..., 0, :]
+
+
+def mean_of_all(x, active):
+    """Like `mean_of_active`, over both axes of arrays `(..., r, r)`."""
+    return mean_of_active(T(mean_of_active(T(x), active)), active)
 
 
 def mean_of_active(x, active):
