@@ -149,8 +149,7 @@ def train(
     for step in range(1, STEPS + 1):
         x = rng.normal(size=(BATCH, INPUT_DIM))
         x *= np.sqrt(np.geomspace(1, 0.1, INPUT_DIM))
-        update = K @ V.T + U @ L.T - U @ (U.T @ K) @ V.T
-        G = x.T @ (x @ (update - target)) / BATCH
+        G = x.T @ (x @ (update_of(U, K, V, L) - target)) / BATCH
         dK, dS, dL = (
             rate * direction(inner, g, m, v, i, step)
             for i, g in enumerate((G @ V, U.T @ G @ V, G.T @ U))
@@ -176,9 +175,14 @@ def train(
         v = second(v, (U, V), (U1, V1))
         U, V = U1, V1
         K, L = U @ S, V @ S.T
-    update = K @ V.T + U @ L.T - U @ (U.T @ K) @ V.T
-    error = np.linalg.norm(update - target) / np.linalg.norm(target)
+    error = np.linalg.norm(update_of(U, K, V, L) - target)
+    error = error / np.linalg.norm(target)
     return error, len(S)
+
+
+def update_of(U, K, V, L):
+    """The update between two retractions; `U S V.T` is in `K` and in `L`."""
+    return K @ V.T + U @ outside(V, L).T
 
 
 def outside(basis, X):
@@ -225,16 +229,9 @@ def print_transports(settings, candidates, is_due, interval):
     print("|---" * (len(candidates) + 2) + "|")
     for inner, rate in settings:
         run = partial(train, inner, rate, is_due=is_due, interval=interval)
-        cells = [
-            median(partial(moved, run, *moves)) for moves in candidates.values()
-        ]
+        cells = [median(partial(run, *moves)) for moves in candidates.values()]
         cells.append(median(partial(lora, inner, rate)))
         print(f"| {inner} {rate:g} | " + " | ".join(cells) + " |", flush=True)
-
-
-def moved(run, first, second, seed):
-    """Runs a training with a transport of each kind of slot."""
-    return run(first, second, seed)
 
 
 def main():

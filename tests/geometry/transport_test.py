@@ -198,6 +198,18 @@ def test_averaged_slots_become_the_mean_over_the_columns_in_use():
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
+def test_averaged_slots_do_not_depend_on_the_order_of_columns():
+    old = random_point(0, [3.0, 2.0, 1.0])
+    slots = random_slots(2)
+    order = [2, 0, 1, 3, 4]
+    K, S, L = unbatch(slots)
+    shuffled = Unknowns(K[:, order], S[order][:, order], L[:, order])
+    these = move("averaged", slots, old, old)
+    those = move("averaged", batch(shuffled), old, old)
+    for x, y in zip(these, those, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
 def test_one_number_per_row_stays_where_no_row_is_an_axis_of_the_rank():
     old, new = random_point(0, [3.0, 2.0, 1.0]), random_point(1, [3.0, 2.0])
     rows = Unknowns(*(x[..., 0] for x in random_slots(2)))
