@@ -209,7 +209,8 @@ class Life:
         if self.rng.random() < 0.5:
             options["modules_to_save"] = "head"
             options["exclude"] = "head"
-        if self.rng.random() < 0.3:
+        # A mixture has biases beside weights, which `refuse` tries.
+        if self.rng.random() < 0.3 and self.kind != "mixture":
             options["train_bias"] = True
         options["targets"] = "all" if self.rng.random() < 0.7 else "one"
         if "modules_to_save" in options and self.rng.random() < 0.5:
@@ -315,11 +316,10 @@ class Life:
     def compact(self):
         before = self.predict()
         self.model.compact_geolora(multiple=int(self.rng.integers(1, 4)))
-        after = self.predict()
-        # JAX adds fewer zeros in another order.
-        exact = keras.backend.backend() != "jax"
-        rounding = {} if exact else {"rtol": 1e-5, "atol": 1e-6}
-        np.testing.assert_allclose(after, before, **rounding or {"rtol": 0})
+        # Products with fewer columns of zeros may add in another order.
+        np.testing.assert_allclose(
+            self.predict(), before, rtol=1e-5, atol=1e-6
+        )
         active = self.names[0]
         for name in self.names:
             self.model.activate_geolora(name)
@@ -397,6 +397,9 @@ class Life:
             lambda: model.combine_geolora("sum", {"unknown": 1.0}),
             lambda: model.load_geolora(__file__),
         ]
+        if self.kind == "mixture":
+            bias = {"targets": "all", "train_bias": True}
+            wrong.append(lambda: model.enable_geolora(name="b", **bias))
         if self.names:
             wrong.append(lambda: model.enable_geolora(name=name))
             wrong.append(lambda: model.set_weights(model.get_weights()[:-1]))

@@ -9,7 +9,7 @@ from keras_geolora.layers.tree import adapted_layers
 class EpochCompaction(keras.callbacks.Callback):
     """Cuts the buffers of adapters to their ranks, at the end of epochs.
 
-    Training continues with smaller adapters, exactly where it was. Compiled
+    Training continues where it was, with smaller adapters. Compiled
     functions are compiled again, so buffers are cut only if that saves enough.
     A model on which `enable_geolora` was called loads checkpoints from before
     and after, whatever the size of its buffers.

@@ -13,11 +13,12 @@ def compact_geolora(model, multiple=8, *, min_saving=0.0, optimizer=None):
 
     The factors of an adapter have `max_rank` columns, of which `rank` are in
     use and the others are zero. This removes the others, which saves memory and
-    time. Outputs do not change. Training continues exactly where it was: the
-    slots of the optimizer are cut with the factors, and `model.optimizer` and
-    the optimizers inside stay the same objects. (Around Adafactor later steps
-    differ: its means over columns include unused ones.) Compiled functions
-    compile again. From then on ranks grow only up to the new `max_rank`.
+    time. Outputs do not change but for rounding: products of other shapes may
+    add in another order. Training continues where it was: the slots of the
+    optimizer are cut with the factors, and `model.optimizer` and the optimizers
+    inside stay the same objects. (Around Adafactor later steps differ: its
+    means over columns include unused ones.) Compiled functions compile again.
+    From then on ranks grow only up to the new `max_rank`.
 
     Also a method of every `keras.Model`: `model.compact_geolora()`. To compact
     during `fit`, use `keras_geolora.callbacks.EpochCompaction`.
