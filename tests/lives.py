@@ -317,9 +317,7 @@ class Life:
         before = self.predict()
         self.model.compact_geolora(multiple=int(self.rng.integers(1, 4)))
         # Products with fewer columns of zeros may add in another order.
-        np.testing.assert_allclose(
-            self.predict(), before, rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(self.predict(), before, rtol=1e-5, atol=1e-6)
         active = self.names[0]
         for name in self.names:
             self.model.activate_geolora(name)
